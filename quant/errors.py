@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors a user can meet when weights are measured, planned or compressed.
+
+QuantError (exit code 1: the request was wrong)
+└── OverBudget (exit code 2: nothing that was allowed fits the budget)
+"""
+
+
+class QuantError(Exception):
+    """Says what was asked, what was found and what is allowed; `hint` is the one action to take, if there is one."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class OverBudget(QuantError):
+    """The smallest choice does not fit; the message gives both numbers in bytes."""
+
+    exit_code = 2
