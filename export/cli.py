@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `turbopocket` command: parses, calls one verb, prints. Data goes to stdout, talk to stderr."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..quant.errors import QuantError
+from ..runtimes.errors import ParityFailed, TurbopocketError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Makes SDXL-Turbo-class text-to-image models run on phones: compress, lower, check, report.",
+)  # fmt: skip
+recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: what a build asks for.")
+app.add_typer(recipe_app, name="recipe")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Source = Annotated[str, typer.Argument(help="A bundled name (pocket), a diffusers folder, or a hub id.")]
+Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
+RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
+Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
+Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
+Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT for layers that must keep a format.")]
+
+
+def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
+    """Prints `value` as JSON, or lets `show` print it for a person."""
+    if as_json:
+        print(json.dumps(value))
+    else:
+        show(Console())
+
+
+def _recipe(name: str | None, source: str | None, overrides: dict[str, dict[str, Any]], seed: int | None) -> Any:
+    from .recipe import Recipe, load_recipe, with_overrides
+
+    recipe = load_recipe(name) if name else Recipe()
+    return with_overrides(recipe, {"model": {"source": source}, **overrides}, seed)
+
+
+def _pins(pins: list[str] | None) -> dict[str, str] | None:
+    if not pins:
+        return None
+    pairs = [text.split("=", 1) for text in pins]
+    for text, pair in zip(pins, pairs, strict=True):
+        if len(pair) != 2 or not all(pair):
+            raise TurbopocketError(f"--pin {text!r} is not GLOB=FORMAT", hint="like --pin 'unet.conv_out=fp16'")
+    return {glob: form for glob, form in pairs}
+
+
+@app.command()
+def build(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="The artifact folder to make.")],
+    target: Annotated[str | None, typer.Option(help="What the phone runs: onnx.")] = None,
+    budget: Budget = None,
+    recipe: RecipeFile = None,
+    formats: Formats = None,
+    pin: Pins = None,
+    lora: Annotated[list[Path] | None, typer.Option(help="LoRA .safetensors merged before compression.")] = None,
+    fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse or gptq.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is not empty.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
+    from .build import build as run_build
+    from .progress import StageProgress
+    from .units import format_bytes
+
+    overrides = {
+        "model": {"lora": lora or None},
+        "target": {"name": target},
+        "compress": {"budget": budget, "formats": formats and formats.split(","), "fit": fit, "pin": _pins(pin)},
+        "sampler": {"steps": steps},
+    }
+    built = run_build(_recipe(recipe, source, overrides, seed), out, overwrite, StageProgress(quiet=as_json))
+
+    def show(console: Console) -> None:
+        allowed = f" of {format_bytes(built.budget_bytes)} allowed" if built.budget_bytes else ""
+        console.print(built.parity_table())
+        console.print(f"bytes     {format_bytes(built.total_bytes)}{allowed} (plan: {format_bytes(built.planned_bytes)})")
+        console.print(f"artifact  {built.folder}", soft_wrap=True)
+        console.print(f"report    {built.report}", soft_wrap=True)
+
+    _emit(built.summary(), as_json, show)
+
+
+@app.command()
+def plan(
+    source: Source,
+    budget: Budget = None,
+    recipe: RecipeFile = None,
+    formats: Formats = None,
+    pin: Pins = None,
+    measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Says in seconds what fits a budget, from the model's configs alone: no weights are read."""
+    from .budget import plan_source, show_plan
+
+    overrides = {"compress": {"budget": budget, "formats": formats and formats.split(","), "pin": _pins(pin)}}
+    summary = plan_source(_recipe(recipe, source, overrides, None), measured)
+    _emit(summary, as_json, lambda console: show_plan(summary, console))
+
+
+@app.command()
+def check(artifact: Artifact, as_json: AsJson = False) -> None:
+    """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
+    from .check import check as run_check
+    from .progress import StageProgress
+
+    result = run_check(artifact, StageProgress(quiet=as_json))
+    _emit(result.summary(), as_json, result.show)
+    if not result.passed:
+        raise ParityFailed(f"{artifact}: {result.failure}")
+
+
+@app.command()
+def generate(
+    artifact: Artifact,
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("out.png"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: what the artifact ships.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draws a picture from the artifact alone; PyTorch is not used."""
+    from .draw import draw
+
+    result = draw(artifact, prompt, out, seed, steps, guidance)
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    _emit(result, as_json, lambda console: console.print(f"{result['picture']}", soft_wrap=True))
+
+
+@app.command()
+def report(artifact: Artifact, as_json: AsJson = False) -> None:
+    """Writes report.html again from what the build measured."""
+    from .report import rewrite_report
+
+    path = rewrite_report(artifact)
+    _emit({"report": str(path)}, as_json, lambda console: console.print(str(path), soft_wrap=True))
+
+
+@app.command()
+def formats(as_json: AsJson = False) -> None:
+    """Lists formats × targets, with the reason beside every no."""
+    from .listings import format_rows, show_formats
+
+    rows = format_rows()
+    _emit({"formats": rows}, as_json, lambda console: show_formats(rows, console))
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """Lists the bundled models and the pipeline classes that load."""
+    from .listings import model_rows, show_models
+
+    rows = model_rows()
+    _emit(rows, as_json, lambda console: show_models(rows, console))
+
+
+@recipe_app.command("show")
+def recipe_show(
+    name: Annotated[str | None, typer.Argument(help="A .toml file or a shipped recipe's name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prints a recipe with every default filled in."""
+    from .recipe import Recipe, load_recipe
+
+    shown = load_recipe(name) if name else Recipe()
+    _emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
+
+
+def main() -> None:
+    """Runs the command; a user's mistake becomes one message on stderr and an exit code, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except (TurbopocketError, QuantError) as error:
+        _fail(str(error), error.hint, error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or 'file system'}: {error.strerror or error}", None, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", None, 130)
+    except Exception as error:
+        # Typer's own complaints (unknown option, missing argument) end with 1 here: 2 means over budget.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), "turbopocket --help", 1)
+    else:
+        sys.exit(code or 0)
+
+
+def _fail(message: str, hint: str | None, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    sys.exit(code)

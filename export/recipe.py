@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe: everything a user may ask for, typed, with every default visible.
+
+No stage receives a Recipe; `build` hands each stage the values it needs.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..quant.errors import QuantError
+from ..quant.fit import parse_fit
+from ..quant.formats import parse_format
+from ..runtimes.errors import TurbopocketError
+from .units import parse_bytes
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """Where the float model comes from."""
+
+    source: str = "pocket"
+    """A bundled name, a diffusers folder, or a hub id."""
+    lora: tuple[Path, ...] = ()
+    """LoRA files merged into the weights before compression."""
+
+
+class TargetSection(_Section):
+    """What the phone runs."""
+
+    name: Literal["onnx"] = "onnx"
+    accuracy_level: Literal[0, 1, 4] = 1
+    """ONNX Runtime's MatMulNBits compute: 1 multiplies in fp32, 4 quantizes activations to int8 (faster on ARM)."""
+    prepacked: bool = False
+    """Save weights in the layout of this machine's CPU kernels: less memory, but only for the same kind of CPU."""
+
+
+class CompressSection(_Section):
+    """How many bytes may be shipped and what may be done to get there."""
+
+    budget: str | None = None
+    """Bytes of the whole artifact, such as "8MB"; without it every layer takes its best format."""
+    formats: tuple[str, ...] = ("fp16", "int8-g32", "int4-g32", "int8-row", "int4-row")
+    fit: str = "gptq"
+    """How values are chosen: absmax, mse, or gptq (Hessian error feedback)."""
+    pin: Mapping[str, str] = Field(default_factory=dict)
+    """Glob over layer names to format, such as {"unet.conv_out" = "fp16"}."""
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_has_a_unit(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return None if self.budget is None else parse_bytes(self.budget)
+
+
+class SamplerSection(_Section):
+    """How the artifact draws; calibration, parity and phones use the same steps."""
+
+    kind: Literal["model", "euler", "euler_ancestral", "ddim", "lcm"] = "model"
+    """`model` keeps the scheduler saved with the checkpoint."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance: float | None = Field(default=None, ge=0.0, le=50.0)
+    """Classifier-free guidance; 1 or less switches it off. Without it: what the checkpoint's card recommends."""
+
+
+class CalibrateSection(_Section):
+    """What the layers are shown before they are compressed."""
+
+    pictures: int = Field(default=16, ge=1, le=4096)
+    prompts: Path | None = None
+    """A text file, one prompt a line; without it the model's own training prompts, or the built-in list."""
+
+
+class ParitySection(_Section):
+    """What must hold before an artifact counts as built."""
+
+    pictures: int = Field(default=4, ge=1, le=64)
+    max_lowering_error: float = Field(default=1e-4, gt=0)
+    """Largest ||runtime - PyTorch|| / ||PyTorch||, both with the stored weights, per component and timestep."""
+
+
+class Recipe(_Section):
+    """One build, whole: the sections of a recipe file."""
+
+    model: ModelSection = ModelSection()
+    target: TargetSection = TargetSection()
+    compress: CompressSection = CompressSection()
+    sampler: SamplerSection = SamplerSection()
+    calibrate: CalibrateSection = CalibrateSection()
+    parity: ParitySection = ParitySection()
+    seed: int = Field(default=0, ge=0)
+
+    def to_toml(self) -> str:
+        """Returns the recipe with every default filled in, as TOML that `load_recipe` reads back."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """Returns the recipe in a TOML file, or a shipped one by name (`turbopocket recipe show` lists them).
+
+    Raises TurbopocketError when the file is missing, is not TOML, or holds a key or value that is not known;
+    the message lists the known ones.
+    """
+    path = Path(source)
+    if path.suffix != ".toml" and not path.exists():
+        shipped = resources.files(__package__) / "recipes" / f"{source}.toml"
+        if not shipped.is_file():
+            raise TurbopocketError(
+                f"recipe {str(source)!r} is neither a .toml file nor a shipped recipe; "
+                f"shipped are {', '.join(shipped_recipes())}"
+            )
+        return parse_recipe(shipped.read_text(), str(source))
+    try:
+        return parse_recipe(path.read_text(), str(path))
+    except OSError as error:
+        raise TurbopocketError(f"recipe {path} can not be read: {error.strerror}") from error
+
+
+def shipped_recipes() -> tuple[str, ...]:
+    """Returns the names of the recipes in the package."""
+    folder = resources.files(__package__) / "recipes"
+    return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml")))
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """Returns the recipe that `text` holds; `name` is what errors call it."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise TurbopocketError(f"{name} is not TOML: {error}") from error
+    return make_recipe(values, name)
+
+
+def make_recipe(values: Mapping[str, Any], name: str) -> Recipe:
+    """Returns a checked Recipe from nested values, as a TOML file holds them."""
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise TurbopocketError(f"{name}: {_explain(error)}") from error
+    try:
+        for text in (*recipe.compress.formats, *recipe.compress.pin.values()):
+            parse_format(text)
+        parse_fit(recipe.compress.fit)
+    except QuantError as error:
+        raise TurbopocketError(f"{name}: {error}", error.hint) from error
+    return recipe
+
+
+def with_overrides(recipe: Recipe, overrides: Mapping[str, Mapping[str, Any]], seed: int | None) -> Recipe:
+    """Returns `recipe` with the command line's values, given as section -> key -> value (None leaves as is)."""
+    values = recipe.model_dump()
+    for section, entries in overrides.items():
+        values[section] |= {key: value for key, value in entries.items() if value is not None}
+    if seed is not None:
+        values["seed"] = seed
+    return make_recipe(values, "command line")
+
+
+def _explain(error: ValidationError) -> str:
+    """Returns the first complaint in the house's words: key, what was found, what is known."""
+    first = error.errors()[0]
+    *path, key = (str(part) for part in first["loc"])
+    if isinstance(first.get("ctx", {}).get("error"), Exception):
+        return str(first["ctx"]["error"])
+    if first["type"] != "extra_forbidden":
+        return f"{'.'.join([*path, key])} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    section: type[BaseModel] = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    where = f" in [{'.'.join(path)}]" if path else ""
+    return f"unknown key `{key}`{where}: known are {', '.join(f'`{name}`' for name in section.model_fields)}"
