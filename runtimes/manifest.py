@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract between whoever builds an artifact and whoever reads it, phones included: `manifest.json`."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import TurbopocketError
+from .schedule import SamplerSpec, validation_summary
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "ComponentSpec",
+    "FileEntry",
+    "ImageSpec",
+    "Manifest",
+    "SamplerSpec",
+    "TensorSpec",
+    "file_entries",
+    "load_manifest",
+    "sha256_of",
+    "verify",
+    "write_manifest",
+]
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+def _inside(path: str) -> str:
+    """`path` itself when it is relative, normal, forward-slashed and cannot leave the folder; else ValueError."""
+    pure = PurePosixPath(path)
+    escapes = pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or "\0" in path
+    if escapes or path in ("", ".") or str(pure) != path:
+        raise ValueError(f"path {path!r} is not a plain relative path inside the artifact")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class FileEntry(_Record):
+    """One stored file: its path inside the artifact, its length and its hash."""
+
+    path: RelativePath
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class TensorSpec(_Record):
+    """A named tensor; a dimension is a number, or a name when it may vary from call to call."""
+
+    name: str = Field(min_length=1)
+    dtype: Literal["float32", "float16", "int64", "int32", "uint8", "int8", "bool"]
+    shape: list[PositiveInt | str]
+
+
+class ComponentSpec(_Record):
+    """One graph the phone runs: its main file, and its tensors in the graph's order."""
+
+    file: RelativePath
+    inputs: list[TensorSpec] = Field(min_length=1)
+    outputs: list[TensorSpec] = Field(min_length=1)
+
+
+class ImageSpec(_Record):
+    """The picture's size in pixels, and its latents; clean latents are divided by `vae_scaling_factor` to decode."""
+
+    height: PositiveInt
+    width: PositiveInt
+    latent_channels: PositiveInt
+    latent_height: PositiveInt
+    latent_width: PositiveInt
+    vae_scaling_factor: float = Field(gt=0)
+
+
+class Manifest(_Record):
+    """Everything a reader of an artifact may rely on; `files` lists every file of it but `manifest.json` itself."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str = Field(min_length=1)
+    family: Literal["sdxl", "sd"]
+    target: Literal["onnx"]
+    files: list[FileEntry]
+    components: dict[str, ComponentSpec]
+    tokenizers: dict[str, RelativePath]
+    sampler: SamplerSpec
+    image: ImageSpec
+    force_zeros_for_empty_prompt: bool
+    tools: dict[str, str]
+    recipe: str
+    plan: dict[str, Any] | None = None
+    parity: dict[str, Any] | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all listed files together."""
+        return sum(entry.bytes for entry in self.files)
+
+    @model_validator(mode="after")
+    def _refers_to_listed_files(self) -> "Manifest":
+        paths = [entry.path for entry in self.files]
+        if twice := {path for path in paths if paths.count(path) > 1}:
+            raise ValueError(f"files lists {', '.join(sorted(twice))} more than once")
+        if MANIFEST_NAME in paths:
+            raise ValueError(f"files lists {MANIFEST_NAME}, which cannot hold its own hash")
+        needed = {spec.file for spec in self.components.values()}
+        needed |= {f"{folder}/tokenizer.json" for folder in self.tokenizers.values()}
+        if missing := needed - set(paths):
+            raise ValueError(f"{', '.join(sorted(missing))} is used but not in files")
+        if strangers := set(self.tokenizers) - set(self.components):
+            raise ValueError(f"tokenizers names {', '.join(sorted(strangers))}, which is not a component")
+        return self
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of the artifact in `folder`, checked against the schema but not against the files (see `verify`).
+
+    Raises TurbopocketError for a missing or unreadable file, broken JSON, another schema version or a wrong field.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
+    except FileNotFoundError:
+        raise TurbopocketError(f"{folder} is not an artifact: it holds no {MANIFEST_NAME}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TurbopocketError(f"{path} cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise TurbopocketError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}",
+            hint="the file may be cut off: build again",
+        ) from error
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise TurbopocketError(f"{path} has schema_version {version!r}: this version reads {SCHEMA_VERSION}")
+    try:
+        return Manifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise TurbopocketError(f"{path}: {validation_summary(error)}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Path:
+    """The path of the manifest, which now stands complete in `folder`; a half-written one is never seen."""
+    text = manifest.model_dump_json(indent=2) + "\n"
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=folder, prefix=f".{MANIFEST_NAME}.", delete=False
+    ) as beside:
+        beside.write(text)
+    path = folder / MANIFEST_NAME
+    Path(beside.name).chmod(0o644)
+    os.replace(beside.name, path)
+    return path
+
+
+def file_entries(folder: Path) -> list[FileEntry]:
+    """Every file under `folder` but the manifest, hashed, in path order. Raises TurbopocketError for symlinks."""
+    return [_entry(folder, path) for path in _paths_on_disk(folder)]
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Returns when `folder` holds exactly the listed files, byte for byte.
+
+    Raises TurbopocketError naming the first symlink, missing, extra or edited file.
+    """
+    on_disk = _paths_on_disk(folder)
+    listed = {entry.path: entry for entry in manifest.files}
+    for path in sorted(set(listed) - set(on_disk)):
+        raise TurbopocketError(f"{folder}: {path} is missing ({listed[path].bytes} bytes in the manifest)")
+    for path in on_disk:
+        if path not in listed:
+            raise TurbopocketError(
+                f"{folder}: {path} is not in the manifest", hint="remove it, or build again"
+            )
+    for path, entry in listed.items():
+        _verify_content(folder, path, entry)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits; reads it in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify_content(folder: Path, path: str, entry: FileEntry) -> None:
+    found_bytes = (folder / path).stat().st_size
+    if found_bytes != entry.bytes:
+        raise TurbopocketError(f"{folder}: {path} has {found_bytes} bytes, the manifest says {entry.bytes}")
+    found = sha256_of(folder / path)
+    if found != entry.sha256:
+        raise TurbopocketError(
+            f"{folder}: {path} was changed: sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…"
+        )
+
+
+def _entry(folder: Path, path: str) -> FileEntry:
+    file = folder / path
+    return FileEntry(path=path, bytes=file.stat().st_size, sha256=sha256_of(file))
+
+
+def _paths_on_disk(folder: Path) -> list[str]:
+    paths = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise TurbopocketError(f"{folder}: {name} is a symlink, an artifact holds only plain files")
+        if path.is_file() and name != MANIFEST_NAME:
+            paths.append(name)
+        elif not path.is_file() and not path.is_dir():
+            raise TurbopocketError(f"{folder}: {name} is not a plain file")
+    return paths
