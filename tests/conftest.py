@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random checkpoints on disk, laid out as the published ones are: safetensors, one folder per component.
 
-Every width is a multiple of 32, so that groups of 32 divide nearly every layer; the VAE halves the picture once
-(its scale is 2, not the published 8), so that code which assumes 8 fails here.
+Every width is a multiple of 32, so that groups of 32 divide nearly every layer; the VAE halves the picture
+once (its scale is 2, not the published 8), so that code which assumes 8 fails here.
 """
 
 import json
@@ -20,7 +20,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def _byte_letters() -> list[str]:
-    """Returns byte-level BPE's 256 letters in CLIP's order: printable bytes first ('!' is 0), the rest from U+0100."""
+    """Returns byte-level BPE's 256 letters in CLIP's order: printable bytes, of which '!' is 0, then the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in printable] + [chr(0x100 + index) for index in range(256 - len(printable))]
 
@@ -142,7 +142,7 @@ def _scheduler(name: str, **options: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionXLPipeline folder: text encoders 32 and 64 wide, 3-level UNet, 32-pixel pictures, Euler."""
+    """A StableDiffusionXLPipeline folder: text encoders 32 and 64 wide, UNet of 3 levels, 32-pixel pictures."""
     import torch
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -168,7 +168,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionPipeline folder: one text encoder, 2-level UNet with convolutional projections, DDIM."""
+    """A StableDiffusionPipeline folder: one text encoder, UNet of 2 levels with convolutional projections."""
     import torch
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel, CLIPTokenizer
