@@ -20,7 +20,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def _byte_letters() -> list[str]:
-    """Returns byte-level BPE's 256 letters in CLIP's order: printable bytes, of which '!' is 0, then the others."""
+    """Returns byte-level BPE's 256 letters in CLIP's order: printable bytes (of which 0 is !), the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in printable] + [chr(0x100 + index) for index in range(256 - len(printable))]
 
@@ -142,7 +142,7 @@ def _scheduler(name: str, **options: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionXLPipeline folder: text encoders 32 and 64 wide, UNet of 3 levels, 32-pixel pictures."""
+    """A StableDiffusionXLPipeline folder: text encoders 32 and 64 wide, 3-level UNet, 32-pixel images."""
     import torch
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
