@@ -1,1 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Ways to choose codes for a grid: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward)."""
+
+from ..errors import QuantError
+from .absmax import absmax
+from .base import Fit, Grid, GridCodes
+from .gptq import gptq
+from .mse import mse
+
+ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax)
+MSE = Fit("mse", needs_hessian=False, choose=mse)
+GPTQ = Fit("gptq", needs_hessian=True, choose=gptq)
+FITS = (ABSMAX, MSE, GPTQ)
+
+__all__ = ["ABSMAX", "FITS", "GPTQ", "MSE", "Fit", "Grid", "GridCodes", "parse_fit"]
+
+
+def parse_fit(text: str) -> Fit:
+    """The fit of that name; QuantError listing the legal names."""
+    for fit in FITS:
+        if fit.name == text:
+            return fit
+    raise QuantError(f"`{text}` is not a fit: known are {', '.join(map(str, FITS))}")

@@ -1,1 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Weight formats as values: `parse_format("int4-g32").nbytes((320, 320))`."""
+
+from ..errors import QuantError
+from .affine import Affine
+from .base import CompressedTensor, LayerFormat, PartSpec, from_matrix_view, matrix_shape, matrix_view
+from .dense import Dense
+
+FORMATS: tuple[type[LayerFormat], ...] = (Dense, Affine)
+"""Every kind of format: the planner, the contract tests and `parse_format` know formats only through this."""
+
+__all__ = [
+    "FORMATS",
+    "Affine",
+    "CompressedTensor",
+    "Dense",
+    "LayerFormat",
+    "PartSpec",
+    "from_matrix_view",
+    "matrix_shape",
+    "matrix_view",
+    "parse_format",
+]
+
+
+def parse_format(text: str) -> LayerFormat:
+    """The format of that name, the inverse of `str(format)`; QuantError listing the legal names."""
+    for kind in FORMATS:
+        parsed = kind.parse(text)
+        if parsed is not None:
+            return parsed
+    legal = ", ".join(kind.syntax for kind in FORMATS)
+    raise QuantError(f"`{text}` is not a weight format: known are {legal}")

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plain fit: each group's scale covers its largest weight, each weight takes the nearest code."""
+
+from torch import Tensor
+
+from .base import Grid, GridCodes, as_codes, nearest_steps, range_scale
+
+
+def absmax(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> GridCodes:
+    """Codes within half a step of every weight; does not look at the Hessian."""
+    weight_OGg = grid.grouped(weight_OK)
+    scale_OG, zero_OG = range_scale(weight_OGg, grid)
+    return as_codes(nearest_steps(weight_OGg, scale_OG, zero_OG, grid), scale_OG, zero_OG, grid)

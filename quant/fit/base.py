@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The integer grid a weight is fitted to, and what a fit hands back. Knows numbers only, no storage.
+
+O outputs, K columns of the matrix view, G groups per row, g columns per group (K = G * g).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantError
+
+LARGEST_SCALE = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Legal values of one group: (code - zero) * scale for integer codes in [lowest_code, highest_code].
+
+    `group` is the number of neighbouring columns that share a scale. A symmetric grid has zero = 0.
+    """
+
+    bits: int
+    symmetric: bool
+    group: int
+
+    @property
+    def lowest_code(self) -> int:
+        """int8 leaves -128 out, so that its range is the same on both sides; int4 cannot afford to."""
+        if not self.symmetric:
+            return 0
+        return -127 if self.bits == 8 else -(2 ** (self.bits - 1))
+
+    @property
+    def highest_code(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.symmetric else torch.uint8
+
+    def grouped(self, weight_OK: Tensor) -> Tensor:
+        """The same values as [O, G, g]."""
+        return weight_OK.reshape(weight_OK.shape[0], -1, self.group)
+
+
+@dataclass(frozen=True)
+class GridCodes:
+    """A fitted matrix: codes int8 (symmetric) or uint8 [O, K], scale fp16 [O, G], zero uint8 [O, G] or None."""
+
+    codes_OK: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor | None
+
+    def values(self) -> Tensor:
+        """float32 [O, K], computed with the scale as stored."""
+        return grid_values(self.codes_OK, self.scale_OG, self.zero_OG)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A way to choose codes: `choose(weight_OK, grid, hessian_KK)` for float32 weights and H = E[x xᵀ]."""
+
+    name: str
+    needs_hessian: bool
+    choose: Callable[[Tensor, Grid, Tensor | None], GridCodes]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def grid_values(codes_OK: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> Tensor:
+    """float32 [O, K]: (codes - zero) * scale, group by group."""
+    outputs, columns = codes_OK.shape
+    steps_OGg = codes_OK.to(torch.float32).reshape(outputs, scale_OG.shape[1], -1)
+    if zero_OG is not None:
+        steps_OGg = steps_OGg - zero_OG.to(torch.float32).unsqueeze(-1)
+    return (steps_OGg * scale_OG.to(torch.float32).unsqueeze(-1)).reshape(outputs, columns)
+
+
+def storable_scale(scale: Tensor) -> Tensor:
+    """float32 copies of the smallest fp16 numbers that are not under `scale`; 1 where a group is all zeros.
+
+    Upwards, so that the largest weight of a group never falls off the grid, and so that a scale under fp16's
+    smallest subnormal (6e-8) becomes that number and not a division by zero. QuantError over 65,504.
+    """
+    largest = float(scale.max()) if scale.numel() else 0.0
+    if largest > LARGEST_SCALE:
+        raise QuantError(f"a group needs scale {largest:.6g}, and fp16 scales end at {LARGEST_SCALE:.0f}")
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    nearest = scale.to(torch.float16)
+    # Positive floats are ordered like their bits: adding one to the bits is the next fp16 number.
+    above = (nearest.view(torch.int16) + 1).view(torch.float16)
+    rounded = torch.where(nearest.to(torch.float32) < scale, above, nearest).to(torch.float32)
+    return rounded.clamp(max=LARGEST_SCALE)
+
+
+def range_scale(weight_OGg: Tensor, grid: Grid, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero that just cover `shrink` times each group's range: float32 [O, G] on the fp16 grid."""
+    low = weight_OGg.amin(-1).clamp(max=0.0) * shrink
+    high = weight_OGg.amax(-1).clamp(min=0.0) * shrink
+    return scale_for_range(low, high, grid)
+
+
+def scale_for_range(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero (None on a symmetric grid) whose grid covers [low, high], with low <= 0 <= high."""
+    if grid.symmetric:
+        return storable_scale(torch.maximum(low_OG / grid.lowest_code, high_OG / grid.highest_code)), None
+    scale_OG = storable_scale((high_OG - low_OG) / grid.highest_code)
+    zero_OG = torch.round(-low_OG / scale_OG).clamp_(0, grid.highest_code)
+    return scale_OG, zero_OG
+
+
+def nearest_steps(weight_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, grid: Grid) -> Tensor:
+    """float32 [O, G, g]: the nearest code minus zero, so that the value is this times the scale."""
+    steps = torch.div(weight_OGg, scale_OG.unsqueeze(-1)).round_()
+    if zero_OG is None:
+        return steps.clamp_(grid.lowest_code, grid.highest_code)
+    zero_OG1 = zero_OG.unsqueeze(-1)
+    return torch.minimum(torch.maximum(steps, -zero_OG1), grid.highest_code - zero_OG1)
+
+
+def as_codes(steps_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, grid: Grid) -> GridCodes:
+    """Integer codes, fp16 scales and uint8 zeros from the float32 numbers a fit worked with."""
+    codes_OGg = steps_OGg if zero_OG is None else steps_OGg + zero_OG.unsqueeze(-1)
+    codes_OK = codes_OGg.reshape(codes_OGg.shape[0], -1).to(grid.code_dtype)
+    zero = None if zero_OG is None else zero_OG.to(torch.uint8)
+    return GridCodes(codes_OK, scale_OG.to(torch.float16), zero)

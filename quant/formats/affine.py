@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights as 4 or 8 bit integers with one fp16 scale per row or group: `int8-row`, `int4-g32`, `int4-g32-asym` …
+
+O outputs, I inputs, K columns of the matrix view, G scales per row.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantError
+from ..fit.base import Fit, Grid, grid_values
+from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
+from .bits import pack, packed_columns, unpack
+
+_NAME = re.compile(r"int(4|8)-(?:row|g([1-9][0-9]*))(-asym)?")
+
+
+@dataclass(frozen=True)
+class Affine(LayerFormat):
+    """value = (code - zero) * scale; `group` columns share a scale, a whole row does when `group` is None.
+
+    Parts: `codes` uint8 [O, ceil(K * bits / 8)] (row-packed, two's complement when symmetric), `scale` fp16
+    [O, G], and for asymmetric formats `zero_point` uint8 [O, ceil(G * bits / 8)], packed like the codes.
+    """
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = True
+
+    syntax: ClassVar[str] = "int4-row, int8-row, int4-g<N>, int8-g<N>, each also with -asym"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise QuantError(f"an integer weight has 4 or 8 bits, not {self.bits}")
+        if self.group is not None and self.group < 1:
+            raise QuantError(f"a group has at least 1 column, not {self.group}")
+
+    def __str__(self) -> str:
+        spread = "row" if self.group is None else f"g{self.group}"
+        return f"int{self.bits}-{spread}" + ("" if self.symmetric else "-asym")
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        match = _NAME.fullmatch(text)
+        if match is None:
+            return None
+        bits, group, asymmetric = match.groups()
+        return cls(int(bits), int(group) if group else None, asymmetric is None)
+
+    @property
+    def weight_bits(self) -> float:
+        return float(self.bits)
+
+    def fits(self, shape: Shape) -> str | None:
+        if len(shape) not in (2, 4) or 0 in shape:
+            return f"{self} stores Linear [O, I] and Conv2d [O, I, kh, kw] weights, not shape {list(shape)}"
+        if self.group is not None and shape[1] % self.group:
+            return f"{shape[1]} input channels are not a multiple of group {self.group} in {self}"
+        return None
+
+    def part_specs(self, shape: Shape) -> dict[str, PartSpec]:
+        outputs, columns = matrix_shape(shape)
+        scales = self._scales_per_row(shape)
+        specs = {
+            "codes": PartSpec(torch.uint8, (outputs, packed_columns(columns, self.bits))),
+            "scale": PartSpec(torch.float16, (outputs, scales)),
+        }
+        if not self.symmetric:
+            specs["zero_point"] = PartSpec(torch.uint8, (outputs, packed_columns(scales, self.bits)))
+        return specs
+
+    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+        weight_OK = matrix_view(weight)
+        grid = Grid(self.bits, self.symmetric, self.group or weight_OK.shape[1])
+        fitted = fit.choose(weight_OK, grid, hessian_KK)
+        parts = {"codes": pack(fitted.codes_OK, self.bits), "scale": fitted.scale_OG.contiguous()}
+        if fitted.zero_OG is not None:
+            parts["zero_point"] = pack(fitted.zero_OG, self.bits)
+        return parts
+
+    def decode(self, compressed: CompressedTensor) -> Tensor:
+        return from_matrix_view(grid_values(*self.unpack(compressed)), compressed.shape)
+
+    def unpack(self, compressed: CompressedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes [O, K] (int8, or uint8 when asymmetric), scale fp16 [O, G], zero uint8 [O, G] or None."""
+        _, columns = matrix_shape(compressed.shape)
+        parts = compressed.parts
+        codes_OK = unpack(parts["codes"], self.bits, columns, signed=self.symmetric)
+        zero_OG = None
+        if not self.symmetric:
+            scales = self._scales_per_row(compressed.shape)
+            zero_OG = unpack(parts["zero_point"], self.bits, scales, signed=False)
+        return codes_OK, parts["scale"], zero_OG
+
+    def _scales_per_row(self, shape: Shape) -> int:
+        return 1 if self.group is None else matrix_shape(shape)[1] // self.group

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every weight format promises, and the matrix view that all of them and the Hessians share.
+
+O outputs, I inputs, K columns of the matrix view, kh kw kernel height and width.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantError
+from ..fit.base import Fit
+
+Shape = tuple[int, ...]
+
+
+class PartSpec(NamedTuple):
+    """One stored tensor of a compressed weight, known from the weight's shape alone."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CompressedTensor:
+    """One weight as stored: its format, its original shape and its named parts."""
+
+    format: "LayerFormat"
+    shape: Shape
+    parts: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+class LayerFormat(ABC):
+    """How one weight is stored: a value whose name is `str(format)` and whose size follows from the shape.
+
+    A format says which parts it stores (`part_specs`) and how to fill and read them (`encode`, `decode`);
+    checks, sizes and refusals are the same for all and live here.
+    """
+
+    syntax: ClassVar[str]
+    """How the names of this class are spelled, for error messages."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> Self | None:
+        """The format of that name, or None when the name belongs to another class; inverse of `str`."""
+
+    @property
+    @abstractmethod
+    def weight_bits(self) -> float:
+        """Bits per weight of the codes alone, scales not counted."""
+
+    @abstractmethod
+    def fits(self, shape: Shape) -> str | None:
+        """None when a weight of this shape can be stored, else the reason with its numbers."""
+
+    @abstractmethod
+    def part_specs(self, shape: Shape) -> dict[str, PartSpec]:
+        """Name, type and shape of everything that is stored for a weight of a shape that fits."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+        """The parts of a finite float32 weight whose shape fits."""
+
+    @abstractmethod
+    def decode(self, compressed: CompressedTensor) -> Tensor:
+        """The stored weight as float32 in its original shape."""
+
+    def nbytes(self, shape: Shape) -> int:
+        """Exact stored bytes of a weight of this shape; QuantError when it does not fit."""
+        self._require_fit(shape)
+        return sum(spec.nbytes for spec in self.part_specs(shape).values())
+
+    def compress(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None = None) -> CompressedTensor:
+        """The weight in this format, values chosen by `fit` (with H = E[x xᵀ] in matrix-view order, [K, K]).
+
+        QuantError when the shape does not fit, when a value is not finite, or when the fit lacks its Hessian.
+        """
+        shape = tuple(weight.shape)
+        self._require_fit(shape)
+        bad_values = int((~torch.isfinite(weight)).sum())
+        if bad_values:
+            raise QuantError(f"{bad_values:,} of {weight.numel():,} weights are NaN or infinite")
+        plain = weight.detach().to(device="cpu", dtype=torch.float32)
+        return CompressedTensor(self, shape, self.encode(plain, fit, hessian_KK))
+
+    def decompress(self, compressed: CompressedTensor) -> Tensor:
+        """float32 in the original shape; QuantError when the parts are not those of this format and shape."""
+        self._require_fit(compressed.shape)
+        expected = self.part_specs(compressed.shape)
+        found = {name: PartSpec(part.dtype, tuple(part.shape)) for name, part in compressed.parts.items()}
+        if found != expected:
+            raise QuantError(f"{self} of shape {list(compressed.shape)} stores {expected}, found {found}")
+        return self.decode(compressed)
+
+    def _require_fit(self, shape: Shape) -> None:
+        reason = self.fits(shape)
+        if reason is not None:
+            raise QuantError(reason)
+
+
+def matrix_shape(shape: Shape) -> tuple[int, int]:
+    """(O, K) of the matrix view of a weight of this shape."""
+    return shape[0], math.prod(shape[1:])
+
+
+def matrix_view(weight: Tensor) -> Tensor:
+    """[O, K]: a Linear as it is, a Conv2d with its columns in (kh, kw, I) order.
+
+    That order makes g neighbouring columns g input channels at one tap, so a group never mixes taps.
+    """
+    if weight.ndim == 4:
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.reshape(weight.shape[0], -1)
+
+
+def from_matrix_view(weight_OK: Tensor, shape: Shape) -> Tensor:
+    """The weight in its original shape, contiguous: the inverse of `matrix_view`."""
+    if len(shape) == 4:
+        outputs, inputs, height, width = shape
+        return weight_OK.reshape(outputs, height, width, inputs).permute(0, 3, 1, 2).contiguous()
+    return weight_OK.reshape(shape)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights as plain floating-point numbers: `fp32` and `fp16`."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantError
+from ..fit.base import Fit
+from .base import CompressedTensor, LayerFormat, PartSpec, Shape
+
+_DTYPES = {16: torch.float16, 32: torch.float32}
+
+
+@dataclass(frozen=True)
+class Dense(LayerFormat):
+    """One part, `weight`, in the weight's own shape; fits every shape and needs no fit."""
+
+    bits: int
+
+    syntax: ClassVar[str] = "fp16, fp32"
+
+    def __post_init__(self) -> None:
+        if self.bits not in _DTYPES:
+            raise QuantError(f"a dense weight has 16 or 32 bits, not {self.bits}")
+
+    def __str__(self) -> str:
+        return f"fp{self.bits}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        return {"fp16": cls(16), "fp32": cls(32)}.get(text)
+
+    @property
+    def weight_bits(self) -> float:
+        return float(self.bits)
+
+    def fits(self, shape: Shape) -> str | None:
+        return None
+
+    def part_specs(self, shape: Shape) -> dict[str, PartSpec]:
+        return {"weight": PartSpec(_DTYPES[self.bits], shape)}
+
+    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+        stored = weight.to(_DTYPES[self.bits], copy=True).contiguous()
+        if not torch.isfinite(stored).all():
+            largest = float(weight.abs().max())
+            raise QuantError(f"the largest weight is {largest:.6g}, and fp16 ends at 65504")
+        return {"weight": stored}
+
+    def decode(self, compressed: CompressedTensor) -> Tensor:
+        return compressed.parts["weight"].to(torch.float32, copy=True)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layer is stored in which format under a byte budget. Pure: reads measured choices, looks at no weights."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Self
+
+from .errors import OverBudget, QuantError
+from .files import write_whole
+from .knapsack import Kind, least_loss
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store one layer: the format's name, its exact bytes, its predicted loss (0 = no loss)."""
+
+    format: str
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class LayerChoices:
+    """Everything the planner knows of a layer: its name, weight shape and candidates."""
+
+    layer: str
+    shape: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one layer."""
+
+    layer: str
+    shape: tuple[int, ...]
+    format: str
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One choice per layer, in the order the layers were given; `fixed_bytes` is everything else in the model."""
+
+    choices: tuple[Choice, ...]
+    fixed_bytes: int
+    budget_bytes: int | None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.fixed_bytes + sum(choice.nbytes for choice in self.choices)
+
+    @property
+    def predicted_loss(self) -> float:
+        return sum(choice.loss for choice in self.choices)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict; `total_bytes` and `predicted_loss` are there for readers, not read back."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "budget_bytes": self.budget_bytes,
+            "fixed_bytes": self.fixed_bytes,
+            "total_bytes": self.total_bytes,
+            "predicted_loss": self.predicted_loss,
+            "choices": [asdict(choice) | {"shape": list(choice.shape)} for choice in self.choices],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The plan that `to_json` wrote; QuantError when it is of another version or a field is missing."""
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise QuantError(
+                f"plan has schema_version {data.get('schema_version')}, this version reads {SCHEMA_VERSION}"
+            )
+        try:
+            choices = tuple(Choice(**entry | {"shape": tuple(entry["shape"])}) for entry in data["choices"])
+            return cls(choices, data["fixed_bytes"], data["budget_bytes"])
+        except (KeyError, TypeError) as error:
+            raise QuantError(f"plan is not readable: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON, whole or not at all."""
+        with write_whole(path) as partial:
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The plan saved at `path`; QuantError naming the file when it is not a plan."""
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (QuantError, json.JSONDecodeError, AttributeError) as error:
+            raise QuantError(f"{path}: {error}") from error
+
+
+def plan(
+    layers: Sequence[LayerChoices],
+    budget_bytes: int | None,
+    fixed_bytes: int,
+    pins: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan of least predicted loss whose total is within `budget_bytes` (None: no limit).
+
+    `pins` maps a glob over layer names to a format; where two globs match, the later one holds. Deterministic:
+    among equal layers the earlier ones get the larger formats, among equal formats the smaller, then the earlier.
+    Raises OverBudget with the smallest possible total, QuantError for a pin that matches no layer or names a
+    format the layer cannot have.
+    """
+    allowed = apply_pins(layers, pins or {})
+    if budget_bytes is None:
+        capacity = sum(max(candidate.nbytes for candidate in layer.candidates) for layer in allowed)
+    else:
+        capacity = budget_bytes - fixed_bytes
+        _require_budget(allowed, budget_bytes, fixed_bytes)
+    chosen = _solve(allowed, capacity)
+    choices = tuple(
+        Choice(layer.layer, layer.shape, candidate.format, candidate.nbytes, candidate.loss)
+        for layer, candidate in zip(allowed, chosen, strict=True)
+    )
+    return Plan(choices, fixed_bytes, budget_bytes)
+
+
+def tradeoff(
+    layers: Sequence[LayerChoices],
+    budgets: Sequence[int],
+    fixed_bytes: int,
+    pins: Mapping[str, str] | None = None,
+) -> list[Plan]:
+    """One plan per budget, in the order given: predicted loss against bytes, the curve of the report."""
+    return [plan(layers, budget_bytes, fixed_bytes, pins) for budget_bytes in budgets]
+
+
+def smallest_total_bytes(
+    layers: Sequence[LayerChoices], fixed_bytes: int, pins: Mapping[str, str] | None = None
+) -> int:
+    """Bytes of the smallest plan there is: the least budget that `plan` accepts."""
+    return fixed_bytes + _smallest_bytes(apply_pins(layers, pins or {}))
+
+
+def apply_pins(layers: Sequence[LayerChoices], pins: Mapping[str, str]) -> list[LayerChoices]:
+    """The layers with only the pinned candidate left where a glob matches; QuantError for a pin in vain."""
+    names = [layer.layer for layer in layers]
+    _require_sound(layers)
+    for glob in pins:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise QuantError(f"pin `{glob}` = {pins[glob]} matches none of the {len(names)} layers")
+    return [_pinned(layer, pins) for layer in layers]
+
+
+def _pinned(layer: LayerChoices, pins: Mapping[str, str]) -> LayerChoices:
+    formats = [name for glob, name in pins.items() if fnmatchcase(layer.layer, glob)]
+    if not formats:
+        return layer
+    kept = tuple(candidate for candidate in layer.candidates if candidate.format == formats[-1])
+    if not kept:
+        known = ", ".join(candidate.format for candidate in layer.candidates)
+        raise QuantError(f"{layer.layer}: pinned to {formats[-1]}, its candidates are {known}")
+    return replace(layer, candidates=kept)
+
+
+def _require_sound(layers: Sequence[LayerChoices]) -> None:
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.layer in seen:
+            raise QuantError(f"{layer.layer}: listed twice")
+        seen.add(layer.layer)
+        if not layer.candidates:
+            raise QuantError(f"{layer.layer}: no candidate format for shape {list(layer.shape)}")
+        for candidate in layer.candidates:
+            if not 0 <= candidate.loss < float("inf"):
+                raise QuantError(
+                    f"{layer.layer}: {candidate.format} has loss {candidate.loss}, not a number >= 0"
+                )
+
+
+def _smallest_bytes(layers: Sequence[LayerChoices]) -> int:
+    return sum(min(candidate.nbytes for candidate in layer.candidates) for layer in layers)
+
+
+def _require_budget(layers: Sequence[LayerChoices], budget_bytes: int, fixed_bytes: int) -> None:
+    smallest = fixed_bytes + _smallest_bytes(layers)
+    if smallest > budget_bytes:
+        raise OverBudget(
+            f"smallest plan is {smallest:,} bytes ({fixed_bytes:,} of them not in compressible layers), "
+            f"{smallest - budget_bytes:,} over the budget of {budget_bytes:,} bytes",
+            hint="allow a smaller format, loosen a pin, or raise the budget",
+        )
+
+
+def _solve(layers: Sequence[LayerChoices], capacity_bytes: int) -> list[Candidate]:
+    """One candidate per layer. Layers with the same options are one kind: they are solved by count, not by name.
+
+    That takes the symmetry out (794 layers of the SDXL UNet are a few dozen kinds), which is what makes
+    branch and bound quick, and it makes the answer independent of how the solver walks through equal layers.
+    """
+    options = [efficient(layer.candidates) for layer in layers]
+    members: dict[tuple[tuple[int, float], ...], list[int]] = {}
+    for index, candidates in enumerate(options):
+        key = tuple((candidate.nbytes, candidate.loss) for candidate in candidates)
+        members.setdefault(key, []).append(index)
+    counts = least_loss([Kind(key, len(indices)) for key, indices in members.items()], capacity_bytes)
+    chosen: dict[int, Candidate] = {}
+    for indices, kind_counts in zip(members.values(), counts, strict=True):
+        largest_first = _spread(reversed(range(len(kind_counts))), kind_counts)
+        for index, option in zip(indices, largest_first, strict=True):
+            chosen[index] = options[index][option]
+    return [chosen[index] for index in range(len(layers))]
+
+
+def _spread(order: Iterator[int], counts: Sequence[int]) -> Iterator[int]:
+    for option in order:
+        yield from [option] * counts[option]
+
+
+def efficient(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates no other one beats in both bytes and loss, smallest first, loss falling."""
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda candidate: (candidate.nbytes, candidate.loss)):
+        if not kept or candidate.loss < kept[-1].loss:
+            kept.append(candidate)
+    return tuple(kept)
