@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 
 def _inside(path: str) -> str:
@@ -160,8 +159,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
         beside.write(text)
     path = folder / MANIFEST_NAME
     Path(beside.name).chmod(0o644)
-    os.replace(beside.name, path)
-    return path
+    return Path(beside.name).replace(path)
 
 
 def file_entries(folder: Path) -> list[FileEntry]:

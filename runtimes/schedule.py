@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import TurbopocketError
 
+Floats = NDArray[np.floating[Any]]
 SamplerKind = Literal["euler", "euler_ancestral", "ddim", "lcm"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -41,6 +42,7 @@ SCHEDULER_CLASSES: dict[str, tuple[SamplerKind, dict[str, Any]]] = {
     "DDIMScheduler": ("ddim", _DDIM_DEFAULTS),
     "LCMScheduler": ("lcm", _LCM_DEFAULTS),
 }
+_CLASS_OF_KIND = {kind: name for name, (kind, _) in SCHEDULER_CLASSES.items()}
 # Settings that change the numbers and that no sampler here knows: (key, the only value that is accepted).
 _ONLY_VALUES: dict[str, Any] = {
     "trained_betas": None,
@@ -92,17 +94,22 @@ class SamplerSpec(BaseModel):
 
     @classmethod
     def from_scheduler_config(
-        cls, config: Mapping[str, Any], steps: int, guidance_scale: float
+        cls,
+        config: Mapping[str, Any],
+        steps: int,
+        guidance_scale: float,
+        kind: SamplerKind | None = None,
     ) -> "SamplerSpec":
-        """The sampler that a diffusers `scheduler_config.json` describes, with that class's own defaults.
+        """The sampler that a diffusers `scheduler_config.json` describes, or another `kind` on its noise schedule.
 
-        Raises TurbopocketError for a scheduler class or a setting that no sampler here reproduces.
+        What the config leaves out are the scheduler class's own defaults. Raises TurbopocketError for a class or
+        a setting that no sampler here reproduces.
         """
-        name = config.get("_class_name")
+        name = config.get("_class_name") if kind is None else _CLASS_OF_KIND[kind]
         if name not in SCHEDULER_CLASSES:
             raise TurbopocketError(
                 f"scheduler class {name!r} has no sampler here: known are {', '.join(SCHEDULER_CLASSES)}",
-                hint="name one of these as the sampler: its noise schedule is read from the same config",
+                hint=f"choose another sampler on the same noise schedule: {', '.join(_CLASS_OF_KIND)}",
             )
         for key, only in _ONLY_VALUES.items():
             if config.get(key, only) != only and config[key] is not None:
@@ -166,7 +173,7 @@ def timesteps(spec: SamplerSpec, steps: int) -> NDArray[np.float32]:
     return chosen.astype(np.float32)
 
 
-def _spaced_timesteps(spec: SamplerSpec, steps: int) -> NDArray[np.float64]:
+def _spaced_timesteps(spec: SamplerSpec, steps: int) -> Floats:
     count = spec.num_train_timesteps
     if spec.timestep_spacing == "linspace":
         spaced = np.linspace(0, count - 1, steps)[::-1]
@@ -176,7 +183,7 @@ def _spaced_timesteps(spec: SamplerSpec, steps: int) -> NDArray[np.float64]:
     return (count - np.arange(steps) * (count / steps)).round() - 1
 
 
-def _lcm_timesteps(spec: SamplerSpec, steps: int) -> NDArray[np.float64]:
+def _lcm_timesteps(spec: SamplerSpec, steps: int) -> Floats:
     original = spec.original_inference_steps
     if steps > original or original > spec.num_train_timesteps:
         raise ValueError(

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a runtime compute what PyTorch computes? Measured call by call on the same inputs, then on pictures.
+
+Each call is replayed with the reference's own inputs, so an error belongs to the component and step it is
+listed under; the pictures show what all errors together come to.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .manifest import Manifest
+from .metrics import max_abs_error, psnr_db, relative_error, snr_db, ssim
+from .parity import Divergence, Limits, ParityReport, ParityRow, PictureRow
+from .runner import Arrays, LayerRunner, Runner, check_names
+from .text_to_image import generate
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "Call",
+    "Divergence",
+    "FeatureDistance",
+    "Limits",
+    "ParityReport",
+    "ParityRow",
+    "Picture",
+    "PictureRow",
+    "Recorder",
+    "Reference",
+    "compare",
+    "compare_call",
+    "compare_pictures",
+    "first_divergence",
+    "locate_divergence",
+]
+
+Picture = NDArray[np.uint8]
+FeatureDistance = Callable[[Picture, Picture], float]
+"""How far apart a network finds two pictures [H, W, 3]: 0 when they look the same to it."""
+
+
+class Reference(LayerRunner, Protocol):
+    """A runner that is right by definition and knows the names of its layers."""
+
+    def layers(self, component: str) -> list[str]:
+        """Names of the layers that `run_layers` can show."""
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a component: what went in and what came out."""
+
+    component: str
+    inputs: Arrays
+    outputs: Arrays
+
+    @property
+    def timestep(self) -> float | None:
+        """The training timestep of a UNet call, None for other components."""
+        return float(self.inputs["timestep"].flat[0]) if "timestep" in self.inputs else None
+
+
+@dataclass
+class Recorder:
+    """A runner that remembers every call made through it."""
+
+    runner: Runner
+    calls: list[Call] = field(default_factory=list)
+
+    def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """What the runner behind it gives, now also in `calls`."""
+        outputs = self.runner.run(component, inputs)
+        self.calls.append(Call(component, dict(inputs), outputs))
+        return outputs
+
+
+def compare(
+    reference: Reference,
+    candidate: LayerRunner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompts: Sequence[str],
+    seed: int,
+    limits: Limits,
+    feature_distance: FeatureDistance | None = None,
+) -> ParityReport:
+    """The report on one picture per prompt, drawn by both runners from seed, seed + 1, …
+
+    When calls fail, the first of them is opened up to name the first diverging layer.
+    """
+    rows: list[ParityRow] = []
+    pictures: list[PictureRow] = []
+    divergence: Divergence | None = None
+    failed = False
+    for index, prompt in enumerate(prompts):
+        recorder = Recorder(reference)
+        expected = generate(recorder, manifest, tokenizers, prompt, seed + index)
+        for call in recorder.calls:
+            rows.append(compare_call(candidate, call, index, limits))
+            if not failed and not rows[-1].passed:
+                failed = True
+                divergence = locate_divergence(reference, candidate, call, limits.max_relative_error)
+        found = generate(candidate, manifest, tokenizers, prompt, seed + index)
+        pictures.append(compare_pictures(found, expected, index, prompt, seed + index, feature_distance))
+    return ParityReport(limits=limits, rows=rows, pictures=pictures, first_divergence=divergence)
+
+
+def compare_call(candidate: Runner, call: Call, picture: int, limits: Limits) -> ParityRow:
+    """The row of a recorded call replayed on `candidate`. Raises TurbopocketError when the outputs' names differ."""
+    outputs = candidate.run(call.component, call.inputs)
+    check_names(call.component, "outputs", list(call.outputs), list(outputs))
+    errors = {name: relative_error(outputs[name], call.outputs[name]) for name in call.outputs}
+    worst = max(errors, key=lambda name: errors[name])
+    return ParityRow(
+        picture=picture,
+        component=call.component,
+        timestep=call.timestep,
+        output=worst,
+        max_abs_error=max_abs_error(outputs[worst], call.outputs[worst]),
+        relative_error=errors[worst],
+        snr_db=_finite(snr_db(outputs[worst], call.outputs[worst])),
+        max_relative_error=limits.max_relative_error,
+    )
+
+
+def compare_pictures(
+    found: Picture,
+    expected: Picture,
+    picture: int,
+    prompt: str,
+    seed: int,
+    feature_distance: FeatureDistance | None = None,
+) -> PictureRow:
+    """The row of two pictures of the same prompt and seed."""
+    return PictureRow(
+        picture=picture,
+        prompt=prompt,
+        seed=seed,
+        psnr_db=_finite(psnr_db(found, expected)),
+        ssim=ssim(found, expected),
+        feature_distance=None if feature_distance is None else feature_distance(found, expected),
+    )
+
+
+def locate_divergence(
+    reference: Reference, candidate: LayerRunner, call: Call, max_relative_error: float
+) -> Divergence | None:
+    """The first diverging layer of a recorded call, found by running it on both sides with all layers shown."""
+    layers = reference.layers(call.component)
+    expected = reference.run_layers(call.component, call.inputs, layers)
+    found = candidate.run_layers(call.component, call.inputs, layers)
+    return first_divergence(call, expected, found, max_relative_error)
+
+
+def first_divergence(
+    call: Call, expected: Arrays, found: Arrays, max_relative_error: float
+) -> Divergence | None:
+    """The first layer over the limit, in the order of `expected`, which is that of execution.
+
+    Layers that only one side shows are passed over; one of another shape has diverged by inf.
+    """
+    for layer, reference in expected.items():
+        if layer not in found:
+            continue
+        same_shape = found[layer].shape == reference.shape
+        error = relative_error(found[layer], reference) if same_shape else math.inf
+        if error > max_relative_error:
+            return Divergence(
+                component=call.component,
+                timestep=call.timestep,
+                layer=layer,
+                relative_error=error,
+                max_abs_error=max_abs_error(found[layer], reference) if same_shape else math.inf,
+            )
+    return None
+
+
+def _finite(decibels: float) -> float | None:
+    """None for the infinite dB of equal values, which JSON has no number for."""
+    return None if decibels == math.inf else decibels

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From words to what the UNet is told at every step (SDXL: Podell et al. 2023, arXiv 2307.01952, section 2)."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import TurbopocketError
+from .manifest import Manifest
+from .runner import Arrays, Runner, component_spec
+from .tokenizer import Tokenizer
+
+_HIDDEN_STATES = "hidden_states."
+
+
+class PromptCut(UserWarning):
+    """The prompt is longer than the text encoder reads; the message says which words were left out."""
+
+
+def feed(manifest: Manifest, component: str, values: Mapping[str, NDArray[Any]]) -> Arrays:
+    """`values` in the number types that the component's inputs have. Raises TurbopocketError for lost fractions."""
+    dtypes = {spec.name: np.dtype(spec.dtype) for spec in component_spec(manifest, component).inputs}
+    inputs = {name: value.astype(dtypes.get(name, value.dtype)) for name, value in values.items()}
+    for name, value in inputs.items():
+        if value.dtype.kind == "i" and (value != values[name]).any():
+            raise TurbopocketError(
+                f"{component}: input {name} is {value.dtype}, {values[name]} is no whole number"
+            )
+    return inputs
+
+
+def condition(
+    runner: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], prompt: str
+) -> dict[str, NDArray[np.float32]]:
+    """The UNet inputs that hold for all steps: `encoder_hidden_states` [1, T, D]; for SDXL also `text_embeds` [1, P]
+    and `time_ids` [1, 6]. Warns `PromptCut` when words are left out.
+    """
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in manifest.components]
+    encoded = {name: _encode(runner, manifest, tokenizers, name, prompt) for name in encoders}
+    if manifest.family == "sd":
+        return {
+            "encoder_hidden_states": _output("text_encoder", encoded["text_encoder"], "last_hidden_state")
+        }
+    states = [_penultimate(name, outputs) for name, outputs in encoded.items()]
+    return {
+        "encoder_hidden_states": np.concatenate(states, axis=-1),
+        "text_embeds": _output("text_encoder_2", encoded["text_encoder_2"], "text_embeds"),
+        "time_ids": _time_ids(manifest),
+    }
+
+
+def unconditional(
+    runner: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    negative_prompt: str | None,
+    conditional: Mapping[str, NDArray[np.float32]],
+) -> dict[str, NDArray[np.float32]]:
+    """What guidance steers away from: the negative prompt, else the empty one, else zeros where the model wants them."""
+    if negative_prompt is None and manifest.family == "sdxl" and manifest.force_zeros_for_empty_prompt:
+        return {n: value if n == "time_ids" else np.zeros_like(value) for n, value in conditional.items()}
+    return condition(runner, manifest, tokenizers, negative_prompt or "")
+
+
+def _encode(
+    runner: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], component: str, prompt: str
+) -> Arrays:
+    tokens = tokenizers[component].encode(prompt)
+    if tokens.cut is not None:
+        warnings.warn(
+            PromptCut(f"{component} reads {len(tokens.ids)} tokens, left out: {tokens.cut!r}"), stacklevel=2
+        )
+    return runner.run(component, feed(manifest, component, {"input_ids": tokens.ids[None]}))
+
+
+def _output(component: str, outputs: Arrays, name: str) -> NDArray[np.float32]:
+    if name not in outputs:
+        raise TurbopocketError(f"{component} has no output {name}: it has {', '.join(outputs)}")
+    return outputs[name].astype(np.float32)
+
+
+def _penultimate(component: str, outputs: Arrays) -> NDArray[np.float32]:
+    """The state before the last layer, which SDXL was trained on; states are numbered from the embedding up."""
+    count = sum(name.startswith(_HIDDEN_STATES) for name in outputs)
+    return _output(component, outputs, f"{_HIDDEN_STATES}{count - 2}")
+
+
+def _time_ids(manifest: Manifest) -> NDArray[np.float32]:
+    """Original size, crop and target size, [1, 6]: an uncropped picture of the artifact's own size."""
+    height, width = manifest.image.height, manifest.image.width
+    return np.array([[height, width, 0, 0, height, width]], dtype=np.float32)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison with PyTorch found, as values that are stored in `parity.json` and in the manifest."""
+
+import math
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Limits(_Record):
+    """What must hold: relative error per component and step, PSNR and SSIM per picture (None: not judged)."""
+
+    max_relative_error: float = Field(default=1e-4, gt=0)
+    min_psnr_db: float | None = None
+    min_ssim: float | None = None
+
+
+class ParityRow(_Record):
+    """One call of one component; the numbers are those of the output with the largest relative error.
+
+    `timestep` is None for components that have none; `snr_db` is None when the outputs are equal.
+    """
+
+    picture: int
+    component: str
+    timestep: float | None
+    output: str
+    max_abs_error: float
+    relative_error: float
+    snr_db: float | None
+    max_relative_error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the limit."""
+        return self.relative_error <= self.max_relative_error
+
+
+class PictureRow(_Record):
+    """One whole picture from the same prompt and seed; `psnr_db` is None when the pictures are equal."""
+
+    picture: int
+    prompt: str
+    seed: int
+    psnr_db: float | None
+    ssim: float
+    feature_distance: float | None = None
+
+    def passes(self, limits: Limits) -> bool:
+        """Whether the picture is as close as `limits` ask."""
+        psnr_db = math.inf if self.psnr_db is None else self.psnr_db
+        return psnr_db >= (limits.min_psnr_db or -math.inf) and self.ssim >= (limits.min_ssim or -math.inf)
+
+
+class Divergence(_Record):
+    """The first layer, in execution order, whose output is too far from the reference's."""
+
+    component: str
+    timestep: float | None
+    layer: str
+    relative_error: float
+    max_abs_error: float
+
+
+class ParityReport(_Record):
+    """All rows of a comparison; `first_divergence` is looked for only in a call that failed."""
+
+    limits: Limits
+    rows: list[ParityRow]
+    pictures: list[PictureRow]
+    first_divergence: Divergence | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every call and every picture is within its limits."""
+        return all(row.passed for row in self.rows) and all(row.passes(self.limits) for row in self.pictures)
+
+    @property
+    def worst(self) -> ParityRow | None:
+        """The call with the largest relative error, None when nothing was compared."""
+        return max(self.rows, key=lambda row: row.relative_error, default=None)
+
+    @property
+    def failure(self) -> str | None:
+        """One sentence naming the worst call or picture and the guilty layer; None when everything passed."""
+        if self.passed:
+            return None
+        worst = self.worst
+        if worst is None or worst.passed:
+            bad = next(row for row in self.pictures if not row.passes(self.limits))
+            return (
+                f"picture {bad.picture} has PSNR {bad.psnr_db} dB and SSIM {bad.ssim:.4f}; allowed are "
+                f"{self.limits.min_psnr_db} dB and {self.limits.min_ssim} or more"
+            )
+        when = "" if worst.timestep is None else f" at timestep {worst.timestep:g}"
+        found = f"relative error {worst.relative_error:.3g} is over {worst.max_relative_error:.3g}"
+        return f"{worst.component}{when}: {found} in output {worst.output}{self._blame()}"
+
+    def to_json(self) -> str:
+        """The report as JSON text; `from_json` is the inverse."""
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The report that `to_json` wrote."""
+        return cls.model_validate_json(text)
+
+    def _blame(self) -> str:
+        first = self.first_divergence
+        if first is None:
+            return ""
+        return f"; the first layer to diverge is {first.component}.{first.layer} ({first.relative_error:.3g})"
