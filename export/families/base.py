@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family is, and what loading a checkpoint gives."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+FamilyName = Literal["sdxl", "sd"]
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One PyTorch module of a family: the class its folder must hold, and what our graphs require of it.
+
+    `renames` turn published tensor names into the class's own: (regular expression, replacement), in order.
+    `required_config` maps a config key to the one value our graphs are built for.
+    """
+
+    library: Literal["diffusers", "transformers"]
+    class_name: str
+    renames: tuple[tuple[str, str], ...] = ()
+    required_config: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def weights_stem(self) -> str:
+        """The library's name for a weight file, without suffixes."""
+        return {"diffusers": "diffusion_pytorch_model", "transformers": "model"}[self.library]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Everything that tells one kind of checkpoint from another; a new family is one more of these values.
+
+    Tokenizer `tokenizer<suffix>` belongs to module `text_encoder<suffix>`. `pipeline_defaults` are the
+    pipeline's own values for settings that its model_index.json leaves out.
+    """
+
+    name: FamilyName
+    pipeline_class: str
+    modules: Mapping[str, ModuleSpec]
+    pipeline_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Names of the tokenizer folders, one per text encoder."""
+        encoders = (name for name in self.modules if name.startswith("text_encoder"))
+        return tuple(name.replace("text_encoder", "tokenizer") for name in encoders)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Names of all folders that a checkpoint of this family must hold."""
+        return (*self.modules, *self.tokenizers, "scheduler")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One checkpoint: its modules in eval mode, fp32, without gradients, and the settings of its pipeline.
+
+    `modules` has `text_encoder`, `text_encoder_2` (SDXL only), `unet` and `vae`; `tokenizers` maps each text
+    encoder to the folder of its tokenizer. With `has_weights` false every tensor is on the meta device.
+    `image_size_px` is the side of the square picture that the UNet was trained for.
+    """
+
+    name: str
+    family: FamilyName
+    folder: Path
+    modules: Mapping[str, nn.Module]
+    tokenizers: Mapping[str, Path]
+    scheduler_config: Mapping[str, Any]
+    pipeline_config: Mapping[str, Any]
+    image_size_px: int
+    vae_scale_factor: int
+    has_weights: bool

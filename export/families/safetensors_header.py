@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a safetensors file by its header alone, so that a bad file of gigabytes is refused in milliseconds."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...runtimes.errors import TurbopocketError
+
+HEADER_SIZE_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor is stored, and as what; `dtype` is safetensors' name, such as 'F16'."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors that a safetensors file holds, by name, without reading their values.
+
+    Raises TurbopocketError when the file is not safetensors, is a Git LFS pointer, is truncated, or has bytes
+    that no tensor owns.
+    """
+    size_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(HEADER_SIZE_BYTES)
+        if start == b"version ":
+            raise TurbopocketError(f"{file} is a Git LFS pointer, not weights", hint="fetch it: git lfs pull")
+        header_bytes = int.from_bytes(start, "little")
+        if size_bytes < HEADER_SIZE_BYTES or not 2 <= header_bytes <= MAX_HEADER_BYTES:
+            raise TurbopocketError(f"{file} is not a safetensors file ({size_bytes} bytes)")
+        data_start = HEADER_SIZE_BYTES + header_bytes
+        if size_bytes < data_start:
+            raise _truncated(file, size_bytes, data_start, "its header alone")
+        header = _parse_header(file, stream.read(header_bytes))
+    tensors = {name: _stored_tensor(file, name, entry) for name, entry in header.items()}
+    end = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size_bytes < end:
+        raise _truncated(file, size_bytes, end, "its header")
+    if size_bytes > end:
+        raise TurbopocketError(f"{file} has {size_bytes - end} bytes after its last tensor, none are allowed")
+    return tensors
+
+
+def _truncated(file: Path, size_bytes: int, needed_bytes: int, needed_by: str) -> TurbopocketError:
+    return TurbopocketError(
+        f"{file} is truncated: {size_bytes} bytes found, {needed_bytes} needed by {needed_by}, "
+        f"{needed_bytes - size_bytes} bytes missing",
+        hint="download or copy the file again",
+    )
+
+
+def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        header = None
+    if not isinstance(header, dict):
+        raise TurbopocketError(f"{file} is not a safetensors file: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _stored_tensor(file: Path, name: str, entry: Any) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        stored_bytes, wanted_bytes = end - begin, math.prod(shape) * ITEM_BYTES.get(dtype, 0)
+    except (KeyError, TypeError, ValueError):
+        raise TurbopocketError(f"{file} is not a safetensors file: bad header entry of {name!r}") from None
+    if dtype in ITEM_BYTES and stored_bytes != wanted_bytes:
+        raise TurbopocketError(
+            f"{file}: {name} takes {stored_bytes} bytes, its shape {list(shape)} in {dtype} needs {wanted_bytes}"
+        )
+    return StoredTensor(file, name, dtype, shape)

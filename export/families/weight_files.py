@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files of a component folder hold its weights: whole, sharded, or of a variant such as fp16."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from ...runtimes.errors import TurbopocketError
+from .json_object import read_json_object
+from .safetensors_header import StoredTensor, read_header
+
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def choose_weight_file(names: Collection[str], stem: str) -> str | None:
+    """Returns the file name to read weights from, or None: the plain file, else a shard index, else a variant.
+
+    Raises TurbopocketError when there are several variants and no plain file, for either would be a guess.
+    """
+    for plain in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+        if plain in names:
+            return plain
+    variant = re.compile(
+        rf"{re.escape(stem)}(\.[A-Za-z0-9_]+\.safetensors|\.safetensors\.index\.[A-Za-z0-9_]+\.json)"
+    )
+    variants = sorted(name for name in names if variant.fullmatch(name))
+    if len(variants) > 1:
+        raise TurbopocketError(
+            f"{len(variants)} variants of {stem}.safetensors and no plain one: {', '.join(variants)}",
+            hint=f"rename the one to use to {stem}.safetensors",
+        )
+    return variants[0] if variants else None
+
+
+def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
+    """Returns the tensors that a component folder's weight files hold, by name, from the headers alone.
+
+    Raises TurbopocketError when the folder has no safetensors weights, only pickled ones, or broken ones.
+    """
+    chosen = choose_weight_file({path.name for path in folder.iterdir()}, stem)
+    if chosen is None:
+        raise _no_weights(folder, stem)
+    return read_header(folder / chosen) if chosen.endswith(".safetensors") else _sharded(folder / chosen)
+
+
+def _no_weights(folder: Path, stem: str) -> TurbopocketError:
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        return TurbopocketError(
+            f"{folder} holds weights only as pickles ({', '.join(pickled)}), which can run code when opened; "
+            "safetensors is allowed",
+            hint="load the pipeline with diffusers and save_pretrained(folder, safe_serialization=True)",
+        )
+    return TurbopocketError(
+        f"{folder} has no weights: no {stem}.safetensors, no shard index, no variant of it"
+    )
+
+
+def _sharded(index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise TurbopocketError(f"{index} has no weight_map from tensor names to file names")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise TurbopocketError(f"{index} names the shard {shard!r}, which is no file beside it")
+        tensors |= read_header(index.parent / shard)
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise TurbopocketError(f"{index} places {name} in {shard}, which does not hold it")
+    return tensors

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building a family's modules from their configs, and filling them strictly from safetensors."""
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ...runtimes.errors import TurbopocketError
+from .base import ModuleSpec
+from .json_object import read_json_object
+from .safetensors_header import StoredTensor
+from .weight_files import stored_tensors
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+# transformers saved this constant buffer in older files; the module computes it.
+HARMLESS_EXTRA = re.compile(r"(.*\.)?embeddings\.position_ids")
+NAMES_SHOWN = 5
+
+
+def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
+    """Returns the module that `config.json` describes, its parameters on the meta device, its buffers real.
+
+    Raises TurbopocketError when the config is absent, of another class, or asks for what our graphs lack.
+    """
+    path = folder / "config.json"
+    config = read_json_object(path)
+    if config.get("_class_name", spec.class_name) != spec.class_name:
+        raise TurbopocketError(f"{path} is of a {config['_class_name']}; supported: {spec.class_name}")
+    module_class = getattr(importlib.import_module(spec.library), spec.class_name)
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = _construct(module_class, config)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise TurbopocketError(f"{path} does not describe a {spec.class_name}: {error}") from error
+    for key, wanted in spec.required_config.items():
+        if (found := module.config.get(key)) != wanted:
+            raise TurbopocketError(f"{path}: {key} is {found!r}; supported: {wanted!r}")
+    return module.eval().requires_grad_(False)
+
+
+def _construct(module_class: Any, config: dict[str, Any]) -> Any:
+    if hasattr(module_class, "config_class"):  # transformers: a typed config object
+        return module_class(module_class.config_class.from_dict(config))
+    return module_class.from_config(config)
+
+
+def fill_weights(module: nn.Module, folder: Path, spec: ModuleSpec) -> None:
+    """Afterwards the module's parameters are the folder's weights in fp32.
+
+    Names, shapes and dtypes are checked on the files' headers first. Raises TurbopocketError when a tensor is
+    missing, unexpected, of another shape or dtype, or holds NaN or infinity.
+    """
+    stored = _renamed(stored_tensors(folder, spec.weights_stem), spec)
+    _check_names_and_shapes({name: tuple(t.shape) for name, t in module.state_dict().items()}, stored, folder)
+    module.load_state_dict(_read(stored), strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def _renamed(stored: Mapping[str, StoredTensor], spec: ModuleSpec) -> dict[str, StoredTensor]:
+    renamed: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if HARMLESS_EXTRA.fullmatch(name):
+            continue
+        for pattern, replacement in spec.renames:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise TurbopocketError(f"{tensor.file}: {renamed[name].name} and {tensor.name} are one parameter")
+        renamed[name] = tensor
+    return renamed
+
+
+def _check_names_and_shapes(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], folder: Path
+) -> None:
+    if missing := expected.keys() - stored.keys():
+        raise TurbopocketError(f"{folder}: {len(missing)} tensors are missing: {_shown(missing)}")
+    if unexpected := stored.keys() - expected.keys():
+        raise TurbopocketError(
+            f"{folder}: {len(unexpected)} tensors have no place in the model of config.json: {_shown(unexpected)}"
+        )
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name]:
+            raise TurbopocketError(
+                f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(expected[name])}"
+            )
+        if tensor.dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(FLOAT_DTYPES)
+            raise TurbopocketError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; allowed: {allowed}")
+
+
+def _shown(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:NAMES_SHOWN]) + (" ..." if len(ordered) > NAMES_SHOWN else "")
+
+
+def _read(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    with ExitStack() as stack:
+        try:
+            files = {
+                file: stack.enter_context(safe_open(file, framework="pt"))
+                for file in {tensor.file for tensor in stored.values()}
+            }
+        except SafetensorError as error:
+            raise TurbopocketError(
+                f"{next(iter(stored.values())).file} is not safetensors: {error}"
+            ) from None
+        return {name: _finite(files[t.file].get_tensor(t.name).float(), t) for name, t in stored.items()}
+
+
+def _finite(values: Tensor, tensor: StoredTensor) -> Tensor:
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise TurbopocketError(
+            f"{tensor.file}: {tensor.name} has {bad} of {values.numel()} values that are NaN or infinite"
+        )
+    return values
