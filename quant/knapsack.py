@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The multiple-choice knapsack under the planner: pick one option per item, least loss, bytes within capacity."""
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
+
+from .errors import QuantError
 
 # Nodes and not seconds, so that a slow machine finds the same plan as a fast one.
 SOLVER_OPTIONS = {"mip_rel_gap": 1e-6, "node_limit": 20_000}
@@ -50,20 +57,40 @@ def _milp(kinds: Sequence[Kind], extra_units: Sequence[int], limit_units: int) -
     sizes = [len(kind.options) for kind in kinds]
     item_counts = np.array([kind.count for kind in kinds], dtype=float)
     loss = np.array([loss for kind in kinds for _, loss in kind.options])
-    rows = np.repeat(np.arange(len(kinds)), sizes)
-    one_option_each = csr_array(
-        (np.ones(loss.size), (rows, np.arange(loss.size))), shape=(len(kinds), loss.size)
-    )
-    result = milp(
-        loss / loss.max() * LOSS_SCALE,
-        integrality=np.ones(loss.size),
-        bounds=Bounds(0, np.repeat(item_counts, sizes)),
-        constraints=[
-            LinearConstraint(one_option_each, item_counts, item_counts),
-            LinearConstraint(csr_array(np.array([extra_units], dtype=float)), -np.inf, limit_units),
-        ],
-        options=SOLVER_OPTIONS,
-    )
+    kind_of_option = np.repeat(np.arange(len(kinds)), sizes)
+    options_of_kind = csr_array((np.ones(loss.size), (kind_of_option, np.arange(loss.size))))
+    largest_units = max(extra_units)
+    shares = np.array([extra_units], dtype=float) / largest_units
+    with _stdout_to_stderr():
+        result = milp(
+            loss / loss.max() * LOSS_SCALE,
+            integrality=np.ones(loss.size),
+            bounds=Bounds(0, np.repeat(item_counts, sizes)),
+            constraints=[
+                LinearConstraint(options_of_kind, item_counts, item_counts),
+                LinearConstraint(shares, -np.inf, limit_units / largest_units),
+            ],
+            options=SOLVER_OPTIONS,
+        )
+    if result.x is None:
+        raise QuantError(
+            f"the solver found no plan within its {SOLVER_OPTIONS['node_limit']} nodes: {result.message}"
+        )
     flat = [round(count) for count in result.x]
-    offsets = np.cumsum([0, *sizes])
-    return [flat[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [flat[start:stop] for start, stop in pairwise(np.cumsum([0, *sizes]))]
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS prints a debug line now and then (1.8 to 1.12, even with `disp` off); stdout is for data."""
+    flush_c_streams = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush_c_streams(None)
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        flush_c_streams(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)

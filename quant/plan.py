@@ -107,7 +107,7 @@ def plan(
     """The plan of least predicted loss whose total is within `budget_bytes` (None: no limit).
 
     `pins` maps a glob over layer names to a format; where two globs match, the later one holds. Deterministic:
-    among equal layers the earlier ones get the larger formats, among equal formats the smaller, then the earlier.
+    among equal layers the earlier ones get the larger formats, a tie in loss goes to the smaller format.
     Raises OverBudget with the smallest possible total, QuantError for a pin that matches no layer or names a
     format the layer cannot have.
     """
@@ -193,7 +193,7 @@ def _require_budget(layers: Sequence[LayerChoices], budget_bytes: int, fixed_byt
 
 
 def _solve(layers: Sequence[LayerChoices], capacity_bytes: int) -> list[Candidate]:
-    """One candidate per layer. Layers with the same options are one kind: they are solved by count, not by name.
+    """One candidate per layer. Layers with the same options are one kind, solved by count, not by name.
 
     That takes the symmetry out (794 layers of the SDXL UNet are a few dozen kinds), which is what makes
     branch and bound quick, and it makes the answer independent of how the solver walks through equal layers.

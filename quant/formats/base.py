@@ -41,6 +41,13 @@ class CompressedTensor:
     def nbytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
+    def require_promised_parts(self) -> None:
+        """QuantError when the parts are not those its format stores for its shape."""
+        promised = self.format.part_specs(self.shape)
+        found = {name: PartSpec(part.dtype, tuple(part.shape)) for name, part in self.parts.items()}
+        if found != promised:
+            raise QuantError(f"{self.format} of shape {list(self.shape)} stores {promised}, found {found}")
+
 
 class LayerFormat(ABC):
     """How one weight is stored: a value whose name is `str(format)` and whose size follows from the shape.
@@ -99,10 +106,7 @@ class LayerFormat(ABC):
     def decompress(self, compressed: CompressedTensor) -> Tensor:
         """float32 in the original shape; QuantError when the parts are not those of this format and shape."""
         self._require_fit(compressed.shape)
-        expected = self.part_specs(compressed.shape)
-        found = {name: PartSpec(part.dtype, tuple(part.shape)) for name, part in compressed.parts.items()}
-        if found != expected:
-            raise QuantError(f"{self} of shape {list(compressed.shape)} stores {expected}, found {found}")
+        compressed.require_promised_parts()
         return self.decode(compressed)
 
     def _require_fit(self, shape: Shape) -> None:

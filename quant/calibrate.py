@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each layer sees while a model runs: the second moment of its inputs, in matrix-view column order.
+
+B batch, I input channels, H W input size, Y X output size, K columns of the matrix view, N input vectors.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import QuantError
+from .files import write_whole
+
+# Floats of input vectors in one pass: a 512 x 512 convolution unfolded whole would be gigabytes.
+CHUNK_FLOATS = 2**23
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """`hessian_KK` = E[x xᵀ] (float32) over the `count` input vectors one layer saw; `absmax` = max |x|.
+
+    For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with W the matrix view of the weight.
+    """
+
+    hessian_KK: Tensor
+    count: int
+    absmax: float
+
+
+def compressible_layers(component: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and every Conv2d with groups = 1, by name: `<component>.<module path>`."""
+    return {
+        f"{component}.{path}" if path else component: layer
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
+
+
+def weight_of(name: str, layer: nn.Module) -> Tensor:
+    """The weight of a compressible layer; QuantError naming any other module."""
+    if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
+        return layer.weight
+    raise QuantError(f"{name}: {type(layer).__name__} is not a Linear or a Conv2d with groups=1")
+
+
+def calibrate(modules: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, LayerStats]:
+    """The statistics of every compressible layer of the named components that `run()` put to use.
+
+    Sums are kept in float64, K² * 8 bytes per layer. A layer that did not run is not in the result. QuantError
+    naming the layer when an input is NaN or infinite.
+    """
+    moments = {
+        name: _Moments(name, layer)
+        for component, module in modules.items()
+        for name, layer in compressible_layers(component, module).items()
+    }
+    with ExitStack() as hooks, torch.no_grad():
+        for moment in moments.values():
+            handle = moment.layer.register_forward_pre_hook(moment.observe)
+            hooks.callback(handle.remove)
+        run()
+    stats = {name: moment.stats() for name, moment in moments.items()}
+    return {name: layer_stats for name, layer_stats in stats.items() if layer_stats is not None}
+
+
+class _Moments:
+    """The running sum of x xᵀ of one layer."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        self.name, self.layer = name, layer
+        self.columns = weight_of(name, layer)[0].numel()
+        self.sum_KK: Tensor | None = None
+        self.count = 0
+        self.absmax = 0.0
+
+    def observe(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Adds the input of one call."""
+        x = inputs[0].detach().to(device="cpu", dtype=torch.float32)
+        largest = float(x.abs().max()) if x.numel() else 0.0
+        if not largest < float("inf"):
+            raise QuantError(f"{self.name}: an input is NaN or infinite while calibrating")
+        if self.sum_KK is None:
+            self.sum_KK = torch.zeros(self.columns, self.columns, dtype=torch.float64)
+        self.absmax = max(self.absmax, largest)
+        for x_NK in input_vectors(self.layer, x, self.columns):
+            self.sum_KK += x_NK.T @ x_NK
+            self.count += len(x_NK)
+
+    def stats(self) -> LayerStats | None:
+        """The mean so far, None if the layer never ran; lets go of the sum."""
+        if self.sum_KK is None:
+            return None
+        hessian_KK = (self.sum_KK / self.count).to(torch.float32)
+        self.sum_KK = None
+        return LayerStats(hessian_KK, self.count, self.absmax)
+
+
+def input_vectors(layer: nn.Module, x: Tensor, columns: int) -> Iterator[Tensor]:
+    """The vectors [N, K] that the matrix view of the layer's weight multiplies, a chunk at a time."""
+    rows = max(1, CHUNK_FLOATS // columns)
+    if not isinstance(layer, nn.Conv2d):
+        yield from x.reshape(-1, columns).split(rows)
+        return
+    patches_BYXhwI = _patches(layer, x if x.ndim == 4 else x.unsqueeze(0))
+    lines = max(1, rows // patches_BYXhwI.shape[2])
+    for patches_YXhwI in patches_BYXhwI:
+        for strip in patches_YXhwI.split(lines):
+            yield strip.reshape(-1, columns)
+
+
+def _patches(layer: nn.Conv2d, x_BIHW: Tensor) -> Tensor:
+    """A view [B, Y, X, kh, kw, I] of the padded input: nothing is unfolded until a chunk is copied out of it."""
+    # PyTorch's own resolution of padding="same", numbers and pairs: left, right, top, bottom.
+    padding = layer._reversed_padding_repeated_twice
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x_BHWI = nn.functional.pad(x_BIHW, padding, mode=mode).permute(0, 2, 3, 1).contiguous()
+    batch, height, width, channels = x_BHWI.shape
+    (kh, kw), (stride_y, stride_x), (step_y, step_x) = layer.kernel_size, layer.stride, layer.dilation
+    out_y = (height - step_y * (kh - 1) - 1) // stride_y + 1
+    out_x = (width - step_x * (kw - 1) - 1) // stride_x + 1
+    image, line, pixel, _ = x_BHWI.stride()
+    return x_BHWI.as_strided(
+        (batch, out_y, out_x, kh, kw, channels),
+        (image, line * stride_y, pixel * stride_x, line * step_y, pixel * step_x, 1),
+    )
+
+
+def save_stats(path: Path, stats: Mapping[str, LayerStats]) -> None:
+    """Writes one float32 Hessian per layer as safetensors; counts and ranges are in the file's metadata."""
+    numbers = {name: {"count": layer.count, "absmax": layer.absmax} for name, layer in stats.items()}
+    tensors = {name: layer.hessian_KK.contiguous() for name, layer in stats.items()}
+    with write_whole(path) as partial:
+        save_file(tensors, partial, metadata={"layer_stats": json.dumps(numbers)})
+
+
+def load_stats(path: Path) -> dict[str, LayerStats]:
+    """The statistics saved at `path`; QuantError naming the file when it holds something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            numbers = json.loads((file.metadata() or {})["layer_stats"])
+            return {
+                name: LayerStats(file.get_tensor(name), entry["count"], entry["absmax"])
+                for name, entry in numbers.items()
+            }
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise QuantError(f"{path}: not a file of layer statistics: {error}") from error

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan carried out: every planned layer in its format, as a file, and back in the PyTorch model."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .calibrate import LayerStats, compressible_layers, weight_of
+from .errors import QuantError
+from .files import write_whole
+from .fit import Fit
+from .formats import CompressedTensor, parse_format
+from .plan import Choice, Plan
+
+
+def compress(
+    layers: Mapping[str, nn.Module],
+    plan: Plan,
+    fit: Fit,
+    stats: Mapping[str, LayerStats] | None = None,
+) -> dict[str, CompressedTensor]:
+    """Every layer stored in the format the plan chose, in the plan's order; the same input gives the same bytes.
+
+    QuantError naming the layer when plan and model list different layers, shapes or sizes, when a weight is NaN
+    or infinite, or when the fit needs statistics that are not there.
+    """
+    planned = {choice.layer for choice in plan.choices}
+    _require_same_layers(planned, set(layers))
+    return {choice.layer: _compress_layer(layers, choice, fit, stats or {}) for choice in plan.choices}
+
+
+def _compress_layer(
+    layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mapping[str, LayerStats]
+) -> CompressedTensor:
+    weight = weight_of(choice.layer, layers[choice.layer])
+    if tuple(weight.shape) != choice.shape:
+        found, planned = list(weight.shape), list(choice.shape)
+        raise QuantError(f"{choice.layer}: weight of shape {found}, planned for shape {planned}")
+    hessian_KK = stats[choice.layer].hessian_KK if choice.layer in stats else None
+    try:
+        stored = parse_format(choice.format).compress(weight, fit, hessian_KK)
+    except QuantError as error:
+        raise QuantError(f"{choice.layer}: {error}", error.hint) from error
+    if stored.nbytes != choice.nbytes:
+        raise QuantError(
+            f"{choice.layer}: {stored.nbytes:,} bytes in {choice.format}, the plan counts {choice.nbytes:,}"
+        )
+    return stored
+
+
+def _require_same_layers(planned: set[str], found: set[str]) -> None:
+    for names, where in (
+        (planned - found, "in the plan, not in the model"),
+        (found - planned, "not in the plan"),
+    ):
+        if names:
+            raise QuantError(f"{len(names)} layers are {where}, the first is {min(names)}")
+
+
+@contextmanager
+def decompressed(
+    module_by_component: Mapping[str, nn.Module], weights: Mapping[str, CompressedTensor]
+) -> Iterator[None]:
+    """While the block runs, the model has the stored weights; afterwards its own, also after an error.
+
+    QuantError naming a stored layer that the model lacks or has in another shape.
+    """
+    layers = {
+        name: layer
+        for component, module in module_by_component.items()
+        for name, layer in compressible_layers(component, module).items()
+    }
+    missing = set(weights) - set(layers)
+    if missing:
+        raise QuantError(f"{len(missing)} stored layers are not in the model, the first is {min(missing)}")
+    with ExitStack() as originals:
+        for name, stored in weights.items():
+            weight = weight_of(name, layers[name])
+            if tuple(weight.shape) != stored.shape:
+                raise QuantError(
+                    f"{name}: stored shape {list(stored.shape)}, the model has {list(weight.shape)}"
+                )
+            originals.callback(_assign, weight, weight.detach().clone())
+            _assign(weight, stored.format.decompress(stored))
+        yield
+
+
+def _assign(weight: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(values)
+
+
+def save_weights(path: Path, weights: Mapping[str, CompressedTensor]) -> None:
+    """Writes the parts as safetensors tensors `<layer>.<part>`, formats and shapes in the metadata."""
+    layers = {name: {"format": str(stored.format), "shape": stored.shape} for name, stored in weights.items()}
+    tensors = {
+        f"{name}.{part}": tensor.contiguous()
+        for name, stored in weights.items()
+        for part, tensor in stored.parts.items()
+    }
+    with write_whole(path) as partial:
+        # One metadata entry: safetensors writes several in no fixed order, and the bytes must not vary.
+        save_file(tensors, partial, metadata={"compressed": json.dumps(layers)})
+
+
+def load_weights(path: Path) -> dict[str, CompressedTensor]:
+    """The weights saved at `path`; QuantError naming the file, and the layer whose parts are not as promised."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            layers = json.loads((file.metadata() or {})["compressed"])
+            return {name: _load_layer(file, name, **entry) for name, entry in layers.items()}
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, QuantError) as error:
+        raise QuantError(f"{path}: not a file of compressed weights: {error}") from error
+
+
+def _load_layer(file: safe_open, name: str, format: str, shape: list[int]) -> CompressedTensor:
+    layer_format = parse_format(format)
+    specs = layer_format.part_specs(tuple(shape))
+    parts = {part: file.get_tensor(f"{name}.{part}") for part in specs}
+    stored = CompressedTensor(layer_format, tuple(shape), parts)
+    stored.require_promised_parts()
+    return stored

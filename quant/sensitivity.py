@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each layer loses in each format: measured on the model, or estimated from shapes alone.
+
+Measuring is slow and its result is saved; deciding (plan.py) only reads it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import LayerStats, weight_of
+from .errors import QuantError
+from .files import write_whole
+from .fit import Fit
+from .formats import LayerFormat, matrix_view
+from .plan import Candidate, LayerChoices
+
+SCHEMA_VERSION = 1
+
+
+def fitting(
+    shapes: Mapping[str, tuple[int, ...]], formats: Sequence[LayerFormat]
+) -> dict[str, list[LayerFormat]]:
+    """For each layer the formats that can store its shape; QuantError with all reasons when none can."""
+    candidates = {
+        name: [each for each in formats if each.fits(shape) is None] for name, shape in shapes.items()
+    }
+    for name, kept in candidates.items():
+        if not kept:
+            reasons = "; ".join(str(each.fits(shapes[name])) for each in formats) or "no formats were given"
+            raise QuantError(f"{name}: no format fits: {reasons}")
+    return candidates
+
+
+def measure(
+    layers: Mapping[str, nn.Module],
+    stats: Mapping[str, LayerStats],
+    candidates: Mapping[str, Sequence[LayerFormat]],
+    outputs: Callable[[], Sequence[Tensor]],
+    fit: Fit,
+) -> dict[str, LayerChoices]:
+    """Predicted loss of every layer in each candidate format: its Hessian loss times the layer's gain.
+
+    The Hessian loss is tr[(Ŵ - W) H (Ŵ - W)ᵀ], the mean squared error of the layer's own output. The gain turns
+    it into error of the model: the layer alone is put in its smallest candidate, `outputs()` runs, and the mean
+    relative squared error of what it returns is divided by that candidate's Hessian loss. Weights are as before
+    when this returns. QuantError naming the layer that has no statistics or a candidate that does not fit.
+    """
+    with torch.no_grad():
+        reference = [output.clone() for output in outputs()]
+        return {
+            name: _measure_layer(name, layers[name], stats, formats, outputs, reference, fit)
+            for name, formats in candidates.items()
+        }
+
+
+def _measure_layer(
+    name: str,
+    layer: nn.Module,
+    stats: Mapping[str, LayerStats],
+    formats: Sequence[LayerFormat],
+    outputs: Callable[[], Sequence[Tensor]],
+    reference: Sequence[Tensor],
+    fit: Fit,
+) -> LayerChoices:
+    weight = weight_of(name, layer)
+    shape = tuple(weight.shape)
+    if name not in stats:
+        raise QuantError(f"{name}: no statistics, the layer did not run while calibrating")
+    hessian_KK = stats[name].hessian_KK
+    smallest = min(formats, key=lambda each: each.nbytes(shape))
+    losses = {}
+    gain = 0.0
+    for each in formats:
+        try:
+            stored = each.decompress(each.compress(weight, fit, hessian_KK))
+        except QuantError as error:
+            raise QuantError(f"{name}: {error}", error.hint) from error
+        losses[each] = hessian_loss(stored - weight.detach().to("cpu", torch.float32), hessian_KK)
+        if each is smallest and losses[each] > 0:
+            with _replaced(weight, stored):
+                gain = _relative_squared_error(outputs(), reference) / losses[each]
+    candidates = tuple(Candidate(str(each), each.nbytes(shape), gain * loss) for each, loss in losses.items())
+    return LayerChoices(name, shape, candidates)
+
+
+def hessian_loss(error: Tensor, hessian_KK: Tensor) -> float:
+    """tr[E H Eᵀ] of a weight error in the weight's own shape: mean squared change of the output, summed over O."""
+    error_OK = matrix_view(error)
+    return max(0.0, float(((error_OK @ hessian_KK) * error_OK).sum(dtype=torch.float64)))
+
+
+@contextmanager
+def _replaced(weight: Tensor, stored: Tensor) -> Iterator[None]:
+    original = weight.detach().clone()
+    weight.copy_(stored)
+    try:
+        yield
+    finally:
+        weight.copy_(original)
+
+
+def _relative_squared_error(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Mean over the tensors of ||y - y₀||² / ||y₀||²: every tensor counts alike, whatever its scale."""
+    errors = []
+    for index, (found, expected) in enumerate(zip(outputs, reference, strict=True)):
+        energy = float(expected.to(torch.float64).square().sum())
+        if not 0 < energy < float("inf"):
+            raise QuantError(
+                f"output {index} of the uncompressed model has energy {energy}, no error is relative to it"
+            )
+        errors.append(float((found.to(torch.float64) - expected.to(torch.float64)).square().sum()) / energy)
+    return sum(errors) / len(errors)
+
+
+def estimate_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]], candidates: Mapping[str, Sequence[LayerFormat]]
+) -> dict[str, LayerChoices]:
+    """Choices without weights: loss = numel * 4^-b, with b the stored bits per weight, scales counted.
+
+    One bit halves the rounding step, so it quarters the squared error; every weight counts alike. Good enough
+    to plan from a model's config, not to ship.
+    """
+    return {
+        name: LayerChoices(
+            name,
+            shape,
+            tuple(_estimate(each, each.nbytes(shape), math.prod(shape)) for each in candidates[name]),
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def _estimate(layer_format: LayerFormat, nbytes: int, numel: int) -> Candidate:
+    return Candidate(str(layer_format), nbytes, numel * 4.0 ** (-8 * nbytes / numel))
+
+
+def save_choices(path: Path, choices: Mapping[str, LayerChoices]) -> None:
+    """Writes the choices as JSON (`choices.json`), in order, whole or not at all."""
+    layers = [asdict(layer) for layer in choices.values()]
+    text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": layers}, indent=1)
+    with write_whole(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def load_choices(path: Path) -> dict[str, LayerChoices]:
+    """The choices saved at `path`; QuantError naming the file when it holds something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise QuantError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
+        layers = [_layer_from_json(entry) for entry in data["layers"]]
+    except (QuantError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise QuantError(f"{path}: not a file of choices: {error}") from error
+    return {layer.layer: layer for layer in layers}
+
+
+def _layer_from_json(entry: dict[str, Any]) -> LayerChoices:
+    candidates = tuple(Candidate(**candidate) for candidate in entry["candidates"])
+    return LayerChoices(entry["layer"], tuple(entry["shape"]), candidates)
