@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from .sd import SD
 from .sdxl import SDXL
 from .source import resolve
 from .tokenizer import tokenizer_json
-from .weights import empty_module, fill_weights
+from .weights import checked_tensors, empty_module, fill_weights
 
 __all__ = [
     "FAMILIES",
@@ -39,15 +40,19 @@ def load(source: str, lora: Sequence[Path] = ()) -> LoadedModel:
     """
     name, folder = resolve(source, ALL_FOLDERS, with_weights=True)
     model, family = _described(name, folder, has_weights=True)
-    for component, spec in family.modules.items():
-        fill_weights(model.modules[component], folder / component, spec)
+    stored = {  # every header before any values, so that a broken UNet is known before gigabytes are read
+        component: checked_tensors(model.modules[component], folder / component, spec)
+        for component, spec in family.modules.items()
+    }
+    for component, tensors in stored.items():
+        fill_weights(model.modules[component], tensors)
     for file in lora:
         merge_lora(model, family, file)
     return model
 
 
 def load_shapes(source: str) -> LoadedModel:
-    """Returns the model at `source` without weights, every tensor on the meta device; only the configs are read.
+    """Returns the model at `source` without weights, all tensors on the meta device; reads only the configs.
 
     Raises TurbopocketError as `load` does, except about weights.
     """
@@ -65,7 +70,8 @@ def _described(name: str, folder: Path, has_weights: bool) -> tuple[LoadedModel,
         component: empty_module(folder / component, spec) for component, spec in family.modules.items()
     }
     _check_widths(modules, folder)
-    vae_scale_factor = 2 ** (len(modules["vae"].config["block_out_channels"]) - 1)
+    vae: Any = modules["vae"]
+    vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     model = LoadedModel(
         name=name,
         family=family.name,
@@ -83,9 +89,10 @@ def _described(name: str, folder: Path, has_weights: bool) -> tuple[LoadedModel,
 
 def _check_widths(modules: Mapping[str, nn.Module], folder: Path) -> None:
     """Raises TurbopocketError when modules that were made for different pipelines lie in one folder."""
-    unet, latent_channels = modules["unet"].config, modules["vae"].config["latent_channels"]
-    encoders = {name: module for name, module in modules.items() if name.startswith("text_encoder")}
-    text_width = sum(module.config.hidden_size for module in encoders.values())
+    configs: dict[str, Any] = {name: module.config for name, module in modules.items()}
+    unet, latent_channels = configs["unet"], configs["vae"]["latent_channels"]
+    encoders = [name for name in modules if name.startswith("text_encoder")]
+    text_width = sum(configs[name].hidden_size for name in encoders)
     if unet["cross_attention_dim"] != text_width:
         raise TurbopocketError(
             f"{folder}: the UNet takes text {unet['cross_attention_dim']} wide, "
@@ -93,12 +100,12 @@ def _check_widths(modules: Mapping[str, nn.Module], folder: Path) -> None:
         )
     if unet["in_channels"] != latent_channels:
         raise TurbopocketError(
-            f"{folder}: the UNet takes {unet['in_channels']} channels, the VAE's latents have {latent_channels}; "
-            "inpainting and editing models are not supported"
+            f"{folder}: the UNet takes {unet['in_channels']} channels, the VAE's latents have "
+            f"{latent_channels}; inpainting and editing models are not supported"
         )
 
 
-def _sample_size(unet: nn.Module, folder: Path) -> int:
+def _sample_size(unet: Any, folder: Path) -> int:
     size = unet.config["sample_size"]
     if not isinstance(size, int):
         raise TurbopocketError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetching a checkpoint from the Hugging Face hub: text and safetensors only, and of the weights one variant."""
+"""Fetching a checkpoint from the Hugging Face hub: text and safetensors only, one set of weights."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -22,7 +22,7 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 
 def download(repo_id: str, folders: Collection[str], with_weights: bool) -> Path:
-    """Returns the local folder of a hub model's files, fetched now or, when the hub cannot be reached, before.
+    """Returns the local folder of a hub model, fetched now or, when the hub cannot be reached, before.
 
     Of each of `folders` come the configs, and with `with_weights` one set of weights. Raises TurbopocketError
     when the hub does not know the model, or cannot be reached and no earlier copy exists.
@@ -55,7 +55,7 @@ def _downloaded_before(repo_id: str, reason: Exception) -> Path:
 
 
 def wanted_files(names: Iterable[str], folders: Collection[str], with_weights: bool) -> list[str]:
-    """Returns which of a repository's files to fetch: model_index.json, configs, and one set of weights a folder."""
+    """Returns which files of a repository to fetch: the index, configs, and one set of weights a folder."""
     by_folder: dict[str, set[str]] = {}
     for name in names:
         path = PurePosixPath(name)

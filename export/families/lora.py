@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging LoRA files into a model's weights (Hu et al. 2021, eq. 3: W + (alpha / r) B A)."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 from ...runtimes.errors import TurbopocketError
 from .base import LoadedModel, ModelFamily
 from .safetensors_header import read_header
+from .weights import read_tensors
 
 # One such tensor a layer, in the dialects of peft, kohya and older diffusers.
 DOWN_PROJECTION = re.compile(r"(lora_A|lora[._]down|lora_linear_layer\.down)(\.\w+)?\.weight$")
@@ -21,13 +23,13 @@ def merge_lora(model: LoadedModel, family: ModelFamily, file: Path) -> None:
     Raises TurbopocketError when the file is not a safetensors LoRA, or any of its layers is not in the model.
     """
     layers = _adapted_layer_count(file)
-    pipeline = _pipeline(model, family)
-    components = [name for name in family.modules if name in pipeline._lora_loadable_modules]
-    with _errors_only():
+    with _quiet():
+        pipeline = _pipeline(model, family)
+        components = [name for name in family.modules if name in pipeline._lora_loadable_modules]
         try:
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise TurbopocketError(f"{file} does not fit {model.name}: {_first_line(error)}") from error
+            raise TurbopocketError(f"{file} does not fit {model.name}: {_start(error)}") from error
         matched = sum(_tuner_layer_count(model.modules[name]) for name in components)
         if matched != layers:
             raise TurbopocketError(
@@ -46,22 +48,25 @@ def _adapted_layer_count(file: Path) -> int:
         raise TurbopocketError(
             f"the LoRA {file} is a {file.suffix or 'nameless'} file; allowed: .safetensors"
         )
-    names = read_header(file)
-    if any("dora_scale" in name for name in names):
+    tensors = read_header(file)
+    if any("dora_scale" in name for name in tensors):
         raise TurbopocketError(f"{file} is a DoRA, whose magnitudes cannot be merged; allowed: LoRA")
-    layers = sum(DOWN_PROJECTION.search(name) is not None for name in names)
+    layers = sum(DOWN_PROJECTION.search(name) is not None for name in tensors)
     if not layers:
-        raise TurbopocketError(f"{file} is not a LoRA: none of its {len(names)} tensors is a down projection")
+        raise TurbopocketError(
+            f"{file} is not a LoRA: none of its {len(tensors)} tensors is a down projection"
+        )
+    read_tensors(tensors)  # refuses NaN and infinity
     return layers
 
 
 def _pipeline(model: LoadedModel, family: ModelFamily) -> Any:
     import diffusers
 
-    parts = {name: None for name in family.folders}
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    optional = {"safety_checker": None, "feature_extractor": None} if family.name == "sd" else {}
-    return pipeline_class(**{**parts, **model.modules, **optional})
+    parameters = inspect.signature(pipeline_class).parameters.values()
+    required = {part.name: None for part in parameters if part.default is part.empty}
+    return pipeline_class(**{**required, **model.modules})
 
 
 def _tuner_layer_count(module: Any) -> int:
@@ -70,18 +75,27 @@ def _tuner_layer_count(module: Any) -> int:
     return sum(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _start(error: Exception) -> str:
+    """Returns a message's first two lines as one: for a state dict, what went wrong and the first place."""
+    return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
 
 
 @contextmanager
-def _errors_only() -> Iterator[None]:
-    """Silences diffusers' warnings that a LoRA does not touch every component, which is usual."""
-    from diffusers.utils import logging
+def _quiet() -> Iterator[None]:
+    """Silences the libraries: that a LoRA leaves some components alone is usual, and errors are raised."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
+    bars_before = transformers_logging.is_progress_bar_enabled()
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+        if bars_before:
+            transformers_logging.enable_progress_bar()

@@ -11,7 +11,7 @@ from .json_object import read_json_object
 
 
 def read_pipeline_index(folder: Path) -> dict[str, Any]:
-    """Returns model_index.json; raises TurbopocketError when the folder has none or it is not a JSON object."""
+    """Returns model_index.json; raises TurbopocketError when there is none or it is not a JSON object."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise TurbopocketError(

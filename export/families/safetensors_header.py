@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a safetensors file by its header alone, so that a bad file of gigabytes is refused in milliseconds."""
+"""Checks a safetensors file by its header alone: a bad file of gigabytes is refused in milliseconds."""
 
 import json
 import math
@@ -89,6 +89,7 @@ def _stored_tensor(file: Path, name: str, entry: Any) -> StoredTensor:
         raise TurbopocketError(f"{file} is not a safetensors file: bad header entry of {name!r}") from None
     if dtype in ITEM_BYTES and stored_bytes != wanted_bytes:
         raise TurbopocketError(
-            f"{file}: {name} takes {stored_bytes} bytes, its shape {list(shape)} in {dtype} needs {wanted_bytes}"
+            f"{file}: {name} takes {stored_bytes} bytes, "
+            f"its shape {list(shape)} in {dtype} needs {wanted_bytes}"
         )
     return StoredTensor(file, name, dtype, shape)

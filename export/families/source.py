@@ -13,7 +13,7 @@ BUNDLED = {"pocket": Path(str(resources.files(pocket))) / "weights"}
 
 
 def resolve(source: str, folders: Collection[str], with_weights: bool) -> tuple[str, Path]:
-    """Returns (name, folder) of a model: a bundled name, a local diffusers folder, or a hub id, in this order.
+    """Returns (name, folder) of a model: a bundled name, else a local folder, else a hub id.
 
     Raises TurbopocketError when `source` is none of them, or a bundled model that was not installed.
     """
@@ -27,10 +27,11 @@ def resolve(source: str, folders: Collection[str], with_weights: bool) -> tuple[
     if folder.is_file():
         raise TurbopocketError(
             f"{source} is a file; a diffusers folder with a model_index.json is needed",
-            hint="convert it with diffusers: StableDiffusionXLPipeline.from_single_file(...).save_pretrained(folder)",
+            hint="convert it with diffusers: Pipeline.from_single_file(file).save_pretrained(folder)",
         )
     if REPO_ID.fullmatch(source):
         return source.split("/")[1], download(source, folders, with_weights)
     raise TurbopocketError(
-        f"{source!r} is neither a bundled model ({', '.join(BUNDLED)}), nor a folder, nor a hub id (owner/name)"
+        f"{source!r} is neither a bundled model ({', '.join(BUNDLED)}), nor a folder, "
+        "nor a hub id (owner/name)"
     )

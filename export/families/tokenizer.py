@@ -8,7 +8,7 @@ from .json_object import read_json_object
 
 
 def tokenizer_json(folder: Path) -> bytes:
-    """Returns the `tokenizers` JSON of a CLIP tokenizer folder, which may hold only vocab.json and merges.txt.
+    """Returns the `tokenizers` JSON of a CLIP tokenizer folder, be it only vocab.json and merges.txt.
 
     Its `padding` gives the context length and the padding token, which differs between SDXL's two tokenizers.
     Raises TurbopocketError when the folder holds no CLIP tokenizer.

@@ -13,7 +13,7 @@ PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def choose_weight_file(names: Collection[str], stem: str) -> str | None:
-    """Returns the file name to read weights from, or None: the plain file, else a shard index, else a variant.
+    """Returns the file to read weights from: the plain one, else a shard index, else a variant, else None.
 
     Raises TurbopocketError when there are several variants and no plain file, for either would be a guess.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -37,13 +37,14 @@ def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
     module_class = getattr(importlib.import_module(spec.library), spec.class_name)
     try:
         with init_empty_weights(include_buffers=False):
-            module = _construct(module_class, config)
+            module: Any = _construct(module_class, config)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise TurbopocketError(f"{path} does not describe a {spec.class_name}: {error}") from error
     for key, wanted in spec.required_config.items():
         if (found := module.config.get(key)) != wanted:
             raise TurbopocketError(f"{path}: {key} is {found!r}; supported: {wanted!r}")
-    return module.eval().requires_grad_(False)
+    empty: nn.Module = module.eval().requires_grad_(False)
+    return empty
 
 
 def _construct(module_class: Any, config: dict[str, Any]) -> Any:
@@ -52,15 +53,20 @@ def _construct(module_class: Any, config: dict[str, Any]) -> Any:
     return module_class.from_config(config)
 
 
-def fill_weights(module: nn.Module, folder: Path, spec: ModuleSpec) -> None:
-    """Afterwards the module's parameters are the folder's weights in fp32.
+def checked_tensors(module: nn.Module, folder: Path, spec: ModuleSpec) -> dict[str, StoredTensor]:
+    """Returns where each of the module's tensors is stored, by the module's names, from the headers alone.
 
-    Names, shapes and dtypes are checked on the files' headers first. Raises TurbopocketError when a tensor is
-    missing, unexpected, of another shape or dtype, or holds NaN or infinity.
+    Raises TurbopocketError when the folder has no safetensors weights, or a tensor is missing, unexpected, or
+    of another shape or dtype.
     """
     stored = _renamed(stored_tensors(folder, spec.weights_stem), spec)
     _check_names_and_shapes({name: tuple(t.shape) for name, t in module.state_dict().items()}, stored, folder)
-    module.load_state_dict(_read(stored), strict=True, assign=True)
+    return stored
+
+
+def fill_weights(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Afterwards the module's parameters are the stored weights in fp32; raises as `read_tensors` does."""
+    module.load_state_dict(read_tensors(stored), strict=True, assign=True)
     module.requires_grad_(False)
 
 
@@ -84,7 +90,7 @@ def _check_names_and_shapes(
         raise TurbopocketError(f"{folder}: {len(missing)} tensors are missing: {_shown(missing)}")
     if unexpected := stored.keys() - expected.keys():
         raise TurbopocketError(
-            f"{folder}: {len(unexpected)} tensors have no place in the model of config.json: {_shown(unexpected)}"
+            f"{folder}: {len(unexpected)} tensors are not in the model of config.json: {_shown(unexpected)}"
         )
     for name, tensor in stored.items():
         if tensor.shape != expected[name]:
@@ -102,7 +108,8 @@ def _shown(names: Iterable[str]) -> str:
     return ", ".join(ordered[:NAMES_SHOWN]) + (" ..." if len(ordered) > NAMES_SHOWN else "")
 
 
-def _read(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+def read_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Returns the values of stored tensors in fp32; raises TurbopocketError when any is NaN or infinite."""
     with ExitStack() as stack:
         try:
             files = {
