@@ -52,10 +52,10 @@ def weight_of(name: str, layer: nn.Module) -> Tensor:
 
 
 def calibrate(modules: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, LayerStats]:
-    """The statistics of every compressible layer of the named components that `run()` put to use.
+    """The statistics of every compressible layer of the components that `run()` put to use.
 
-    Sums are kept in float64, K² * 8 bytes per layer. A layer that did not run is not in the result. QuantError
-    naming the layer when an input is NaN or infinite.
+    Sums are kept in float64, K² * 8 bytes per layer. A layer that did not run is not in the result.
+    QuantError naming the layer when an input is NaN or infinite.
     """
     moments = {
         name: _Moments(name, layer)
@@ -117,7 +117,7 @@ def input_vectors(layer: nn.Module, x: Tensor, columns: int) -> Iterator[Tensor]
 
 
 def _patches(layer: nn.Conv2d, x_BIHW: Tensor) -> Tensor:
-    """A view [B, Y, X, kh, kw, I] of the padded input: nothing is unfolded until a chunk is copied out of it."""
+    """A view [B, Y, X, kh, kw, I] of the padded input: nothing is unfolded before it is copied."""
     # PyTorch's own resolution of padding="same", numbers and pairs: left, right, top, bottom.
     padding = layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

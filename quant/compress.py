@@ -25,10 +25,10 @@ def compress(
     fit: Fit,
     stats: Mapping[str, LayerStats] | None = None,
 ) -> dict[str, CompressedTensor]:
-    """Every layer stored in the format the plan chose, in the plan's order; the same input gives the same bytes.
+    """Every layer stored in the format the plan chose, in the plan's order; same input, same bytes.
 
-    QuantError naming the layer when plan and model list different layers, shapes or sizes, when a weight is NaN
-    or infinite, or when the fit needs statistics that are not there.
+    QuantError naming the layer when plan and model list different layers, shapes or sizes, when a weight is
+    NaN or infinite, or when the fit needs statistics that are not there.
     """
     planned = {choice.layer for choice in plan.choices}
     _require_same_layers(planned, set(layers))
@@ -110,7 +110,7 @@ def save_weights(path: Path, weights: Mapping[str, CompressedTensor]) -> None:
 
 
 def load_weights(path: Path) -> dict[str, CompressedTensor]:
-    """The weights saved at `path`; QuantError naming the file, and the layer whose parts are not as promised."""
+    """The weights saved at `path`; QuantError naming the file, and the layer whose parts are wrong."""
     try:
         with safe_open(path, framework="pt") as file:
             layers = json.loads((file.metadata() or {})["compressed"])

@@ -7,7 +7,7 @@ QuantError (exit code 1: the request was wrong)
 
 
 class QuantError(Exception):
-    """Says what was asked, what was found and what is allowed; `hint` is the one action to take, if there is one."""
+    """Says what was asked, what was found and what is allowed; `hint` is the one action to take, if any."""
 
     exit_code = 1
 

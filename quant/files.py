@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; it becomes `path` when the block ends well and is deleted when it does not."""
+    """Yields a path to write to; it becomes `path` when the block ends well, else it is deleted."""
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The multiple-choice knapsack under the planner: pick one option per item, least loss, bytes within capacity."""
+"""The multiple-choice knapsack under the planner: one option per item, least loss, bytes within capacity."""
 
 import ctypes
 import math
@@ -19,6 +19,7 @@ from .errors import QuantError
 # Nodes and not seconds, so that a slow machine finds the same plan as a fast one.
 SOLVER_OPTIONS = {"mip_rel_gap": 1e-6, "node_limit": 20_000}
 LOSS_SCALE = 1e4
+REFINE_BELOW = 100.0
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,43 @@ class Kind:
 def least_loss(kinds: Sequence[Kind], capacity_bytes: int) -> list[list[int]]:
     """For each kind, how many of its items take each option; the smallest options must fit the capacity."""
     spare_bytes = capacity_bytes - sum(kind.options[0][0] * kind.count for kind in kinds)
-    largest_bytes = sum((kind.options[-1][0] - kind.options[0][0]) * kind.count for kind in kinds)
-    if largest_bytes <= spare_bytes:
+    most_bytes = sum((kind.options[-1][0] - kind.options[0][0]) * kind.count for kind in kinds)
+    if most_bytes <= spare_bytes:
         return [[0] * (len(kind.options) - 1) + [kind.count] for kind in kinds]
-    return _solve(kinds, spare_bytes)
+    counts = _within(kinds, spare_bytes)
+    rest = _without_hopeless_options(kinds, _total_loss(kinds, counts))
+    if _largest_loss(rest) > _largest_loss(kinds) / REFINE_BELOW:
+        return counts
+    refined = least_loss(rest, capacity_bytes)
+    return [[0] * (len(kind.options) - len(row)) + row for kind, row in zip(kinds, refined, strict=True)]
 
 
-def _solve(kinds: Sequence[Kind], spare_bytes: int) -> list[list[int]]:
+def _without_hopeless_options(kinds: Sequence[Kind], total_loss: float) -> list[Kind]:
+    """The kinds without the options that alone lose more than a whole answer that is at hand.
+
+    What is left spans fewer orders of magnitude, so the solver, whose tolerances are absolute, sees the small
+    losses too.
+    """
+    return [
+        Kind(tuple(option for option in kind.options if option[1] <= total_loss), kind.count)
+        for kind in kinds
+    ]
+
+
+def _total_loss(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> float:
+    return math.fsum(
+        count * loss
+        for kind, row in zip(kinds, counts, strict=True)
+        for count, (_, loss) in zip(row, kind.options, strict=True)
+    )
+
+
+def _largest_loss(kinds: Sequence[Kind]) -> float:
+    return max(kind.options[0][1] for kind in kinds)
+
+
+def _within(kinds: Sequence[Kind], spare_bytes: int) -> list[list[int]]:
+    """The solver's answer, never more than `spare_bytes` above the smallest options."""
     extra_bytes = [nbytes - kind.options[0][0] for kind in kinds for nbytes, _ in kind.options]
     # Sizes share a large factor (rows of whole bytes); without it the numbers are small enough to be exact.
     unit_bytes = math.gcd(*extra_bytes)

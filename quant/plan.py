@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer is stored in which format under a byte budget. Pure: reads measured choices, looks at no weights."""
+"""Which layer is stored in which format under a byte budget. Pure: reads choices, looks at no weights."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """One choice per layer, in the order the layers were given; `fixed_bytes` is everything else in the model."""
+    """One choice per layer, in the order the layers were given; `fixed_bytes` is all else in the model."""
 
     choices: tuple[Choice, ...]
     fixed_bytes: int
@@ -106,8 +106,8 @@ def plan(
 ) -> Plan:
     """The plan of least predicted loss whose total is within `budget_bytes` (None: no limit).
 
-    `pins` maps a glob over layer names to a format; where two globs match, the later one holds. Deterministic:
-    among equal layers the earlier ones get the larger formats, a tie in loss goes to the smaller format.
+    `pins` maps a glob over layer names to a format; where two globs match, the later one holds.
+    Deterministic: among equal layers the earlier get the larger formats, a tie in loss goes to fewer bytes.
     Raises OverBudget with the smallest possible total, QuantError for a pin that matches no layer or names a
     format the layer cannot have.
     """

@@ -48,10 +48,11 @@ def measure(
 ) -> dict[str, LayerChoices]:
     """Predicted loss of every layer in each candidate format: its Hessian loss times the layer's gain.
 
-    The Hessian loss is tr[(Ŵ - W) H (Ŵ - W)ᵀ], the mean squared error of the layer's own output. The gain turns
-    it into error of the model: the layer alone is put in its smallest candidate, `outputs()` runs, and the mean
-    relative squared error of what it returns is divided by that candidate's Hessian loss. Weights are as before
-    when this returns. QuantError naming the layer that has no statistics or a candidate that does not fit.
+    The Hessian loss is tr[(Ŵ - W) H (Ŵ - W)ᵀ], the mean squared error of the layer's own output. The gain
+    turns it into error of the model: the layer alone is put in its smallest candidate, `outputs()` runs, and
+    the mean relative squared error of what it returns is divided by that candidate's Hessian loss. Weights
+    are as before when this returns.
+    QuantError naming the layer that has no statistics, no candidate, or one that does not fit.
     """
     with torch.no_grad():
         reference = [output.clone() for output in outputs()]
@@ -75,6 +76,8 @@ def _measure_layer(
     if name not in stats:
         raise QuantError(f"{name}: no statistics, the layer did not run while calibrating")
     hessian_KK = stats[name].hessian_KK
+    if not formats:
+        raise QuantError(f"{name}: no candidate format")
     smallest = min(formats, key=lambda each: each.nbytes(shape))
     losses = {}
     gain = 0.0
@@ -92,7 +95,7 @@ def _measure_layer(
 
 
 def hessian_loss(error: Tensor, hessian_KK: Tensor) -> float:
-    """tr[E H Eᵀ] of a weight error in the weight's own shape: mean squared change of the output, summed over O."""
+    """tr[E H Eᵀ] of a weight error in the weight's own shape: mean squared change of the output."""
     error_OK = matrix_view(error)
     return max(0.0, float(((error_OK @ hessian_KK) * error_OK).sum(dtype=torch.float64)))
 

@@ -3,11 +3,11 @@
 
 from torch import Tensor
 
-from .base import Grid, GridCodes, as_codes, nearest_steps, range_scale
+from .base import Grid, GridCodes, as_codes, covering_scale, nearest_steps, value_range
 
 
 def absmax(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> GridCodes:
     """Codes within half a step of every weight; does not look at the Hessian."""
     weight_OGg = grid.grouped(weight_OK)
-    scale_OG, zero_OG = range_scale(weight_OGg, grid)
+    scale_OG, zero_OG = covering_scale(*value_range(weight_OGg), grid)
     return as_codes(nearest_steps(weight_OGg, scale_OG, zero_OG, grid), scale_OG, zero_OG, grid)

@@ -48,7 +48,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class GridCodes:
-    """A fitted matrix: codes int8 (symmetric) or uint8 [O, K], scale fp16 [O, G], zero uint8 [O, G] or None."""
+    """A fitted matrix: codes int8 [O, K] (uint8 when asymmetric), scale fp16 [O, G], zero uint8 [O, G]."""
 
     codes_OK: Tensor
     scale_OG: Tensor
@@ -69,6 +69,15 @@ class Fit:
 
     def __str__(self) -> str:
         return self.name
+
+
+def checked_hessian(hessian_KK: Tensor, columns: int) -> Tensor:
+    """The Hessian itself; QuantError when it is not [columns, columns] or not finite."""
+    if tuple(hessian_KK.shape) != (columns, columns):
+        raise QuantError(f"Hessian of shape {list(hessian_KK.shape)} for a weight of {columns} columns")
+    if not torch.isfinite(hessian_KK).all():
+        raise QuantError("the Hessian has NaN or infinite values")
+    return hessian_KK
 
 
 def grid_values(codes_OK: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> Tensor:
@@ -93,19 +102,19 @@ def storable_scale(scale: Tensor) -> Tensor:
     nearest = scale.to(torch.float16)
     # Positive floats are ordered like their bits: adding one to the bits is the next fp16 number.
     above = (nearest.view(torch.int16) + 1).view(torch.float16)
-    rounded = torch.where(nearest.to(torch.float32) < scale, above, nearest).to(torch.float32)
-    return rounded.clamp(max=LARGEST_SCALE)
+    return torch.where(nearest.to(torch.float32) < scale, above, nearest).to(torch.float32)
 
 
-def range_scale(weight_OGg: Tensor, grid: Grid, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero that just cover `shrink` times each group's range: float32 [O, G] on the fp16 grid."""
-    low = weight_OGg.amin(-1).clamp(max=0.0) * shrink
-    high = weight_OGg.amax(-1).clamp(min=0.0) * shrink
-    return scale_for_range(low, high, grid)
+def value_range(weight_OGg: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each group and 0: [O, G] each. A grid always holds 0."""
+    return weight_OGg.amin(-1).clamp(max=0.0), weight_OGg.amax(-1).clamp(min=0.0)
 
 
-def scale_for_range(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero (None on a symmetric grid) whose grid covers [low, high], with low <= 0 <= high."""
+def covering_scale(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The least storable scale whose grid covers [low, high], and the zero (None on a symmetric grid).
+
+    float32 [O, G] both; low <= 0 <= high. Every value in the range is within half a step of the grid.
+    """
     if grid.symmetric:
         return storable_scale(torch.maximum(low_OG / grid.lowest_code, high_OG / grid.highest_code)), None
     scale_OG = storable_scale((high_OG - low_OG) / grid.highest_code)

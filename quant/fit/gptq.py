@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
-from .base import Grid, GridCodes, as_codes, nearest_steps
+from .base import Grid, GridCodes, as_codes, checked_hessian, nearest_steps
 from .mse import best_scale
 
 # Added to the Hessian's diagonal as a share of its mean (GPTQ section 3.3, step 3).
@@ -26,11 +26,13 @@ def gptq(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> Gri
     Columns that were never driven (H[k, k] = 0) neither send nor receive error: they round to nearest.
     QuantError without a Hessian, with one of another size, or with one that is not positive semidefinite.
     """
+    if hessian_KK is None:
+        raise QuantError("gptq needs the layer's Hessian", hint="calibrate first, or choose the fit `mse`")
     outputs, columns = weight_OK.shape
     groups = columns // grid.group
     sweep = _Sweep(
         grid=grid,
-        feedback_KK=error_feedback(_checked(hessian_KK, columns)),
+        feedback_KK=error_feedback(checked_hessian(hessian_KK, columns)),
         # Columns lead, so that one column of all outputs is one stretch of memory.
         pending_KO=weight_OK.T.contiguous(),
         steps_KO=torch.empty(columns, outputs),
@@ -109,13 +111,3 @@ def _blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:
         last = min(first + stride, columns)
         for start in range(first, last, BLOCK_COLUMNS):
             yield start, min(start + BLOCK_COLUMNS, last)
-
-
-def _checked(hessian_KK: Tensor | None, columns: int) -> Tensor:
-    if hessian_KK is None:
-        raise QuantError("gptq needs the layer's Hessian: calibrate first, or choose the fit `mse`")
-    if tuple(hessian_KK.shape) != (columns, columns):
-        raise QuantError(f"gptq: Hessian of shape {list(hessian_KK.shape)} for a weight of {columns} columns")
-    if not torch.isfinite(hessian_KK).all():
-        raise QuantError("gptq: the Hessian has NaN or infinite values")
-    return hessian_KK

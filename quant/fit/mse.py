@@ -7,9 +7,18 @@ O outputs, K columns, G groups per row, g columns per group.
 import torch
 from torch import Tensor
 
-from .base import Grid, GridCodes, as_codes, nearest_steps, scale_for_range, storable_scale
+from .base import (
+    Grid,
+    GridCodes,
+    as_codes,
+    checked_hessian,
+    covering_scale,
+    nearest_steps,
+    storable_scale,
+    value_range,
+)
 
-# Shares of the full range that a scale may cover. A long tail in a 4-bit row is worth clipping far; 8 bits never is.
+# Shares of the full range that a scale may cover; a long tail in a 4-bit row is worth clipping far.
 SHRINKS = tuple(1.0 - 0.035 * step for step in range(20))
 # Weights per pass: the few working copies of one chunk stay in a core's cache.
 CHUNK_WEIGHTS = 2**16
@@ -20,7 +29,9 @@ def mse(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> Grid
 
     The weight of column k is H[k, k] when a Hessian is given, else 1.
     """
-    importance_Gg = None if hessian_KK is None else column_importance(hessian_KK, grid)
+    importance_Gg = None
+    if hessian_KK is not None:
+        importance_Gg = column_importance(checked_hessian(hessian_KK, weight_OK.shape[1]), grid)
     rows = max(1, CHUNK_WEIGHTS // weight_OK.shape[1])
     chunks = [best_scale(chunk, grid, importance_Gg) for chunk in grid.grouped(weight_OK).split(rows)]
     scale_OG = torch.cat([scale for scale, _ in chunks])
@@ -39,11 +50,10 @@ def column_importance(hessian_KK: Tensor, grid: Grid) -> Tensor:
 
 def best_scale(weight_OGg: Tensor, grid: Grid, importance_Gg: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scale and zero (float32 [O, G], None when symmetric) of least error: a search, then least squares."""
-    low_OG = weight_OGg.amin(-1).clamp(max=0.0)
-    high_OG = weight_OGg.amax(-1).clamp(min=0.0)
+    low_OG, high_OG = value_range(weight_OGg)
     best = _Best(weight_OGg, grid, importance_Gg)
     for shrink in SHRINKS:
-        best.offer(*scale_for_range(low_OG * shrink, high_OG * shrink, grid))
+        best.offer(*covering_scale(low_OG * shrink, high_OG * shrink, grid))
     best.offer(best.least_squares_scale(), best.zero_OG)
     return best.scale_OG, best.zero_OG
 

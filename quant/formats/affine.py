@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as 4 or 8 bit integers with one fp16 scale per row or group: `int8-row`, `int4-g32`, `int4-g32-asym` …
+"""Weights as 4 or 8 bit integers, one fp16 scale per row or group: `int8-row`, `int4-g32`, `int4-g32-asym` …
 
 O outputs, I inputs, K columns of the matrix view, G scales per row.
 """
