@@ -77,7 +77,7 @@ def _tuner_layer_count(module: Any) -> int:
 
 def _start(error: Exception) -> str:
     """Returns a message's first two lines as one: for a state dict, what went wrong and the first place."""
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    return " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(".")
 
 
 @contextmanager

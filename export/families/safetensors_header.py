@@ -84,12 +84,17 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
 def _stored_tensor(file: Path, name: str, entry: Any) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        stored_bytes, wanted_bytes = end - begin, math.prod(shape) * ITEM_BYTES.get(dtype, 0)
     except (KeyError, TypeError, ValueError):
-        raise TurbopocketError(f"{file} is not a safetensors file: bad header entry of {name!r}") from None
-    if dtype in ITEM_BYTES and stored_bytes != wanted_bytes:
+        raise _bad_entry(file, name) from None
+    if not isinstance(dtype, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise _bad_entry(file, name)
+    if dtype in ITEM_BYTES and end - begin != (needed_bytes := math.prod(shape) * ITEM_BYTES[dtype]):
         raise TurbopocketError(
-            f"{file}: {name} takes {stored_bytes} bytes, "
-            f"its shape {list(shape)} in {dtype} needs {wanted_bytes}"
+            f"{file}: {name} takes {end - begin} bytes, "
+            f"its shape {list(shape)} in {dtype} needs {needed_bytes}"
         )
     return StoredTensor(file, name, dtype, shape)
+
+
+def _bad_entry(file: Path, name: str) -> TurbopocketError:
+    return TurbopocketError(f"{file} is not a safetensors file: bad header entry of {name!r}")

@@ -39,7 +39,8 @@ def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             module: Any = _construct(module_class, config)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise TurbopocketError(f"{path} does not describe a {spec.class_name}: {error}") from error
+        reason = str(error).rstrip(".")
+        raise TurbopocketError(f"{path} does not describe a {spec.class_name}: {reason}") from error
     for key, wanted in spec.required_config.items():
         if (found := module.config.get(key)) != wanted:
             raise TurbopocketError(f"{path}: {key} is {found!r}; supported: {wanted!r}")
@@ -111,16 +112,15 @@ def _shown(names: Iterable[str]) -> str:
 def read_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Returns the values of stored tensors in fp32; raises TurbopocketError when any is NaN or infinite."""
     with ExitStack() as stack:
-        try:
-            files = {
-                file: stack.enter_context(safe_open(file, framework="pt"))
-                for file in {tensor.file for tensor in stored.values()}
-            }
-        except SafetensorError as error:
-            raise TurbopocketError(
-                f"{next(iter(stored.values())).file} is not safetensors: {error}"
-            ) from None
+        files = {file: stack.enter_context(_opened(file)) for file in {t.file for t in stored.values()}}
         return {name: _finite(files[t.file].get_tensor(t.name).float(), t) for name, t in stored.items()}
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise TurbopocketError(f"{file} is not a safetensors file: {error}") from None
 
 
 def _finite(values: Tensor, tensor: StoredTensor) -> Tensor:

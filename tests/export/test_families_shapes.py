@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from torch import nn
+
 from turbopocket.export.families import LoadedModel, load, load_shapes
 from turbopocket.runtimes.errors import TurbopocketError
 
