@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small text-to-image model with SDXL's topology, trained from nothing on drawn scenes, and its judge."""
+if __name__ == "pocket":  # `import pocket` from the repository's root would make a second copy of every class
+    raise ImportError("import turbopocket.pocket, not pocket")

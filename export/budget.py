@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model will weigh, before anyone spends hours: size arithmetic on shapes, no weights, no tracing."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..quant.formats import LayerFormat, parse_format
+from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
+from ..quant.sensitivity import estimate_from_shapes, load_choices
+from ..runtimes.errors import TurbopocketError
+from .components import component_name, components_of, group_name, layers_of, shapes_of
+from .families import load_shapes
+from .graph import Component
+from .lower import onnx as target
+from .recipe import Recipe
+from .units import format_bytes
+
+GRAPH_BYTES_PER_LAYER = 1500
+GRAPH_BYTES_PER_COMPONENT = 8_000
+SIDE_FILE_BYTES = 60_000
+MANIFEST_BYTES_PER_LAYER = 80
+"""Estimates for planning without a trace, from built artifacts; a build counts the real bytes."""
+CURVE_POINTS = 17
+
+
+def candidate_formats(
+    shapes: Mapping[str, tuple[int, ...]], formats: Sequence[str], pins: Mapping[str, str]
+) -> dict[str, list[LayerFormat]]:
+    """Returns, for each layer, the wanted formats (and pinned ones) that the target can store for its shape.
+
+    Raises TurbopocketError with every reason when a layer is left without any.
+    """
+    wanted = [parse_format(text) for text in dict.fromkeys([*formats, *pins.values()])]
+    kept: dict[str, list[LayerFormat]] = {}
+    for name, shape in shapes.items():
+        kind = "conv2d" if len(shape) == 4 else "linear"
+        reasons = {each: target.storable(each, kind, shape) for each in wanted}
+        kept[name] = [each for each, reason in reasons.items() if reason is None]
+        if not kept[name]:
+            why = "; ".join(str(reason) for reason in reasons.values())
+            raise TurbopocketError(
+                f"{name}: no format left for shape {list(shape)}: {why}", hint="allow fp16 as well"
+            )
+    return kept
+
+
+def estimated_fixed_bytes(components: Sequence[Component], layer_count: int) -> int:
+    """Returns about how many bytes ship that are not a layer's weight: other tensors as fp16, graphs, small files."""
+    other = sum(_other_parameters(component) for component in components)
+    graphs = GRAPH_BYTES_PER_LAYER * layer_count + GRAPH_BYTES_PER_COMPONENT * len(components)
+    return 2 * other + graphs + SIDE_FILE_BYTES + MANIFEST_BYTES_PER_LAYER * layer_count
+
+
+def parameter_count(component: Component) -> int:
+    """Returns the number of parameters of a component."""
+    return sum(parameter.numel() for parameter in component.module.parameters())
+
+
+def _other_parameters(component: Component) -> int:
+    return parameter_count(component) - sum(layer.weight.numel() for layer in layers_of([component]).values())
+
+
+def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
+    """Returns the plan of a recipe's model and what each part of it weighs, from configs alone.
+
+    With `measured` (a build's choices.json) losses are measured ones, else every weight counts alike.
+    """
+    model = load_shapes(recipe.model.source)
+    components = components_of(model)
+    shapes = shapes_of(layers_of(components))
+    formats = candidate_formats(shapes, recipe.compress.formats, recipe.compress.pin)
+    choices = (
+        estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)
+    )
+    fixed = estimated_fixed_bytes(components, len(shapes))
+    pins = recipe.compress.pin
+    decided = plan(list(choices.values()), recipe.compress.budget_bytes, fixed, pins)
+    return {
+        "model": model.name,
+        "target": recipe.target.name,
+        "loss_model": "shapes" if measured is None else str(measured),
+        "budget_bytes": recipe.compress.budget_bytes,
+        "total_bytes": decided.total_bytes,
+        "fixed_bytes": decided.fixed_bytes,
+        "smallest_bytes": smallest_total_bytes(list(choices.values()), fixed, pins),
+        "predicted_loss": decided.predicted_loss,
+        "fp16_bytes": sum(2 * parameter_count(component) for component in components),
+        "components": _by(decided, component_name),
+        "groups": _by(decided, group_name),
+        "formats": _by_format(decided),
+        "layers": {choice.layer: choice.format for choice in decided.choices},
+    }
+
+
+def _measured(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], formats: Mapping[str, Sequence[LayerFormat]]
+) -> dict[str, LayerChoices]:
+    """The saved choices, narrowed to the wanted formats. Raises TurbopocketError when they are of another model."""
+    if not path.is_file():
+        raise TurbopocketError(f"{path} is not a file; --measured takes the choices.json of a build")
+    saved = load_choices(path)
+    if odd := sorted(set(saved) ^ set(shapes)):
+        raise TurbopocketError(f"{path} is of another model: {len(odd)} layers differ, {odd[0]} first")
+    narrowed = {}
+    for name, layer in saved.items():
+        names = {str(each) for each in formats[name]}
+        kept = tuple(candidate for candidate in layer.candidates if candidate.format in names)
+        if not kept:
+            known = ", ".join(candidate.format for candidate in layer.candidates)
+            raise TurbopocketError(f"{path}: {name} was measured in {known} only")
+        narrowed[name] = LayerChoices(layer.layer, layer.shape, kept)
+    return narrowed
+
+
+def curve(layers: Sequence[LayerChoices], fixed_bytes: int, pins: Mapping[str, str]) -> list[Plan]:
+    """Returns plans from the smallest possible to the best possible, evenly spaced in bytes."""
+    smallest = smallest_total_bytes(layers, fixed_bytes, pins)
+    largest = plan(layers, None, fixed_bytes, pins).total_bytes
+    step = (largest - smallest) / (CURVE_POINTS - 1)
+    budgets = [math.ceil(smallest + step * index) for index in range(CURVE_POINTS)]
+    return tradeoff(layers, budgets, fixed_bytes, pins)
+
+
+def _by(decided: Plan, key: Callable[[str], str]) -> dict[str, dict[str, int]]:
+    sums: dict[str, dict[str, int]] = {}
+    for choice in decided.choices:
+        entry = sums.setdefault(key(choice.layer), {"layers": 0, "weights": 0, "fp16_bytes": 0, "bytes": 0})
+        weights = math.prod(choice.shape)
+        for name, count in (
+            ("layers", 1),
+            ("weights", weights),
+            ("fp16_bytes", 2 * weights),
+            ("bytes", choice.nbytes),
+        ):
+            entry[name] += count
+    return sums
+
+
+def _by_format(decided: Plan) -> dict[str, dict[str, int]]:
+    sums: dict[str, dict[str, int]] = defaultdict(lambda: {"layers": 0, "weights": 0, "bytes": 0})
+    for choice in decided.choices:
+        sums[choice.format]["layers"] += 1
+        sums[choice.format]["weights"] += math.prod(choice.shape)
+        sums[choice.format]["bytes"] += choice.nbytes
+    return dict(sums)
+
+
+def show_plan(summary: Mapping[str, Any], console: Console) -> None:
+    """Prints the plan for a person: bytes per component, per group of layers and per format."""
+    for title, key in (("component", "components"), ("group of layers", "groups")):
+        table = Table(title=None, header_style="bold")
+        table.add_column(title)
+        for column in ("layers", "weights", "fp16", "planned"):
+            table.add_column(column, justify="right")
+        for name, entry in summary[key].items():
+            sizes = format_bytes(entry["fp16_bytes"]), format_bytes(entry["bytes"])
+            table.add_row(name, str(entry["layers"]), f"{entry['weights']:,}", *sizes)
+        console.print(table)
+    for name, entry in summary["formats"].items():
+        console.print(
+            f"{name:14} {entry['layers']:4} layers {format_bytes(entry['bytes']):>12}", highlight=False
+        )
+    console.print(f"{'everything else':14} {format_bytes(summary['fixed_bytes']):>22}", highlight=False)
+    budget = summary["budget_bytes"]
+    within = f" of {format_bytes(budget)} allowed" if budget else ""
+    console.print(f"total {format_bytes(summary['total_bytes'])}{within}", highlight=False)
+    console.print(f"smallest possible {format_bytes(summary['smallest_bytes'])}", highlight=False)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which graphs a loaded model becomes, and which layers in them can be compressed."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ..quant.calibrate import compressible_layers
+from .families import LoadedModel
+from .graph import Component, text_encoder_component, unet_component, vae_decoder_component
+
+
+def components_of(model: LoadedModel) -> list[Component]:
+    """Returns the graphs in the order in which drawing runs them; they share the model's modules."""
+    side = model.image_size_px // model.vae_scale_factor
+    encoders = {name: module for name, module in model.modules.items() if name.startswith("text_encoder")}
+    tokens = min(module.config.max_position_embeddings for module in encoders.values())
+    return [
+        *(text_encoder_component(module, name) for name, module in encoders.items()),
+        unet_component(model.modules["unet"], (side, side), tokens),
+        vae_decoder_component(model.modules["vae"], (side, side)),
+    ]
+
+
+def layers_of(components: Sequence[Component]) -> dict[str, nn.Module]:
+    """Returns every Linear and Conv2d of all components by its full name, such as `unet.conv_in`."""
+    return {
+        name: layer
+        for component in components
+        for name, layer in compressible_layers(component.name, component.module.model).items()
+    }
+
+
+def shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Returns the weight shape of each layer."""
+    return {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+
+
+def component_name(layer: str) -> str:
+    """Returns the component that owns a layer."""
+    return layer.split(".", 1)[0]
+
+
+def group_name(layer: str) -> str:
+    """Returns the block of the model that a layer belongs to: `unet.down_blocks.1`, `text_encoder.layers.0`, …"""
+    parts = [
+        part for part in layer.split(".") if part not in ("decoder", "encoder", "text_model", "transformer")
+    ]
+    depth = next((index for index, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[: depth + 1])

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt and an artifact in, a PNG out; nothing here or below imports PyTorch."""
+
+import io
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..runtimes.manifest import load_manifest, verify
+from ..runtimes.runner import open_runner
+from ..runtimes.text_to_image import generate
+from ..runtimes.tokenizer import open_tokenizers
+from .staging import write_atomically
+
+
+def draw(
+    artifact: Path, prompt: str, out: Path, seed: int, steps: int | None, guidance: float | None
+) -> dict[str, Any]:
+    """Writes the picture of `prompt` to `out` and returns what was done, warnings included.
+
+    Raises TurbopocketError for an artifact that is damaged or was edited, and for an empty prompt.
+    """
+    manifest = load_manifest(artifact)
+    verify(artifact, manifest)
+    runner, tokenizers = open_runner(artifact, manifest), open_tokenizers(artifact, manifest)
+    start = time.monotonic()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        picture = generate(runner, manifest, tokenizers, prompt, seed, steps, guidance)
+    seconds = time.monotonic() - start
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, format="PNG")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, data.getvalue())
+    return {
+        "picture": str(out),
+        "prompt": prompt,
+        "seed": seed,
+        "steps": steps or manifest.sampler.steps,
+        "guidance": manifest.sampler.guidance_scale if guidance is None else guidance,
+        "seconds": round(seconds, 3),
+        "warnings": list(dict.fromkeys(str(warning.message) for warning in caught)),
+    }

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few points of the sampling trajectory at which the harm of a perturbed layer is felt."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..runtimes.compare import Call, Recorder
+from ..runtimes.conditioning import condition
+from ..runtimes.manifest import Manifest
+from ..runtimes.runner import Arrays, Runner
+from ..runtimes.text_to_image import generate
+from ..runtimes.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs recorded while the float model drew `prompts`, batched.
+
+    `unet_inputs` has len(prompts) x steps rows, prompt-major; `latents` [B, C, h, w] are the clean ones.
+    """
+
+    runner: Runner
+    manifest: Manifest
+    tokenizers: Mapping[str, Tokenizer]
+    prompts: Sequence[str]
+    unet_inputs: Arrays
+    latents: NDArray[np.float32]
+
+    def outputs_after(self, component: str) -> Callable[[], list[torch.Tensor]]:
+        """Returns a function that runs whatever lies behind a layer of `component`, up to where harm is compared.
+
+        That is the denoiser's prediction for text encoders and the UNet, and the picture for the VAE decoder.
+        """
+        if component == "vae_decoder":
+            return lambda: self._run("vae_decoder", {"latent_sample": self.latents})
+        if component == "unet":
+            return lambda: self._run("unet", self.unet_inputs)
+        return lambda: self._run("unet", self.unet_inputs | self._conditions())
+
+    def _run(self, component: str, inputs: Arrays) -> list[torch.Tensor]:
+        return [torch.from_numpy(value) for value in self.runner.run(component, inputs).values()]
+
+    def _conditions(self) -> Arrays:
+        each = [condition(self.runner, self.manifest, self.tokenizers, prompt) for prompt in self.prompts]
+        steps = len(self.unet_inputs["sample"]) // len(each)
+        return {
+            name: np.repeat(np.concatenate([values[name] for values in each]), steps, axis=0)
+            for name in each[0]
+        }
+
+
+def make_probe(
+    runner: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompts: Sequence[str],
+    seed: int,
+    steps: int,
+) -> Probe:
+    """Draws every prompt once (prompt i from seed + i); returns a Probe at up to `steps` timesteps of each drawing."""
+    rows: list[Arrays] = []
+    latents: list[NDArray[Any]] = []
+    for index, prompt in enumerate(prompts):
+        recorder = Recorder(runner)
+        generate(recorder, manifest, tokenizers, prompt, seed + index)
+        asked = _conditional_unet_calls(recorder.calls)
+        rows += [
+            asked[at].inputs for at in np.unique(np.linspace(0, len(asked) - 1, steps).round().astype(int))
+        ]
+        latents += [
+            call.inputs["latent_sample"] for call in recorder.calls if call.component == "vae_decoder"
+        ]
+    batched = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
+    return Probe(runner, manifest, tokenizers, prompts, batched, np.concatenate(latents))
+
+
+def _conditional_unet_calls(calls: Sequence[Call]) -> list[Call]:
+    """The first UNet call of each timestep: with guidance the conditional one is asked first."""
+    first: dict[float | None, Call] = {}
+    for call in calls:
+        if call.component == "unet":
+            first.setdefault(call.timestep, call)
+    return list(first.values())

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small files beside the graphs: what optimum's ONNX Runtime pipelines and our own readers need to open a folder."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .families import LoadedModel, tokenizer_json
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+CONFIG_OWNERS = {"vae_decoder": "vae"}
+"""Components whose config belongs to a module of another name."""
+
+
+def write_side_files(model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
+    """Writes model_index.json, one config.json a component, the scheduler's config and the tokenizers.
+
+    `tokenizer.json` is complete for our readers; vocab.json and merges.txt, copied when the checkpoint has them,
+    are for readers that know only those.
+    """
+    for component in components:
+        config = model.modules[CONFIG_OWNERS.get(component, component)].config
+        _write_json(folder / component / "config.json", _plain(config))
+    for encoder, source in model.tokenizers.items():
+        target = folder / encoder.replace("text_encoder", "tokenizer")
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "tokenizer.json").write_bytes(tokenizer_json(source))
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+    _write_json(folder / "scheduler" / "scheduler_config.json", dict(model.scheduler_config))
+    _write_json(folder / "model_index.json", _model_index(model, components))
+
+
+def _model_index(model: LoadedModel, components: Mapping[str, Any]) -> dict[str, Any]:
+    scheduler = model.scheduler_config["_class_name"]
+    index: dict[str, Any] = {
+        "_class_name": {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}[model.family],
+        "scheduler": ["diffusers", scheduler],
+    }
+    index |= {component: ["diffusers", "OnnxRuntimeModel"] for component in components}
+    index |= {
+        encoder.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"]
+        for encoder in model.tokenizers
+    }
+    if "force_zeros_for_empty_prompt" in model.pipeline_config:
+        index["force_zeros_for_empty_prompt"] = model.pipeline_config["force_zeros_for_empty_prompt"]
+    return index
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config of diffusers or transformers as JSON values."""
+    values: dict[str, Any] = (
+        json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
+    )
+    return {key: value for key, value in values.items() if key != "_name_or_path"}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a manifest says before there are files: the pipeline's constants, from the model and the recipe."""
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from ..runtimes.errors import TurbopocketError
+from ..runtimes.manifest import ComponentSpec, FileEntry, ImageSpec, Manifest
+from ..runtimes.schedule import SCHEDULER_CLASSES, SamplerSpec
+from .families import LoadedModel
+from .recipe import Recipe, SamplerSection
+
+DEFAULT_STEPS = 30
+DEFAULT_GUIDANCE = 5.0
+"""What the SDXL model card draws with; a model folder's own `sampling.json` comes first, a recipe before that."""
+TOOLS = ("turbopocket", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy")
+_NO_HASH = "0" * 64
+
+
+def pipeline_manifest(
+    model: LoadedModel, recipe: Recipe, components: Mapping[str, ComponentSpec]
+) -> Manifest:
+    """Returns the manifest of an artifact still to be made: every constant in place, every file of unknown content.
+
+    Float PyTorch runs under it exactly as the artifact will, so both see the same steps and the same noise.
+    """
+    files = {spec.file for spec in components.values()}
+    tokenizers = {name: name.replace("text_encoder", "tokenizer") for name in model.tokenizers}
+    files |= {f"{folder}/tokenizer.json" for folder in tokenizers.values()}
+    return Manifest(
+        name=model.name,
+        family=model.family,
+        target=recipe.target.name,
+        files=[FileEntry(path=path, bytes=0, sha256=_NO_HASH) for path in sorted(files)],
+        components=dict(components),
+        tokenizers=tokenizers,
+        sampler=sampler_spec(model, recipe.sampler),
+        image=image_spec(model),
+        force_zeros_for_empty_prompt=bool(model.pipeline_config.get("force_zeros_for_empty_prompt", False)),
+        tools={name: metadata.version(name) for name in TOOLS},
+        recipe=recipe.to_toml(),
+    )
+
+
+def sampler_spec(model: LoadedModel, section: SamplerSection) -> SamplerSpec:
+    """Returns the sampler that the artifact ships: the recipe's wishes over the model's own settings."""
+    own = model_sampling(model)
+    steps = section.steps or own.get("steps", DEFAULT_STEPS)
+    guidance = own.get("guidance_scale", DEFAULT_GUIDANCE) if section.guidance is None else section.guidance
+    config = dict(model.scheduler_config)
+    if section.kind != "model":
+        config["_class_name"] = next(
+            name for name, (kind, _) in SCHEDULER_CLASSES.items() if kind == section.kind
+        )
+    return SamplerSpec.from_scheduler_config(config, steps, guidance)
+
+
+def model_sampling(model: LoadedModel) -> dict[str, Any]:
+    """Returns the steps and guidance that a model folder was made for, if its `sampling.json` says so."""
+    path = model.folder / "sampling.json"
+    if not path.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise TurbopocketError(f"{path} is not JSON: {error}") from error
+    if unknown := set(values) - {"steps", "guidance_scale"}:
+        raise TurbopocketError(f"{path}: unknown key `{min(unknown)}`: known are `steps`, `guidance_scale`")
+    return values
+
+
+def image_spec(model: LoadedModel) -> ImageSpec:
+    """Returns the picture's and the latents' sizes."""
+    side, latent_side = model.image_size_px, model.image_size_px // model.vae_scale_factor
+    config: Any = model.modules["vae"].config
+    return ImageSpec(
+        height=side,
+        width=side,
+        latent_channels=config.latent_channels,
+        latent_height=latent_side,
+        latent_width=latent_side,
+        vae_scaling_factor=config.scaling_factor,
+    )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs appear whole or not at all: they are made beside their final place and renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..runtimes.errors import TurbopocketError
+
+
+def report_folder(artifact: Path) -> Path:
+    """Returns where the report and the build's measurements lie: beside the artifact, since they are not shipped."""
+    return artifact.with_name(artifact.name + ".report")
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raises TurbopocketError when `out` can not become a new folder, before any work is done.
+
+    An artifact may be replaced with `overwrite`; anything else in the way never is.
+    """
+    if out.exists() and not out.is_dir():
+        raise TurbopocketError(f"output {out} is a file; it must be a new or empty folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise TurbopocketError(
+            f"output folder {out} is not empty", hint="give another folder, or --overwrite"
+        )
+    if not (out / "manifest.json").is_file():
+        raise TurbopocketError(
+            f"output folder {out} is not empty and has no manifest.json, so it is not an artifact; "
+            "--overwrite replaces artifacts only"
+        )
+
+
+@contextmanager
+def staged_folders(finals: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
+    """Yields empty folders that take the places of `finals` on success and vanish on any failure."""
+    stage = None
+    try:
+        parent = finals[0].parent
+        parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{finals[0].name}.", dir=parent))
+        made = tuple(stage / final.name for final in finals)
+        for folder in made:
+            folder.mkdir()
+        yield made
+        for folder, final in zip(made, finals, strict=True):
+            _replace(folder, final)
+    except OSError as error:
+        raise TurbopocketError(f"can not write {finals[0]}: {error.strerror or error}") from error
+    finally:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(new: Path, final: Path) -> None:
+    """Puts folder `new` in the place of `final`; an old folder there is kept until the new one stands."""
+    old = new.with_name(new.name + ".old")
+    if final.exists():
+        final.rename(old)
+    try:
+        new.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file through a temporary one in the same folder. Raises TurbopocketError when that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TurbopocketError(f"can not write {path}: {error.strerror or error}") from error
