@@ -17,7 +17,7 @@ from .manifest import Manifest
 from .metrics import max_abs_error, psnr_db, relative_error, snr_db, ssim
 from .parity import Divergence, Limits, ParityReport, ParityRow, PictureRow
 from .runner import Arrays, LayerRunner, Runner, check_names
-from .text_to_image import generate
+from .text_to_image import NotFinite, generate
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -105,13 +105,16 @@ def compare(
             if not failed and not rows[-1].passed:
                 failed = True
                 divergence = locate_divergence(reference, candidate, call, limits.max_relative_error)
-        found = generate(candidate, manifest, tokenizers, prompt, seed + index)
+        try:
+            found: Picture | None = generate(candidate, manifest, tokenizers, prompt, seed + index)
+        except NotFinite:
+            found = None
         pictures.append(compare_pictures(found, expected, index, prompt, seed + index, feature_distance))
     return ParityReport(limits=limits, rows=rows, pictures=pictures, first_divergence=divergence)
 
 
 def compare_call(candidate: Runner, call: Call, picture: int, limits: Limits) -> ParityRow:
-    """The row of a recorded call replayed on `candidate`. Raises TurbopocketError when the outputs' names differ."""
+    """The row of a recorded call replayed on `candidate`; TurbopocketError when outputs' names differ."""
     outputs = candidate.run(call.component, call.inputs)
     check_names(call.component, "outputs", list(call.outputs), list(outputs))
     errors = {name: relative_error(outputs[name], call.outputs[name]) for name in call.outputs}
@@ -129,14 +132,16 @@ def compare_call(candidate: Runner, call: Call, picture: int, limits: Limits) ->
 
 
 def compare_pictures(
-    found: Picture,
+    found: Picture | None,
     expected: Picture,
     picture: int,
     prompt: str,
     seed: int,
     feature_distance: FeatureDistance | None = None,
 ) -> PictureRow:
-    """The row of two pictures of the same prompt and seed."""
+    """The row of two pictures of one prompt and seed; `found` is None when the runtime's is not finite."""
+    if found is None:
+        return PictureRow(picture=picture, prompt=prompt, seed=seed, psnr_db=-math.inf, ssim=0.0)
     return PictureRow(
         picture=picture,
         prompt=prompt,
@@ -150,16 +155,14 @@ def compare_pictures(
 def locate_divergence(
     reference: Reference, candidate: LayerRunner, call: Call, max_relative_error: float
 ) -> Divergence | None:
-    """The first diverging layer of a recorded call, found by running it on both sides with all layers shown."""
+    """The first diverging layer of a recorded call, run again on both sides with all layers shown."""
     layers = reference.layers(call.component)
     expected = reference.run_layers(call.component, call.inputs, layers)
     found = candidate.run_layers(call.component, call.inputs, layers)
     return first_divergence(call, expected, found, max_relative_error)
 
 
-def first_divergence(
-    call: Call, expected: Arrays, found: Arrays, max_relative_error: float
-) -> Divergence | None:
+def first_divergence(call: Call, expected: Arrays, found: Arrays, max_relative_error: float) -> Divergence | None:
     """The first layer over the limit, in the order of `expected`, which is that of execution.
 
     Layers that only one side shows are passed over; one of another shape has diverged by inf.

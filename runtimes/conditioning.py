@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From words to what the UNet is told at every step (SDXL: Podell et al. 2023, arXiv 2307.01952, section 2)."""
+"""From words to what the UNet is told at every step (for SDXL: Podell et al. 2023, arXiv 2307.01952)."""
 
 import warnings
 from collections.abc import Mapping
@@ -21,29 +21,26 @@ class PromptCut(UserWarning):
 
 
 def feed(manifest: Manifest, component: str, values: Mapping[str, NDArray[Any]]) -> Arrays:
-    """`values` in the number types that the component's inputs have. Raises TurbopocketError for lost fractions."""
+    """`values` in the number types of the component's inputs; TurbopocketError if fractions would be lost."""
     dtypes = {spec.name: np.dtype(spec.dtype) for spec in component_spec(manifest, component).inputs}
     inputs = {name: value.astype(dtypes.get(name, value.dtype)) for name, value in values.items()}
     for name, value in inputs.items():
         if value.dtype.kind == "i" and (value != values[name]).any():
-            raise TurbopocketError(
-                f"{component}: input {name} is {value.dtype}, {values[name]} is no whole number"
-            )
+            raise TurbopocketError(f"{component}: input {name} is {value.dtype}, {values[name]} is no whole number")
     return inputs
 
 
 def condition(
     runner: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], prompt: str
 ) -> dict[str, NDArray[np.float32]]:
-    """The UNet inputs that hold for all steps: `encoder_hidden_states` [1, T, D]; for SDXL also `text_embeds` [1, P]
-    and `time_ids` [1, 6]. Warns `PromptCut` when words are left out.
+    """The UNet inputs that hold for all steps: `encoder_hidden_states` [1, T, D], and what SDXL adds.
+
+    That is `text_embeds` [1, P] and `time_ids` [1, 6]. Warns `PromptCut` when words are left out.
     """
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in manifest.components]
     encoded = {name: _encode(runner, manifest, tokenizers, name, prompt) for name in encoders}
     if manifest.family == "sd":
-        return {
-            "encoder_hidden_states": _output("text_encoder", encoded["text_encoder"], "last_hidden_state")
-        }
+        return {"encoder_hidden_states": _output("text_encoder", encoded["text_encoder"], "last_hidden_state")}
     states = [_penultimate(name, outputs) for name, outputs in encoded.items()]
     return {
         "encoder_hidden_states": np.concatenate(states, axis=-1),
@@ -59,7 +56,7 @@ def unconditional(
     negative_prompt: str | None,
     conditional: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, NDArray[np.float32]]:
-    """What guidance steers away from: the negative prompt, else the empty one, else zeros where the model wants them."""
+    """What guidance steers away from: the negative prompt, else the empty prompt or SDXL's zeros."""
     if negative_prompt is None and manifest.family == "sdxl" and manifest.force_zeros_for_empty_prompt:
         return {n: value if n == "time_ids" else np.zeros_like(value) for n, value in conditional.items()}
     return condition(runner, manifest, tokenizers, negative_prompt or "")
@@ -70,9 +67,7 @@ def _encode(
 ) -> Arrays:
     tokens = tokenizers[component].encode(prompt)
     if tokens.cut is not None:
-        warnings.warn(
-            PromptCut(f"{component} reads {len(tokens.ids)} tokens, left out: {tokens.cut!r}"), stacklevel=2
-        )
+        warnings.warn(PromptCut(f"{component} reads {len(tokens.ids)} tokens, left out: {tokens.cut!r}"), stacklevel=2)
     return runner.run(component, feed(manifest, component, {"input_ids": tokens.ids[None]}))
 
 
@@ -83,7 +78,7 @@ def _output(component: str, outputs: Arrays, name: str) -> NDArray[np.float32]:
 
 
 def _penultimate(component: str, outputs: Arrays) -> NDArray[np.float32]:
-    """The state before the last layer, which SDXL was trained on; states are numbered from the embedding up."""
+    """The state before the last layer, which SDXL was trained on; states count from the embedding up."""
     count = sum(name.startswith(_HIDDEN_STATES) for name in outputs)
     return _output(component, outputs, f"{_HIDDEN_STATES}{count - 2}")
 

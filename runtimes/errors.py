@@ -9,7 +9,7 @@ TurbopocketError (exit code 1: the request was wrong)
 
 
 class TurbopocketError(Exception):
-    """Says what was asked, what was found and what is allowed; `hint` is the one action to take, if there is one."""
+    """Says what was asked, what was found and what is allowed; `hint` is the one action to take, if any."""
 
     exit_code = 1
 
@@ -18,7 +18,7 @@ class TurbopocketError(Exception):
         self.hint = hint
 
 
-class ParityFailed(TurbopocketError):
-    """A runtime's output differs from PyTorch's by more than its limit; the message names the first diverging layer."""
+class ParityFailed(TurbopocketError):  # noqa: N818  a verdict, not a malfunction
+    """A runtime's output is further from PyTorch's than its limit; the message names the guilty layer."""
 
     exit_code = 3

@@ -33,7 +33,7 @@ SCHEMA_VERSION: Literal[1] = 1
 
 
 def _inside(path: str) -> str:
-    """`path` itself when it is relative, normal, forward-slashed and cannot leave the folder; else ValueError."""
+    """`path` itself, when it is relative, normal and cannot leave the folder; else ValueError."""
     pure = PurePosixPath(path)
     escapes = pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or "\0" in path
     if escapes or path in ("", ".") or str(pure) != path:
@@ -74,7 +74,7 @@ class ComponentSpec(_Record):
 
 
 class ImageSpec(_Record):
-    """The picture's size in pixels, and its latents; clean latents are divided by `vae_scaling_factor` to decode."""
+    """The picture in pixels, and its latents, which are divided by `vae_scaling_factor` before decoding."""
 
     height: PositiveInt
     width: PositiveInt
@@ -85,7 +85,7 @@ class ImageSpec(_Record):
 
 
 class Manifest(_Record):
-    """Everything a reader of an artifact may rely on; `files` lists every file of it but `manifest.json` itself."""
+    """Everything a reader of an artifact may rely on; `files` lists all its files but `manifest.json`."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str = Field(min_length=1)
@@ -124,9 +124,10 @@ class Manifest(_Record):
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of the artifact in `folder`, checked against the schema but not against the files (see `verify`).
+    """The manifest of the artifact in `folder`, true to the schema; `verify` compares it with the files.
 
-    Raises TurbopocketError for a missing or unreadable file, broken JSON, another schema version or a wrong field.
+    Raises TurbopocketError for a missing or unreadable file, broken JSON, another schema version or a wrong
+    field, of which it names the first.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -136,11 +137,8 @@ def load_manifest(folder: Path) -> Manifest:
         raise TurbopocketError(f"{folder} is not an artifact: it holds no {MANIFEST_NAME}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TurbopocketError(f"{path} cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise TurbopocketError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}",
-            hint="the file may be cut off: build again",
-        ) from error
+    except (ValueError, RecursionError) as error:  # broken syntax, absurd numbers, absurd nesting
+        raise TurbopocketError(f"{path} is not JSON: {error}", hint="the file may be cut off: build again") from error
     version = found.get("schema_version") if isinstance(found, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise TurbopocketError(f"{path} has schema_version {version!r}: this version reads {SCHEMA_VERSION}")
@@ -163,7 +161,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
 
 
 def file_entries(folder: Path) -> list[FileEntry]:
-    """Every file under `folder` but the manifest, hashed, in path order. Raises TurbopocketError for symlinks."""
+    """Every file under `folder` but the manifest, hashed, in path order; TurbopocketError for symlinks."""
     return [_entry(folder, path) for path in _paths_on_disk(folder)]
 
 
@@ -178,9 +176,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         raise TurbopocketError(f"{folder}: {path} is missing ({listed[path].bytes} bytes in the manifest)")
     for path in on_disk:
         if path not in listed:
-            raise TurbopocketError(
-                f"{folder}: {path} is not in the manifest", hint="remove it, or build again"
-            )
+            raise TurbopocketError(f"{folder}: {path} is not in the manifest", hint="remove it, or build again")
     for path, entry in listed.items():
         _verify_content(folder, path, entry)
 

@@ -32,7 +32,7 @@ def relative_error(candidate: NDArray[Any], reference: NDArray[Any]) -> float:
 
 
 def snr_db(candidate: NDArray[Any], reference: NDArray[Any]) -> float:
-    """Signal-to-noise ratio in dB, the difference being the noise: inf when equal, -20 dB at ten times the size."""
+    """Signal-to-noise ratio in dB, the difference being the noise: inf when equal, 20 at a tenth."""
     return _decibels(relative_error(candidate, reference))
 
 
@@ -43,15 +43,14 @@ def psnr_db(candidate: NDArray[Any], reference: NDArray[Any]) -> float:
 
 
 def ssim(candidate: NDArray[Any], reference: NDArray[Any]) -> float:
-    """Structural similarity of two pictures [H, W, C] (uint8, or floats in 0..1): 1 when equal, mean over channels.
+    """Structural similarity of two pictures [H, W, C] (uint8, or floats in 0..1), at most 1.
 
-    Wang et al. 2004, equation 13, with their 11 by 11 Gaussian window of sigma 1.5, where it fits in whole.
+    Wang et al. 2004, equation 13, with their 11 by 11 Gaussian window of sigma 1.5, wherever it fits in
+    whole; the mean over positions and channels.
     Raises TurbopocketError when a side is under 11 pixels.
     """
     if min(reference.shape[:2]) < _SSIM_WINDOW:
-        raise TurbopocketError(
-            f"SSIM needs sides of {_SSIM_WINDOW} pixels or more, found {reference.shape[:2]}"
-        )
+        raise TurbopocketError(f"SSIM needs sides of {_SSIM_WINDOW} pixels or more, found {reference.shape[:2]}")
     x, y = unit_range(candidate), unit_range(reference)
     _difference(x, y)
     mean_x, mean_y = _windowed_mean(x), _windowed_mean(y)

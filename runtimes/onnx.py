@@ -27,13 +27,11 @@ _ERRORS_ONLY = 3
 class OnnxRunner:
     """Runs an artifact's graphs; a session is opened on the first run of its component.
 
-    `threads` limits the cores of one call (None: all). With `keep_open` False at most one session lives at a time, so
-    the memory needed is that of the largest component, paid for by loading again.
+    `threads` limits the cores of one call (None: all). With `keep_open` False at most one session lives at a
+    time, so the memory needed is that of the largest component, paid for by loading again.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, threads: int | None = None, keep_open: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, keep_open: bool = True) -> None:
         self.folder = folder
         self.manifest = manifest
         self.threads = threads
@@ -41,7 +39,7 @@ class OnnxRunner:
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The component's outputs by name. Raises TurbopocketError when graph, manifest and inputs disagree."""
+        """The component's outputs by name; TurbopocketError when graph, manifest and inputs disagree."""
         spec = component_spec(self.manifest, component)
         check_inputs(component, spec.inputs, inputs)
         names = [output.name for output in spec.outputs]
@@ -50,8 +48,8 @@ class OnnxRunner:
     def run_layers(self, component: str, inputs: Mapping[str, NDArray[Any]], layers: Sequence[str]) -> Arrays:
         """Outputs of the layers that the graph has nodes for, in execution order.
 
-        A layer's nodes are named by its PyTorch module path, alone or followed by "/" and a part of it (`to_q`,
-        `to_q/bias`); its output is that of the last of them. Opens a second session for the call.
+        A layer's nodes are named by its PyTorch module path, alone or followed by "/" and a part of it
+        (`to_q`, `to_q/bias`); its output is that of the last of them. Opens a second session for the call.
         """
         spec = component_spec(self.manifest, component)
         check_inputs(component, spec.inputs, inputs)
@@ -60,9 +58,7 @@ class OnnxRunner:
         if not values:
             return {}
         options = session_options(self.threads)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent)
-        )
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         session = _open(component, model, options)
         return dict(zip(values, session.run(list(values.values()), dict(inputs)), strict=True))
 
@@ -83,7 +79,7 @@ class OnnxRunner:
 def session_options(threads: int | None = None) -> ort.SessionOptions:
     """Options under which memory is given back as soon as a tensor dies: no arena, no preplanned block.
 
-    Weights in external data are mapped from the file by the CPU provider, so pages of unpacked weights stay clean.
+    Weights in external data are mapped from the file, so pages of weights that are not repacked stay clean.
     """
     options = ort.SessionOptions()
     options.enable_cpu_mem_arena = False
@@ -101,9 +97,7 @@ def _open(component: str, model: str | bytes, options: ort.SessionOptions) -> or
         raise TurbopocketError(f"{component}: ONNX Runtime cannot open the graph: {error}") from error
 
 
-def _check_tensors(
-    component: str, kind: str, specs: Sequence[TensorSpec], found: Sequence[ort.NodeArg]
-) -> None:
+def _check_tensors(component: str, kind: str, specs: Sequence[TensorSpec], found: Sequence[ort.NodeArg]) -> None:
     check_names(component, kind, [spec.name for spec in specs], [argument.name for argument in found])
     by_name = {argument.name: argument for argument in found}
     for spec in specs:
@@ -120,8 +114,7 @@ def _check_tensors(
 def _same_shape(expected: Sequence[int | str], found: Sequence[int | str | None]) -> bool:
     """Whether numbers agree and stand in the same places; names of varying dimensions are free."""
     return len(expected) == len(found) and all(
-        (a == b) if isinstance(a, int) else not isinstance(b, int)
-        for a, b in zip(expected, found, strict=True)
+        (a == b) if isinstance(a, int) else not isinstance(b, int) for a, b in zip(expected, found, strict=True)
     )
 
 
@@ -130,10 +123,11 @@ def _with_layer_outputs(path: Path, layers: Sequence[str]) -> tuple[bytes, dict[
     import onnx  # needed for the drill-down only
 
     model = onnx.load(path, load_external_data=False)
+    asked = set(layers)
     last_value: dict[str, str] = {}
     for node in model.graph.node:
         layer = node.name.split("/", 1)[0]
-        if layer in set(layers):
+        if layer in asked:
             last_value[layer] = node.output[0]
     outputs = {output.name for output in model.graph.output}
     for value in last_value.values():

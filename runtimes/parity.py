@@ -41,7 +41,10 @@ class ParityRow(_Record):
 
 
 class PictureRow(_Record):
-    """One whole picture from the same prompt and seed; `psnr_db` is None when the pictures are equal."""
+    """One whole picture from the same prompt and seed; `psnr_db` is None when the pictures are equal.
+
+    A picture that is not finite has -inf dB, an SSIM of 0 and no feature distance.
+    """
 
     picture: int
     prompt: str
@@ -92,9 +95,10 @@ class ParityReport(_Record):
         worst = self.worst
         if worst is None or worst.passed:
             bad = next(row for row in self.pictures if not row.passes(self.limits))
+            psnr_db = math.inf if bad.psnr_db is None else bad.psnr_db
             return (
-                f"picture {bad.picture} has PSNR {bad.psnr_db} dB and SSIM {bad.ssim:.4f}; allowed are "
-                f"{self.limits.min_psnr_db} dB and {self.limits.min_ssim} or more"
+                f"picture {bad.picture} has PSNR {psnr_db:.1f} dB and SSIM {bad.ssim:.4f}; required are "
+                f"{self.limits.min_psnr_db} dB and {self.limits.min_ssim}"
             )
         when = "" if worst.timestep is None else f" at timestep {worst.timestep:g}"
         found = f"relative error {worst.relative_error:.3g} is over {worst.max_relative_error:.3g}"

@@ -16,10 +16,10 @@ from .runner import Arrays, check_names
 
 @dataclass(frozen=True)
 class TorchComponent:
-    """A module that takes positional tensors and returns a tensor or a tuple of them, with names for both ends.
+    """A module from positional tensors to a tensor or a tuple of them, with names for both ends.
 
-    `layer_prefix` is what the module's own paths have in front of the layer names people use (`unet.` when the
-    module wraps a UNet as its attribute `unet`); layers outside it are not shown.
+    `layer_prefix` is what the module's own paths have in front of the layer names people use (`unet.` when
+    the module wraps a UNet as its attribute `unet`); layers outside it are not shown.
     """
 
     module: nn.Module
@@ -35,16 +35,14 @@ class PyTorchRunner:
         self.components = components
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The component's outputs by name. Raises TurbopocketError for an unknown component or input names."""
+        """The component's outputs by name; TurbopocketError for an unknown component or input."""
         torch_component = self._component(component)
         check_names(component, "inputs", torch_component.input_names, list(inputs))
         tensors = [torch.from_numpy(inputs[name]) for name in torch_component.input_names]
         with torch.inference_mode():
             outputs = torch_component.module(*tensors)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        return {
-            name: output.numpy() for name, output in zip(torch_component.output_names, outputs, strict=True)
-        }
+        return {name: output.numpy() for name, output in zip(torch_component.output_names, outputs, strict=True)}
 
     def layers(self, component: str) -> list[str]:
         """Paths of the modules that hold weights themselves, as registered (execution may differ)."""
@@ -77,7 +75,8 @@ def _recorded(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     outputs: dict[str, Tensor] = {}
 
     def record(layer: str) -> Any:
-        return lambda module, arguments, output: outputs.update({layer: output})
+        # a copy, since what follows may write into the layer's output
+        return lambda module, arguments, output: outputs.update({layer: output.clone()})
 
     hooks = [module.register_forward_hook(record(layer)) for layer, module in layers.items()]
     try:

@@ -48,7 +48,7 @@ def component_spec(manifest: Manifest, component: str) -> ComponentSpec:
 
 
 def check_inputs(component: str, specs: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any]]) -> None:
-    """Returns when `inputs` are exactly the specified tensors; one named dimension has one size in all of them.
+    """Returns when `inputs` are exactly the specified tensors; a named dimension has one size in all of them.
 
     Raises TurbopocketError naming the component and the first tensor that does not fit.
     """
@@ -62,13 +62,11 @@ def check_inputs(component: str, specs: Sequence[TensorSpec], inputs: Mapping[st
         for dimension, size in zip(spec.shape, found.shape, strict=True):
             wanted = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
             if size != wanted:
-                raise TurbopocketError(
-                    f"{expected}, found {list(found.shape)}: {dimension} is {wanted}, not {size}"
-                )
+                raise TurbopocketError(f"{expected}, found {list(found.shape)}: {dimension} is {wanted}, not {size}")
 
 
 def check_names(component: str, kind: str, expected: Sequence[str], found: Sequence[str]) -> None:
-    """Returns when both hold the same names in any order. Raises TurbopocketError naming the difference."""
+    """Returns when both hold the same names in any order; TurbopocketError names the difference."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         parts = [f"missing {', '.join(missing)}"] if missing else []

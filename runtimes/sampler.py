@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Few-step samplers in numpy: a sampler is a table of constants and a pure step.
 
-Names are the maths: `x_t` latents at the current noise level, `x_0` the predicted clean latents, `eps` the predicted
-noise. Every sampler equals the diffusers scheduler of its name to 1e-5 when both are handed the same noise.
+Names are the maths: `x_t` latents at the current noise level, `x_0` the predicted clean latents, `eps` the
+predicted noise. Every sampler equals the diffusers scheduler of its name to 1e-5 when both are handed the
+same noise.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ NoiseSource = Callable[[tuple[int, ...]], Array]
 
 
 class Sampler(ABC):
-    """One walk from noise to clean latents: `steps` calls of the model at `timesteps`, each followed by `step`."""
+    """One walk from noise to clean latents: at each of `timesteps` ask the model, then `step`."""
 
     def __init__(self, spec: SamplerSpec, steps: int) -> None:
         self.spec = spec
@@ -42,7 +43,7 @@ class Sampler(ABC):
 
 
 class _SigmaSampler(Sampler):
-    """Samplers in the variance-exploding view of Karras et al. 2022 (arXiv 2206.00364): x_t = x_0 + sigma * eps."""
+    """The variance-exploding view of Karras et al. 2022 (arXiv 2206.00364): x_t = x_0 + sigma * eps."""
 
     def __init__(self, spec: SamplerSpec, steps: int) -> None:
         super().__init__(spec, steps)
@@ -54,7 +55,7 @@ class _SigmaSampler(Sampler):
     def init_noise_sigma(self) -> float:
         """The largest sigma, or sqrt(sigma^2 + 1) with leading spacing.
 
-        Leading spacing stops short of pure noise, so there a unit-variance start holds the signal's share too.
+        Leading spacing starts short of pure noise, where latents have the signal's variance as well.
         """
         largest = self.sigmas.max()
         if self.spec.timestep_spacing == "leading":
@@ -96,7 +97,7 @@ class EulerAncestralSampler(_SigmaSampler):
 
 
 class _AlphaSampler(Sampler):
-    """Samplers in the variance-preserving view: x_t = sqrt(alpha) * x_0 + sqrt(1 - alpha) * eps."""
+    """The variance-preserving view: x_t = sqrt(alpha) * x_0 + sqrt(1 - alpha) * eps."""
 
     def __init__(self, spec: SamplerSpec, steps: int) -> None:
         super().__init__(spec, steps)
@@ -154,7 +155,10 @@ _SAMPLERS: dict[str, type[Sampler]] = {
 
 
 def make_sampler(spec: SamplerSpec, steps: int | None = None) -> Sampler:
-    """The sampler that `spec` describes, walking `steps` steps (default: as many as the spec was built for)."""
+    """The sampler that `spec` describes, for `steps` steps or as many as the spec was built for.
+
+    Raises TurbopocketError when its schedule does not have that many.
+    """
     try:
         return _SAMPLERS[spec.kind](spec, spec.steps if steps is None else steps)
     except ValueError as error:

@@ -42,7 +42,6 @@ SCHEDULER_CLASSES: dict[str, tuple[SamplerKind, dict[str, Any]]] = {
     "DDIMScheduler": ("ddim", _DDIM_DEFAULTS),
     "LCMScheduler": ("lcm", _LCM_DEFAULTS),
 }
-_CLASS_OF_KIND = {kind: name for name, (kind, _) in SCHEDULER_CLASSES.items()}
 # Settings that change the numbers and that no sampler here knows: (key, the only value that is accepted).
 _ONLY_VALUES: dict[str, Any] = {
     "trained_betas": None,
@@ -60,10 +59,10 @@ _ONLY_VALUES: dict[str, Any] = {
 class SamplerSpec(BaseModel):
     """Everything a reader needs to step a model from noise to a picture, whatever its language.
 
-    `timesteps` are the `steps` numbers handed to the model, in order; left out, they are computed, and given ones
-    must equal the computed ones. `clip_sample_range` bounds the predicted clean latents (None: no bound) and
-    `set_alpha_to_one` says that DDIM and LCM end in a clean sample; `original_inference_steps` and
-    `timestep_scaling` belong to LCM.
+    `timesteps` are the `steps` numbers handed to the model, in order; left out, they are computed, and given
+    ones must equal the computed ones. `clip_sample_range` bounds the predicted clean latents (None: no bound)
+    and is for DDIM and LCM; `set_alpha_to_one` says that DDIM ends in a clean sample;
+    `original_inference_steps` and `timestep_scaling` belong to LCM.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -98,24 +97,22 @@ class SamplerSpec(BaseModel):
         config: Mapping[str, Any],
         steps: int,
         guidance_scale: float,
-        kind: SamplerKind | None = None,
     ) -> "SamplerSpec":
-        """The sampler that a diffusers `scheduler_config.json` describes, or another `kind` on its noise schedule.
+        """The sampler that a diffusers `scheduler_config.json` describes.
 
-        What the config leaves out are the scheduler class's own defaults. Raises TurbopocketError for a class or
-        a setting that no sampler here reproduces.
+        What the config leaves out are the scheduler class's own defaults. Raises TurbopocketError for a class
+        or a setting that no sampler here reproduces.
         """
-        name = config.get("_class_name") if kind is None else _CLASS_OF_KIND[kind]
+        name = config.get("_class_name")
         if name not in SCHEDULER_CLASSES:
+            kinds = [kind for kind, _ in SCHEDULER_CLASSES.values()]
             raise TurbopocketError(
                 f"scheduler class {name!r} has no sampler here: known are {', '.join(SCHEDULER_CLASSES)}",
-                hint=f"choose another sampler on the same noise schedule: {', '.join(_CLASS_OF_KIND)}",
+                hint=f"choose another sampler on the same noise schedule: {', '.join(kinds)}",
             )
         for key, only in _ONLY_VALUES.items():
             if config.get(key, only) != only and config[key] is not None:
-                raise TurbopocketError(
-                    f"{name}: {key} = {config[key]!r} is not supported: allowed is {only!r}"
-                )
+                raise TurbopocketError(f"{name}: {key} = {config[key]!r} is not supported: allowed is {only!r}")
         kind, defaults = SCHEDULER_CLASSES[name]
         known = {key: config.get(key, default) for key, default in defaults.items()}
         clip, clip_range = known.pop("clip_sample", False), known.pop("clip_sample_range", None)
@@ -144,7 +141,7 @@ def validation_summary(error: ValueError) -> str:
 
 
 def alphas_cumprod(spec: SamplerSpec) -> NDArray[np.float32]:
-    """Share of signal variance left at each training timestep, [num_train_timesteps], falling from about 1 to about 0.
+    """Share of signal variance left at each training timestep, [num_train_timesteps], falling from about 1.
 
     float32 with the product carried in float64, which is what PyTorch's CPU `cumprod` does.
     """
@@ -157,10 +154,11 @@ def alphas_cumprod(spec: SamplerSpec) -> NDArray[np.float32]:
 
 
 def timesteps(spec: SamplerSpec, steps: int) -> NDArray[np.float32]:
-    """The `steps` training timesteps at which the model is asked, noisiest first (whole numbers but for Euler linspace).
+    """The `steps` training timesteps at which the model is asked, noisiest first.
 
-    Spacings are those of Lin et al. 2023 (arXiv 2305.08891, table 2); LCM takes every k-th step of its distillation
-    schedule (Luo et al. 2023, arXiv 2310.04378). Raises ValueError when there are more steps than timesteps.
+    They are whole numbers, except for Euler's linspace. Spacings are those of Lin et al. 2023
+    (arXiv 2305.08891, table 2); LCM takes every k-th step of its distillation schedule (Luo et al. 2023,
+    arXiv 2310.04378). Raises ValueError when there are more steps than timesteps.
     """
     if not 1 <= steps <= spec.num_train_timesteps:
         raise ValueError(f"{steps} steps were asked, 1 to {spec.num_train_timesteps} are possible")
@@ -187,8 +185,8 @@ def _lcm_timesteps(spec: SamplerSpec, steps: int) -> Floats:
     original = spec.original_inference_steps
     if steps > original or original > spec.num_train_timesteps:
         raise ValueError(
-            f"{steps} LCM steps of {original} original_inference_steps of {spec.num_train_timesteps} timesteps: "
-            "each must not exceed the next"
+            f"{steps} LCM steps of {original} original_inference_steps of {spec.num_train_timesteps} "
+            "timesteps: each must not exceed the next"
         )
     distilled = (np.arange(1, original + 1) * (spec.num_train_timesteps // original) - 1)[::-1]
     return distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)].astype(np.float64)

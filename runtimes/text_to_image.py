@@ -17,6 +17,10 @@ from .tokenizer import Tokenizer
 Array = NDArray[np.float32]
 
 
+class NotFinite(TurbopocketError):  # noqa: N818  says what the picture is
+    """A runtime's picture holds NaN: the artifact overflows, or was damaged."""
+
+
 def generate(
     runner: Runner,
     manifest: Manifest,
@@ -29,11 +33,13 @@ def generate(
 ) -> NDArray[np.uint8]:
     """The picture [H, W, 3], the same for every runtime that computes right: noise comes from numpy's PCG64.
 
-    `steps` and `guidance` default to the manifest's. Raises TurbopocketError for an empty prompt; warns `PromptCut`
-    for a too long one.
+    `steps` and `guidance` default to the manifest's. Raises TurbopocketError for an empty prompt, and
+    `NotFinite` when the runtime computes nonsense; warns `PromptCut` for a prompt that is too long.
     """
     noise = seeded_noise(seed)
     picture = draw(runner, manifest, tokenizers, prompt, noise, steps, guidance, negative_prompt)
+    if odd := int(picture.size - np.isfinite(picture).sum()):
+        raise NotFinite(f"{manifest.name}: {odd} of {picture.size} values of the picture are not finite")
     return np.round(picture * 255).astype(np.uint8)
 
 
@@ -47,7 +53,7 @@ def draw(
     guidance: float | None = None,
     negative_prompt: str | None = None,
 ) -> Array:
-    """The picture [H, W, 3] in 0..1. `noise` is asked first for the initial latents, then by steps that need some."""
+    """The picture [H, W, 3] in 0..1; `noise` gives the initial latents, then what single steps need."""
     if not prompt.strip():
         raise TurbopocketError("the prompt is empty: say what the picture should show")
     scale = manifest.sampler.guidance_scale if guidance is None else guidance
@@ -61,7 +67,7 @@ def draw(
 
 
 def seeded_noise(seed: int) -> NoiseSource:
-    """Standard normal float32 numbers from `numpy.random.default_rng(seed)`, drawn in the order they are asked for."""
+    """Standard normal float32 numbers from `numpy.random.default_rng(seed)`, in the order of asking."""
     rng = np.random.default_rng(seed)
     return lambda shape: rng.standard_normal(shape, dtype=np.float32)
 
@@ -99,7 +105,7 @@ def _ask_unet(runner: Runner, manifest: Manifest, values: dict[str, NDArray[Any]
 
 
 def _guided(outputs: list[Array], scale: float) -> Array:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) of [conditional, unconditional], if both."""
+    """Classifier-free guidance of [conditional, unconditional] (Ho and Salimans 2022, arXiv 2207.12598)."""
     if len(outputs) == 1:
         return outputs[0]
     conditional, away_from = outputs

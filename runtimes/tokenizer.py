@@ -23,7 +23,7 @@ class Tokens:
 
 
 class Tokenizer:
-    """Turns text into exactly `length` ids by the rules of a `tokenizer.json`, its padding section included."""
+    """Turns text into exactly `length` ids by the rules of a `tokenizer.json`, its padding included."""
 
     def __init__(self, path: Path, length: int) -> None:
         try:
@@ -42,7 +42,7 @@ class Tokenizer:
         self._rules.no_truncation()
 
     def encode(self, text: str) -> Tokens:
-        """The ids of `text` between its start and end marks; what is too long loses its end, never the end mark."""
+        """The ids of `text` between start and end mark; a text too long loses its end, never the end mark."""
         found = self._rules.encode(text)
         ids = found.ids
         if len(ids) <= self.length:

@@ -126,12 +126,8 @@ def test_a_system_without_proc_is_told_so(tmp_path: Path, monkeypatch: pytest.Mo
         memory.measure(_artifact(tmp_path / "tiny", 8), "unet")
 
 
-def test_a_process_that_holds_pytorch_is_not_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys, types; sys.modules['torch'] = types.ModuleType('torch')"
-    )
+def test_a_process_that_holds_pytorch_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys, types; sys.modules['torch'] = types.ModuleType('torch')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(TurbopocketError, match="PyTorch was imported"):
         memory.measure(_artifact(tmp_path / "tiny", 8), "unet")

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runtime that computes right passes; a planted fault is found, in its component, step and layer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from turbopocket.runtimes.compare import (
+    Call,
+    Limits,
+    ParityReport,
+    compare,
+    compare_call,
+    compare_pictures,
+    first_divergence,
+)
+from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.runtimes.reference import PyTorchRunner
+from turbopocket.runtimes.runner import Arrays
+
+from .conftest import TinyModel, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+
+GUILTY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+LIMITS = Limits(max_relative_error=1e-5, min_psnr_db=60, min_ssim=0.999)
+
+
+@pytest.fixture
+def model(tiny_sdxl: Path, tmp_path: Path) -> TinyModel:
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(
+        timestep_spacing="trailing", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
+    return tiny_model(pipeline, "sdxl", tmp_path, scheduler, guidance=0.0, steps=2)
+
+
+class Faulty:
+    """A runner that computes as `runner` does, with one layer's bias or weight moved while it runs."""
+
+    def __init__(self, runner: PyTorchRunner, component: str, layer: str, by: float) -> None:
+        self.runner, self.component, self.layer, self.by = runner, component, layer, by
+
+    def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        return self._moved(component, lambda: self.runner.run(component, inputs))
+
+    def run_layers(self, component: str, inputs: Mapping[str, NDArray[Any]], layers: Sequence[str]) -> Arrays:
+        return self._moved(component, lambda: self.runner.run_layers(component, inputs, layers))
+
+    def _moved(self, component: str, run: Any) -> Arrays:
+        found = self.runner.components[component]
+        if component != self.component:
+            return run()
+        weight = found.module.get_submodule(found.layer_prefix + self.layer).weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(1 + self.by)
+        try:
+            return run()
+        finally:
+            with torch.no_grad():
+                weight.copy_(before)
+
+
+def report_of(model: TinyModel, candidate: Any, **options: Any) -> ParityReport:
+    return compare(
+        model.runner,
+        candidate,
+        model.manifest,
+        model.tokenizers,
+        ["a red circle", "blue cat"],
+        0,
+        LIMITS,
+        **options,
+    )
+
+
+def test_reference_passes_against_itself(model: TinyModel) -> None:
+    report = report_of(model, model.runner)
+    assert report.passed
+    assert report.failure is None
+    assert report.first_divergence is None
+    called = ["text_encoder", "text_encoder_2", "unet", "unet", "vae_decoder"]
+    assert [row.component for row in report.rows] == 2 * called
+    assert [row.timestep for row in report.rows[:5]] == [None, None, 999, 499, None]
+    assert [row.picture for row in report.rows] == [0] * 5 + [1] * 5
+    assert [(row.prompt, row.seed, row.psnr_db, row.ssim) for row in report.pictures] == [
+        ("a red circle", 0, None, pytest.approx(1)),
+        ("blue cat", 1, None, pytest.approx(1)),
+    ]
+
+
+def test_planted_fault_is_blamed_on_its_layer(model: TinyModel) -> None:
+    report = report_of(model, Faulty(model.runner, "unet", GUILTY, by=0.5))
+    assert not report.passed
+    assert {row.component for row in report.rows if not row.passed} == {"unet"}
+    assert report.first_divergence is not None
+    assert report.first_divergence.layer == GUILTY
+    assert report.first_divergence.relative_error == pytest.approx(0.5, rel=1e-4)
+    assert report.first_divergence.timestep == 999
+    assert report.failure is not None
+    assert f"the first layer to diverge is unet.{GUILTY} (0.5)" in report.failure
+    assert "is over 1e-05 in output out_sample" in report.failure
+
+
+def test_a_fault_of_the_text_encoder_is_not_charged_to_the_unet(model: TinyModel) -> None:
+    layers = model.runner.layers("text_encoder")
+    guilty = next(layer for layer in layers if layer.endswith("layers.0.self_attn.v_proj"))
+    report = report_of(model, Faulty(model.runner, "text_encoder", guilty, by=0.5))
+    assert {row.component for row in report.rows if not row.passed} == {"text_encoder"}
+    assert report.first_divergence is not None
+    assert (report.first_divergence.component, report.first_divergence.layer) == ("text_encoder", guilty)
+
+
+def test_report_reads_back_equal_even_with_infinite_errors(model: TinyModel) -> None:
+    report = report_of(model, Faulty(model.runner, "vae_decoder", "decoder.conv_out", by=math.inf))
+    assert report.worst is not None
+    assert report.worst.relative_error == math.inf
+    assert not report.passed
+    assert [(row.psnr_db, row.ssim) for row in report.pictures] == [(-math.inf, 0), (-math.inf, 0)]
+    assert ParityReport.from_json(report.to_json()) == report
+
+
+def test_feature_distance_is_asked_about_each_pair_of_pictures(model: TinyModel) -> None:
+    report = report_of(model, model.runner, feature_distance=lambda a, b: float((a == b).mean()) + a.shape[0])
+    assert [row.feature_distance for row in report.pictures] == [33.0, 33.0]
+
+
+def test_pictures_that_differ_too_much_fail_by_themselves() -> None:
+    black, grey = np.zeros((12, 12, 3), np.uint8), np.full((12, 12, 3), 25, np.uint8)
+    row = compare_pictures(black, grey, 0, "night", 0)
+    report = ParityReport(limits=LIMITS, rows=[], pictures=[row])
+    assert not report.passed
+    assert report.failure is not None
+    assert "picture 0 has PSNR 20.2 dB and SSIM 0.0103; required are 60.0 dB and 0.999" in report.failure
+    assert ParityReport(limits=Limits(), rows=[], pictures=[row]).passed
+
+
+CALL = Call("unet", {"timestep": np.array([999.0])}, {})
+
+
+def test_first_divergence_is_the_first_in_execution_order_not_the_worst() -> None:
+    one = np.ones(4)
+    expected = {"a": one, "b": one, "c": one}
+    found = first_divergence(CALL, expected, {"c": one * 9, "b": one * 1.2, "a": one * 1.01}, 0.1)
+    assert found is not None
+    assert found.layer == "b"
+    assert found.relative_error == pytest.approx(0.2)
+    assert found.max_abs_error == pytest.approx(0.2)
+
+
+def test_layers_shown_by_one_side_only_are_passed_over() -> None:
+    one = np.ones(4)
+    assert first_divergence(CALL, {"a": one, "b": one}, {"b": one, "c": one}, 0.1) is None
+
+
+def test_layer_of_another_shape_has_diverged() -> None:
+    found = first_divergence(CALL, {"a": np.ones((2, 3))}, {"a": np.ones((3, 2))}, 0.1)
+    assert found is not None
+    assert found.relative_error == math.inf
+
+
+class Misnaming:
+    def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        return {"noise_pred": np.zeros(1)}
+
+
+def test_outputs_of_another_name_are_refused() -> None:
+    call = Call("unet", {}, {"out_sample": np.zeros(1)})
+    with pytest.raises(TurbopocketError, match="unet: outputs are missing out_sample; unknown noise_pred"):
+        compare_call(Misnaming(), call, 0, LIMITS)

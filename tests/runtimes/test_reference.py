@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch behind the interface of every runtime."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.runtimes.reference import PyTorchRunner, TorchComponent
+
+
+class Backwards(nn.Module):
+    """Registers its layers in the opposite order of their execution, and runs `twice` twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+        self.twice = nn.Linear(4, 4)
+        self.first = nn.Linear(3, 4, bias=False)
+        self.unused = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.twice(self.twice(self.first(x) + shift))
+        return self.last(hidden), hidden
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.unet = Backwards()
+        self.outside = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return self.unet(x, shift)
+
+
+@pytest.fixture
+def runner() -> PyTorchRunner:
+    return PyTorchRunner({"unet": TorchComponent(Wrapper(), ("x", "shift"), ("y", "hidden"), "unet.")})
+
+
+INPUTS = {"shift": np.full(4, 0.5, dtype=np.float32), "x": np.ones((1, 3), dtype=np.float32)}
+
+
+def test_inputs_are_matched_by_name_not_by_order(runner: PyTorchRunner) -> None:
+    outputs = runner.run("unet", INPUTS)
+    with torch.no_grad():
+        y, hidden = runner.components["unet"].module(torch.ones(1, 3), torch.full((4,), 0.5))
+    np.testing.assert_array_equal(outputs["y"], y)
+    np.testing.assert_array_equal(outputs["hidden"], hidden)
+
+
+def test_layers_are_named_without_the_wrapper(runner: PyTorchRunner) -> None:
+    assert runner.layers("unet") == ["last", "twice", "first", "unused"]
+
+
+def test_layers_come_back_in_execution_order(runner: PyTorchRunner) -> None:
+    layers = runner.run_layers("unet", INPUTS, ["last", "twice", "first", "unused", "no.such.layer"])
+    assert list(layers) == ["first", "twice", "last"]
+    outputs = runner.run("unet", INPUTS)
+    np.testing.assert_array_equal(layers["last"], outputs["y"])
+    np.testing.assert_array_equal(layers["twice"], outputs["hidden"])
+
+
+def test_hooks_are_gone_after_a_drill_down(runner: PyTorchRunner) -> None:
+    shown = runner.run_layers("unet", INPUTS, ["first"])
+    before = shown["first"].copy()
+    runner.run("unet", INPUTS | {"x": np.zeros((1, 3), dtype=np.float32)})
+    np.testing.assert_array_equal(shown["first"], before)
+    assert not any(module._forward_hooks for module in runner.components["unet"].module.modules())
+
+
+def test_unknown_component_and_inputs_are_refused(runner: PyTorchRunner) -> None:
+    with pytest.raises(TurbopocketError, match="no component 'vae': there are unet"):
+        runner.run("vae", {})
+    with pytest.raises(TurbopocketError, match="unet: inputs are missing shift; expected x, shift"):
+        runner.run("unet", {"x": INPUTS["x"]})
