@@ -30,7 +30,7 @@ _TEMPLATE = "report.html.jinja"
 
 
 def write_report(folder: Path, data: ReportData) -> Path:
-    """Returns the path of the page, which now stands complete in `folder`; the same data gives the same bytes."""
+    """Returns the path of the page, now complete in `folder`; the same data gives the same bytes."""
     page = _environment().get_template(_TEMPLATE).render(page=page_view(data), data=data)
     path = folder / REPORT_NAME
     write_atomically(path, page.encode())
@@ -62,6 +62,7 @@ def _environment() -> Environment:
         "scientific": scientific,
         "png_uri": _png_uri,
         "db": _decibels,
+        "mb": _megabytes,
         "mib": _mebibytes,
     }
     return environment
@@ -73,6 +74,10 @@ def _png_uri(png: bytes) -> str:
 
 def _decibels(value: float | None) -> str:
     return "∞" if value is None or value == math.inf else f"{value:.1f}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 10**6:,.2f}"
 
 
 def _mebibytes(count: int) -> str:

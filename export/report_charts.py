@@ -12,17 +12,14 @@ from .report_data import TradeoffPoint
 from .report_svg import Frame, Scale, dot, element, line, linear_scale, log_scale, power_of_ten, scientific
 from .units import UNIT_BYTES, format_bytes
 
-_WIDE = Frame(width=960, height=320)
+_WIDE = Frame(width=960, height=340, bottom=68)
 _HALF = Frame(width=480, height=330)
 _MAX_TIMESTEP_LABELS = 8
-_MIN_LABEL_PX = 90
 Gap = Mapping[float, float]
 """Timestep -> relative error, the worst of all pictures."""
 
 
-def layer_chart(
-    plan: Plan, layer_snr_db: Mapping[str, float | None], format_classes: Mapping[str, str]
-) -> Markup:
+def layer_chart(plan: Plan, layer_snr_db: Mapping[str, float | None], format_classes: Mapping[str, str]) -> Markup:
     """Returns one dot a layer, in execution order, at the signal-to-noise ratio of its stored weights."""
     finite = [value for value in layer_snr_db.values() if value is not None]
     y = linear_scale([0.0, *finite], *_WIDE.y_px)
@@ -45,17 +42,17 @@ def layer_chart(
 
 
 def _component_bands(components: Sequence[str], x: Scale) -> Markup:
-    """A line where one component ends and the next begins; the component's name where there is room for it."""
+    """The components' names under their layers, on two lines in turn, and lines where one ends and the next begins."""
     bottom, top = _WIDE.y_px
     marks = []
-    for name, run in itertools.groupby(range(len(components)), key=lambda index: components[index]):
+    runs = itertools.groupby(range(len(components)), key=lambda index: components[index])
+    for order, (name, run) in enumerate(runs):
         indices = list(run)
-        left, right = x(indices[0] - 0.5), x(indices[-1] + 0.5)
-        if indices[0] > 0:
+        left, middle = x(indices[0] - 0.5), x((indices[0] + indices[-1]) / 2)
+        if order > 0:
             marks.append(element("line", class_="band", x1=left, x2=left, y1=bottom, y2=top))
-        if right - left > _MIN_LABEL_PX:
-            middle = (left + right) / 2
-            marks.append(element("text", name, class_="tick", x=middle, y=bottom + 18, text_anchor="middle"))
+        height = bottom + 18 + 17 * (order % 2)
+        marks.append(element("text", name, class_="tick", x=middle, y=height, text_anchor="middle"))
     return Markup("").join(marks)
 
 
@@ -73,9 +70,7 @@ def timestep_chart(compression: Gap, lowering: Gap, limit: float) -> Markup:
         _HALF.y_axis(y, "relative error", lambda value: power_of_ten(round(math.log10(value)))),
         _HALF.x_axis(labels, "timestep, in sampling order"),
         element("line", class_="limit", x1=left, x2=right, y1=y(limit), y2=y(limit)),
-        element(
-            "text", "limit of the lowering gap", class_="note", x=right, y=y(limit) - 6, text_anchor="end"
-        ),
+        element("text", "limit of the lowering gap", class_="note", x=right, y=y(limit) - 6, text_anchor="end"),
         _gap_series("compression", compression, at_px, y),
         _gap_series("lowering", lowering, at_px, y),
     )
@@ -122,7 +117,7 @@ def _budget_line(plan: Plan, unit_bytes: int, x: Scale) -> Markup:
         return Markup("")
     px = x(plan.budget_bytes / unit_bytes)
     bottom, top = _HALF.y_px
-    name = element("text", "budget", class_="note", x=px - 5, y=top + 10, text_anchor="end")
+    name = element("text", "budget", class_="note", x=px + 6, y=bottom - 8)
     return element("line", class_="limit", x1=px, x2=px, y1=bottom, y2=top) + name
 
 

@@ -122,8 +122,7 @@ class ReportData:
         judged = len(self.measurements.total.pictures)
         if judged != len(self.pictures):
             raise TurbopocketError(
-                f"{folder / MEASUREMENTS} judges {judged} pictures, "
-                f"{PICTURES}/{PROMPTS} lists {len(self.pictures)}",
+                f"{folder / MEASUREMENTS} judges {judged} pictures, {PICTURES}/{PROMPTS} lists {len(self.pictures)}",
                 hint="build again",
             )
 
@@ -148,9 +147,7 @@ def _load_plan(path: Path) -> Plan:
     except UnicodeDecodeError:
         raise TurbopocketError(f"{path} is damaged: it is not text", hint="build again") from None
     if not math.isfinite(plan.predicted_loss):
-        raise TurbopocketError(
-            f"{path} is damaged: its predicted loss is {plan.predicted_loss}", hint="build again"
-        )
+        raise TurbopocketError(f"{path} is damaged: its predicted loss is {plan.predicted_loss}", hint="build again")
     return plan
 
 
@@ -158,9 +155,7 @@ def _parsed(path: Path, adapter: TypeAdapter[T]) -> T:
     try:
         return adapter.validate_json(_read(path))
     except ValidationError as error:
-        raise TurbopocketError(
-            f"{path} is damaged: {validation_summary(error)}", hint="build again"
-        ) from error
+        raise TurbopocketError(f"{path} is damaged: {validation_summary(error)}", hint="build again") from error
 
 
 def _read_png(path: Path) -> bytes:

@@ -41,7 +41,7 @@ def scientific(value: float) -> str:
     if not math.isfinite(value):
         return "∞"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa} \N{MULTIPLICATION SIGN} {power_of_ten(int(exponent))}"
+    return f"{mantissa}\N{NARROW NO-BREAK SPACE}\N{MULTIPLICATION SIGN}\N{NARROW NO-BREAK SPACE}{power_of_ten(int(exponent))}"
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ class Scale:
         """Returns round values inside the axis: powers of ten, or about `count` multiples of 1, 2 or 5."""
         if self.log:
             first, last = round(math.log10(self.low)), round(math.log10(self.high))
-            return [
-                10.0**exponent for exponent in range(first, last + 1, 1 + (last - first) // _MAX_DECADE_TICKS)
-            ]
+            return [10.0**exponent for exponent in range(first, last + 1, 1 + (last - first) // _MAX_DECADE_TICKS)]
         step = _round_step((self.high - self.low) / count)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
@@ -86,7 +84,8 @@ def linear_scale(values: Iterable[float], start_px: float, end_px: float) -> Sca
     usable = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(usable), max(usable)
     step = _round_step(max(high - low, abs(high) * 1e-3, 1e-9) / 5)
-    return Scale((math.ceil(low / step) - 1) * step, (math.floor(high / step) + 1) * step, start_px, end_px)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return Scale(first * step, max(last, first + 1) * step, start_px, end_px)
 
 
 def _round_step(step: float) -> float:
@@ -143,12 +142,9 @@ class Frame:
         left, right = self.x_px
         bottom, _ = self.y_px
         marks = [
-            element("text", text, class_="tick", x=px, y=bottom + 18, text_anchor="middle")
-            for px, text in positions
+            element("text", text, class_="tick", x=px, y=bottom + 18, text_anchor="middle") for px, text in positions
         ]
-        name = element(
-            "text", label, class_="axis", x=(left + right) / 2, y=bottom + 40, text_anchor="middle"
-        )
+        name = element("text", label, class_="axis", x=(left + right) / 2, y=bottom + 40, text_anchor="middle")
         base = element("line", class_="base", x1=left, x2=right, y1=bottom, y2=bottom)
         return Markup("").join([base, *marks, name])
 
@@ -160,6 +156,4 @@ def dot(x: float, y: float, class_: str, tooltip: str, radius: float = 3.5) -> M
 
 def line(points: Sequence[tuple[float, float]], class_: str) -> Markup:
     """Returns straight lines from point to point."""
-    return element(
-        "polyline", class_=f"line {class_}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    )
+    return element("polyline", class_=f"line {class_}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points))

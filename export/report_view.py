@@ -14,6 +14,7 @@ from ..runtimes.parity import ParityRow
 from .report_charts import layer_chart, timestep_chart, tradeoff_chart
 from .report_data import ReportData
 
+TARGET_NAMES = {"onnx": "ONNX Runtime"}
 _FORMAT_COLOURS = 6
 _BLOCK = re.compile(r"(.+?\.(?:\w*_blocks\.\d+|mid_block))\.")
 """A U-shaped network's blocks: `unet.down_blocks.1`, `vae_decoder.mid_block`."""
@@ -68,7 +69,9 @@ class GapRow:
 class PageView:
     """Everything on the page that is not in ReportData as it is."""
 
+    target_name: str
     budget_percent: float | None
+    over_budget: bool
     fp16_bytes: int
     fp32_bytes: int
     components: tuple[Bar, ...]
@@ -88,6 +91,8 @@ def page_view(data: ReportData) -> PageView:
     classes = format_classes(plan)
     compression, lowering = _worst(measured.compression.rows), _worst(data.parity.rows)
     return PageView(
+        target_name=TARGET_NAMES[data.manifest.target],
+        over_budget=plan.budget_bytes is not None and measured.artifact_bytes > plan.budget_bytes,
         budget_percent=100 * measured.artifact_bytes / plan.budget_bytes if plan.budget_bytes else None,
         fp16_bytes=2 * measured.parameters,
         fp32_bytes=4 * measured.parameters,
@@ -107,9 +112,7 @@ def page_view(data: ReportData) -> PageView:
 
 def format_classes(plan: Plan) -> dict[str, str]:
     """Returns the CSS class of each format's colour, fewest bits first."""
-    used = sorted(
-        {choice.format for choice in plan.choices}, key=lambda name: (parse_format(name).weight_bits, name)
-    )
+    used = sorted({choice.format for choice in plan.choices}, key=lambda name: (parse_format(name).weight_bits, name))
     return {name: f"f{index % _FORMAT_COLOURS}" for index, name in enumerate(used)}
 
 
