@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graphs a phone runs: one PyTorch module per component, with a name for every tensor that goes in or out.
+
+Names, order and number types of the tensors are those of optimum-onnx's pipelines, so that its users can open
+our artifacts. Layers are named `<component>.<module path>`, as in `quant`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EXAMPLE_BATCH = 2
+"""The batch of all example inputs: 1 would let tracing take the batch for a constant."""
+
+
+class ComponentModule(nn.Module):
+    """A module with positional tensors in and out, whose only child is the traced model.
+
+    The child is registered under the component's name, so parameter names start with `<component>.`.
+    """
+
+    def __init__(self, component: str, model: nn.Module) -> None:
+        super().__init__()
+        self.component = component
+        self.add_module(component, model)
+
+    @property
+    def model(self) -> Any:
+        """The wrapped model: its module paths, behind the component's name, are the layers' names."""
+        return self.get_submodule(self.component)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph: its module, and the names of the tensors that go in (with an example of each) and come out.
+
+    The first dimension of every input that has dimensions is the batch and may vary; all others are fixed.
+    """
+
+    name: str
+    module: ComponentModule
+    example_inputs: dict[str, Tensor]
+    output_names: tuple[str, ...]
+
+    @property
+    def layer_prefix(self) -> str:
+        """What a parameter's or layer's name has in front of the path inside the model: `unet.`."""
+        return f"{self.name}."
+
+
+class _TextEncoder(ComponentModule):
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        encoded = self.model(input_ids, output_hidden_states=True)
+        if self.has_projection:
+            return encoded.text_embeds, encoded.last_hidden_state, *encoded.hidden_states
+        return encoded.last_hidden_state, encoded.pooler_output, *encoded.hidden_states
+
+    @property
+    def has_projection(self) -> bool:
+        return hasattr(self.model, "text_projection")
+
+
+def text_encoder_component(clip_model: nn.Module, name: str = "text_encoder") -> Component:
+    """`input_ids` [B, T] int64 to `last_hidden_state` [B, T, D], `pooler_output` [B, D] (CLIPTextModel) or to
+    `text_embeds` [B, P], `last_hidden_state` (CLIPTextModelWithProjection), then `hidden_states.0` … `.L` for L layers.
+    """
+    module = _TextEncoder(name, clip_model)
+    config = module.model.config
+    pooled = ("text_embeds", "last_hidden_state") if module.has_projection else ("last_hidden_state", "pooler_output")
+    return Component(
+        name=name,
+        module=module,
+        example_inputs={"input_ids": torch.zeros(EXAMPLE_BATCH, config.max_position_embeddings, dtype=torch.int64)},
+        output_names=(*pooled, *(f"hidden_states.{index}" for index in range(config.num_hidden_layers + 1))),
+    )
+
+
+class _UNet(ComponentModule):
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *added: Tensor) -> Tensor:
+        for tensor in (encoder_hidden_states, *added):
+            torch._check(tensor.shape[0] == sample.shape[0])  # one batch size, so that tracing finds one symbol
+        conditions = dict(zip(("text_embeds", "time_ids"), added, strict=True)) if added else None
+        return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def unet_component(unet: nn.Module, latent_size: tuple[int, int] | None = None, text_tokens: int = 77) -> Component:
+    """`sample` [B, C, h, w], `timestep` [] and `encoder_hidden_states` [B, T, D] to `out_sample` [B, C, h, w].
+
+    SDXL's UNet also takes `text_embeds` [B, P] and `time_ids` [B, 6]. All float32. `latent_size` is (h, w), by
+    default the size the model was trained for.
+    """
+    module = _UNet("unet", unet)
+    config = module.model.config
+    height, width = latent_size or (config.sample_size, config.sample_size)
+    inputs = {
+        "sample": torch.zeros(EXAMPLE_BATCH, config.in_channels, height, width),
+        "timestep": torch.tensor(999.0),
+        "encoder_hidden_states": torch.zeros(EXAMPLE_BATCH, text_tokens, config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        time_ids = 6
+        pooled_width = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+        inputs["text_embeds"] = torch.zeros(EXAMPLE_BATCH, pooled_width)
+        inputs["time_ids"] = torch.zeros(EXAMPLE_BATCH, time_ids)
+    return Component("unet", module, inputs, ("out_sample",))
+
+
+class _DecoderHalf(nn.Module):
+    """The half of an AutoencoderKL that draws, with the module paths it has in the whole."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
+
+
+class _VaeDecoder(ComponentModule):
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.model(latent_sample)
+
+
+def vae_decoder_component(vae: Any, latent_size: tuple[int, int]) -> Component:
+    """`latent_sample` [B, C, h, w] (already divided by the scaling factor) to `sample` [B, 3, H, W] in -1..1."""
+    return Component(
+        name="vae_decoder",
+        module=_VaeDecoder("vae_decoder", _DecoderHalf(vae)),
+        example_inputs={"latent_sample": torch.zeros(EXAMPLE_BATCH, vae.config.latent_channels, *latent_size)},
+        output_names=("sample",),
+    )

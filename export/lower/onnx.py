@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A component as `model.onnx` and `model.onnx.data` for ONNX Runtime, weights as compressed on disk as in the plan.
+
+`trace` runs PyTorch's exporter once; all sizes then follow from shapes (`fixed_bytes`, `lowered_bytes`), before any
+weight is compressed, and `lower` writes the same bytes every time.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from ...quant.formats import CompressedTensor, LayerFormat
+from ...runtimes.errors import TurbopocketError
+from ...runtimes.manifest import ComponentSpec, TensorSpec
+from .onnx_data import DATA_FILE, StoredTensor, data_bytes, external_initializers, write_data
+from .onnx_form import Array, Form, Layer
+from .onnx_integer import MICROSOFT
+from .onnx_rest import RestParameter, looked_up, rest_parameters, widened
+from .onnx_stores import form_of, storable
+from .onnx_trace import DOMAIN, OPSET, TracedGraph, trace
+
+__all__ = [
+    "OnnxOptions",
+    "TracedGraph",
+    "component_spec",
+    "fixed_bytes",
+    "graph_bytes",
+    "lower",
+    "lowered_bytes",
+    "rest_bytes",
+    "storable",
+    "trace",
+]
+
+MODEL_FILE = "model.onnx"
+IR_VERSION = 10
+_DTYPES: dict[int, Literal["float32", "int64"]] = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """`accuracy_level` of MatMulNBits: 1 computes in fp32, 4 rounds activations to int8, which phones do faster."""
+
+    accuracy_level: int = 1
+
+
+DEFAULTS = OnnxOptions()
+
+
+def lower(
+    traced: TracedGraph,
+    weights: Mapping[str, CompressedTensor],
+    folder: Path,
+    options: OnnxOptions = DEFAULTS,
+) -> ComponentSpec:
+    """Writes `<component>/model.onnx` and its data file under `folder`, and returns what a manifest says of them.
+
+    Raises TurbopocketError when `weights` are not exactly the traced layers' or ONNX can not store one of them.
+    """
+    forms = _forms(traced, {layer: weight.format for layer, weight in weights.items()}, options)
+    graph = _Graph(traced, forms)
+    target = folder / traced.component
+    target.mkdir(parents=True, exist_ok=True)
+    (target / MODEL_FILE).write_bytes(graph.model().SerializeToString(deterministic=True))
+    write_data(target / DATA_FILE, graph.arrays(weights))
+    return component_spec(traced)
+
+
+def component_spec(traced: TracedGraph) -> ComponentSpec:
+    """Returns what a manifest says of the component that `lower` writes: where it lies and its tensors."""
+    return ComponentSpec(
+        file=f"{traced.component}/{MODEL_FILE}",
+        inputs=[_tensor_spec(value) for value in traced.skeleton.graph.input],
+        outputs=[_tensor_spec(value) for value in traced.skeleton.graph.output],
+    )
+
+
+def lowered_bytes(traced: TracedGraph, formats: Mapping[str, LayerFormat], options: OnnxOptions = DEFAULTS) -> int:
+    """Exact bytes of both files that `lower` would write for layers in these formats."""
+    graph = _Graph(traced, _forms(traced, formats, options))
+    return graph.model().ByteSize() + data_bytes(graph.tensors())
+
+
+def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
+    """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats."""
+    return graph_bytes(traced, candidates) + rest_bytes(traced)
+
+
+def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
+    """Bytes of `model.onnx` and of gaps in the data file, at most: each layer in its wordiest candidate format.
+
+    Candidates that a layer can not be stored in count for nothing; so does a layer without any.
+    """
+    formats = tuple(candidates)
+    skeleton_bytes = _Graph(traced, {}).model().ByteSize()
+    return skeleton_bytes + sum(_overhead_bytes(layer, formats) for layer in traced.layers.values())
+
+
+def _overhead_bytes(layer: Layer, candidates: Iterable[LayerFormat]) -> int:
+    forms = [
+        form_of(layer, format, accuracy_level=1)
+        for format in candidates
+        if storable(format, layer.kind, layer.shape) is None
+    ]
+    return max((form.overhead_bytes() for form in forms), default=0)
+
+
+def rest_bytes(traced: TracedGraph) -> int:
+    """Exact bytes in the data file of everything that is not a layer's weight."""
+    return data_bytes(parameter.stored() for parameter in _rest(traced))
+
+
+class _Graph:
+    """The finished graph of a component, whose layers have the given forms (by module path)."""
+
+    def __init__(self, traced: TracedGraph, forms: Mapping[str, Form]) -> None:
+        self.traced = traced
+        self.forms = forms
+        self.rest = _rest(traced)
+
+    def tensors(self) -> list[StoredTensor]:
+        """What the data file holds, in order."""
+        layers = [tensor for form in self.forms.values() for tensor in form.tensors()]
+        return [*(parameter.stored() for parameter in self.rest), *layers]
+
+    def arrays(self, weights: Mapping[str, CompressedTensor]) -> Iterator[tuple[StoredTensor, Array]]:
+        """Values of `tensors`, one layer at a time."""
+        for parameter in self.rest:
+            yield parameter.stored(), parameter.array()
+        for form in self.forms.values():
+            yield from zip(form.tensors(), form.arrays(weights[form.layer.name]), strict=True)
+
+    def model(self) -> ModelProto:
+        """The graph with all tensors outside."""
+        model = ModelProto(ir_version=IR_VERSION, producer_name="turbopocket")
+        model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)])
+        model.graph.CopyFrom(self.traced.skeleton.graph)
+        del model.graph.node[:]
+        model.graph.name = self.traced.component
+        model.graph.node.extend(self._nodes())
+        model.graph.initializer.extend(external_initializers(self.tensors()))
+        for form in self.forms.values():
+            model.graph.input.extend(form.overridable_inputs())
+        return model
+
+    def _nodes(self) -> list[NodeProto]:
+        half_tables = {p.name for p in self.rest if p.is_table and p.is_half}
+        nodes = widened(self.rest)
+        prepared: set[str] = set()
+        for node in self.traced.skeleton.graph.node:
+            path = node.input[1].removesuffix(".weight") if node.domain == DOMAIN else None
+            if path is not None and path in self.forms:
+                nodes += [] if path in prepared else self.forms[path].prepare()
+                nodes += self.forms[path].apply(node)
+                prepared.add(path)
+            elif path is not None:
+                continue
+            elif node.op_type == "Gather" and node.input[0] in half_tables:
+                nodes += looked_up(node)
+            else:
+                nodes.append(node)
+        return nodes
+
+
+def _rest(traced: TracedGraph) -> list[RestParameter]:
+    return rest_parameters(traced.rest, traced.skeleton.graph.node)
+
+
+def _forms(traced: TracedGraph, formats: Mapping[str, LayerFormat], options: OnnxOptions) -> dict[str, Form]:
+    missing, unknown = sorted(traced.layers.keys() - formats), sorted(formats.keys() - traced.layers)
+    for problem, layers in (("no format for", missing), ("the graph has no", unknown)):
+        if layers:
+            raise TurbopocketError(f"{traced.component}: {problem} {layers[0]} and {len(layers) - 1} other layers")
+    return {layer.path: form_of(layer, formats[name], options.accuracy_level) for name, layer in traced.layers.items()}
+
+
+def _tensor_spec(value: ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = [dimension.dim_param or dimension.dim_value for dimension in tensor.shape.dim]
+    return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=shape)
