@@ -276,7 +276,15 @@ def _save_tokenizers(pipeline: Any, components: dict[str, TorchComponent], folde
     return places
 
 
-def tiny_model(pipeline: Any, family: str, folder: Path, scheduler: Any, guidance: float, steps: int) -> TinyModel:
+def tiny_model(
+    pipeline: Any,
+    family: str,
+    folder: Path,
+    scheduler: Any,
+    guidance: float,
+    steps: int,
+    width_px: int = 32,
+) -> TinyModel:
     """The pipeline with `scheduler`, and its twin in numpy over PyTorchRunner."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = scheduler
@@ -294,10 +302,10 @@ def tiny_model(pipeline: Any, family: str, folder: Path, scheduler: Any, guidanc
         sampler=SamplerSpec.from_scheduler_config(config, steps, guidance),
         image=ImageSpec(
             height=32,
-            width=32,
+            width=width_px,
             latent_channels=4,
             latent_height=16,
-            latent_width=16,
+            latent_width=width_px // 2,
             vae_scaling_factor=pipeline.vae.config.scaling_factor,
         ),
         force_zeros_for_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),

@@ -33,7 +33,7 @@ def assert_draws_like_diffusers(model: TinyModel, negative_prompt: str | None = 
         num_inference_steps=model.manifest.sampler.steps,
         guidance_scale=model.manifest.sampler.guidance_scale,
         height=32,
-        width=32,
+        width=model.manifest.image.width,
         generator=theirs,
         output_type="np",
     ).images[0]
@@ -62,6 +62,11 @@ def sd(tiny_sd: Path) -> Any:
 def test_sdxl_turbo_draws_what_diffusers_draws(sdxl: Any, tmp_path: Path) -> None:
     scheduler = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **BETAS)
     assert_draws_like_diffusers(tiny_model(sdxl, "sdxl", tmp_path, scheduler, guidance=0.0, steps=3))
+
+
+def test_sdxl_is_told_height_before_width(sdxl: Any, tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, **BETAS)
+    assert_draws_like_diffusers(tiny_model(sdxl, "sdxl", tmp_path, scheduler, 1.0, steps=2, width_px=16))
 
 
 def test_guided_sdxl_without_a_negative_prompt_steers_away_from_zeros(sdxl: Any, tmp_path: Path) -> None:
