@@ -66,9 +66,7 @@ def load_shapes(source: str) -> LoadedModel:
 def _described(name: str, folder: Path, has_weights: bool) -> tuple[LoadedModel, ModelFamily]:
     index = read_pipeline_index(folder)
     family = family_of(index, folder, FAMILIES)
-    modules = {
-        component: empty_module(folder / component, spec) for component, spec in family.modules.items()
-    }
+    modules = {component: empty_module(folder / component, spec) for component, spec in family.modules.items()}
     _check_widths(modules, folder)
     vae: Any = modules["vae"]
     vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -108,7 +106,5 @@ def _check_widths(modules: Mapping[str, nn.Module], folder: Path) -> None:
 def _sample_size(unet: Any, folder: Path) -> int:
     size = unet.config["sample_size"]
     if not isinstance(size, int):
-        raise TurbopocketError(
-            f"{folder / 'unet' / 'config.json'}: sample_size is {size!r}; one integer is needed"
-        )
+        raise TurbopocketError(f"{folder / 'unet' / 'config.json'}: sample_size is {size!r}; one integer is needed")
     return size

@@ -43,9 +43,7 @@ def download(repo_id: str, folders: Collection[str], with_weights: bool) -> Path
 def _downloaded_before(repo_id: str, reason: Exception) -> Path:
     try:
         return Path(snapshot_download(repo_id, local_files_only=True))
-    except (
-        IncompleteSnapshotError
-    ) as incomplete:  # we never fetch a whole repository; what lacks is named later
+    except IncompleteSnapshotError as incomplete:  # we never fetch a whole repository; what lacks is named later
         return Path(incomplete.snapshot_path)
     except LocalEntryNotFoundError:
         raise TurbopocketError(
@@ -76,6 +74,4 @@ def _one_set_of_weights(present: Collection[str], stem: str) -> set[str]:
         return set()
     if chosen.endswith(".safetensors"):
         return {chosen}
-    return {
-        name for name in present if name.startswith(stem) and re.search(r"-\d+-of-\d+.*\.safetensors$", name)
-    }
+    return {name for name in present if name.startswith(stem) and re.search(r"-\d+-of-\d+.*\.safetensors$", name)}

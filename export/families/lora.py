@@ -32,9 +32,7 @@ def merge_lora(model: LoadedModel, family: ModelFamily, file: Path) -> None:
             raise TurbopocketError(f"{file} does not fit {model.name}: {_start(error)}") from error
         matched = sum(_tuner_layer_count(model.modules[name]) for name in components)
         if matched != layers:
-            raise TurbopocketError(
-                f"{file}: {matched} of its {layers} layers are in {model.name}, all must be"
-            )
+            raise TurbopocketError(f"{file}: {matched} of its {layers} layers are in {model.name}, all must be")
         pipeline.fuse_lora(components=components)
         pipeline.unload_lora_weights()
     for module in model.modules.values():
@@ -45,17 +43,13 @@ def _adapted_layer_count(file: Path) -> int:
     if not file.is_file():
         raise TurbopocketError(f"the LoRA {file} does not exist")
     if file.suffix != ".safetensors":
-        raise TurbopocketError(
-            f"the LoRA {file} is a {file.suffix or 'nameless'} file; allowed: .safetensors"
-        )
+        raise TurbopocketError(f"the LoRA {file} is a {file.suffix or 'nameless'} file; allowed: .safetensors")
     tensors = read_header(file)
     if any("dora_scale" in name for name in tensors):
         raise TurbopocketError(f"{file} is a DoRA, whose magnitudes cannot be merged; allowed: LoRA")
     layers = sum(DOWN_PROJECTION.search(name) is not None for name in tensors)
     if not layers:
-        raise TurbopocketError(
-            f"{file} is not a LoRA: none of its {len(tensors)} tensors is a down projection"
-        )
+        raise TurbopocketError(f"{file} is not a LoRA: none of its {len(tensors)} tensors is a down projection")
     read_tensors(tensors)  # refuses NaN and infinity
     return layers
 

@@ -51,7 +51,5 @@ def _check_parts(index: dict[str, Any], folder: Path, family: ModelFamily) -> No
 
 def pipeline_config(index: dict[str, Any], family: ModelFamily) -> dict[str, Any]:
     """Returns the pipeline's settings: all of the index that is neither a part nor about the file itself."""
-    own = {
-        key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)
-    }
+    own = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
     return {**family.pipeline_defaults, **own}

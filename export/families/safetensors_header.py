@@ -90,8 +90,7 @@ def _stored_tensor(file: Path, name: str, entry: Any) -> StoredTensor:
         raise _bad_entry(file, name)
     if dtype in ITEM_BYTES and end - begin != (needed_bytes := math.prod(shape) * ITEM_BYTES[dtype]):
         raise TurbopocketError(
-            f"{file}: {name} takes {end - begin} bytes, "
-            f"its shape {list(shape)} in {dtype} needs {needed_bytes}"
+            f"{file}: {name} takes {end - begin} bytes, its shape {list(shape)} in {dtype} needs {needed_bytes}"
         )
     return StoredTensor(file, name, dtype, shape)
 

@@ -32,6 +32,5 @@ def resolve(source: str, folders: Collection[str], with_weights: bool) -> tuple[
     if REPO_ID.fullmatch(source):
         return source.split("/")[1], download(source, folders, with_weights)
     raise TurbopocketError(
-        f"{source!r} is neither a bundled model ({', '.join(BUNDLED)}), nor a folder, "
-        "nor a hub id (owner/name)"
+        f"{source!r} is neither a bundled model ({', '.join(BUNDLED)}), nor a folder, nor a hub id (owner/name)"
     )

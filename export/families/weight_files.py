@@ -20,9 +20,7 @@ def choose_weight_file(names: Collection[str], stem: str) -> str | None:
     for plain in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
         if plain in names:
             return plain
-    variant = re.compile(
-        rf"{re.escape(stem)}(\.[A-Za-z0-9_]+\.safetensors|\.safetensors\.index\.[A-Za-z0-9_]+\.json)"
-    )
+    variant = re.compile(rf"{re.escape(stem)}(\.[A-Za-z0-9_]+\.safetensors|\.safetensors\.index\.[A-Za-z0-9_]+\.json)")
     variants = sorted(name for name in names if variant.fullmatch(name))
     if len(variants) > 1:
         raise TurbopocketError(
@@ -51,9 +49,7 @@ def _no_weights(folder: Path, stem: str) -> TurbopocketError:
             "safetensors is allowed",
             hint="load the pipeline with diffusers and save_pretrained(folder, safe_serialization=True)",
         )
-    return TurbopocketError(
-        f"{folder} has no weights: no {stem}.safetensors, no shard index, no variant of it"
-    )
+    return TurbopocketError(f"{folder} has no weights: no {stem}.safetensors, no shard index, no variant of it")
 
 
 def _sharded(index: Path) -> dict[str, StoredTensor]:

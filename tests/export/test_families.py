@@ -52,9 +52,7 @@ def _outputs(modules: Any, has_two_encoders: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny_sdxl", "tiny_sd"])
-def test_modules_compute_exactly_what_diffusers_loads(
-    checkpoint: str, request: pytest.FixtureRequest
-) -> None:
+def test_modules_compute_exactly_what_diffusers_loads(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(checkpoint)
     ours = load(str(folder)).modules
     theirs = _diffusers_pipeline(folder).components
@@ -82,9 +80,7 @@ def test_an_sdxl_model_comes_with_all_its_settings(tiny_sdxl: Path) -> None:
     assert (model.image_size_px, model.vae_scale_factor) == (32, 2)
 
 
-def test_a_setting_that_the_index_leaves_out_has_the_pipelines_default(
-    tiny_sdxl: Path, tmp_path: Path
-) -> None:
+def test_a_setting_that_the_index_leaves_out_has_the_pipelines_default(tiny_sdxl: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "copy"))
     index = json.loads((folder / "model_index.json").read_text())
     del index["force_zeros_for_empty_prompt"]

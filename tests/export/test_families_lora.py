@@ -76,9 +76,7 @@ def test_merged_model_equals_the_pipeline_with_the_lora_active(
     assert not torch.allclose(_prediction(base.modules), active, rtol=1e-2, atol=1e-2)
 
 
-def test_merged_model_has_the_same_plain_layers_as_before(
-    tiny_sdxl: Path, lora_file: Path, base: LoadedModel
-) -> None:
+def test_merged_model_has_the_same_plain_layers_as_before(tiny_sdxl: Path, lora_file: Path, base: LoadedModel) -> None:
     merged = load(str(tiny_sdxl), [lora_file])
     for component, module in merged.modules.items():
         kinds = {name: type(part) for name, part in module.named_modules()}
@@ -103,9 +101,7 @@ def test_several_loras_add_up(tiny_sdxl: Path, tmp_path: Path, base: LoadedModel
         name = _published_name(component, path)
         change = sum(lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"] for lora in loras)
         found = merged.modules[component].get_parameter(f"{path}.weight")
-        assert torch.allclose(
-            found, base.modules[component].get_parameter(f"{path}.weight") + change, atol=1e-6
-        )
+        assert torch.allclose(found, base.modules[component].get_parameter(f"{path}.weight") + change, atol=1e-6)
 
 
 def test_kohya_names_and_alpha_are_understood(tiny_sdxl: Path, tmp_path: Path, base: LoadedModel) -> None:

@@ -230,9 +230,7 @@ def test_several_variants_without_a_plain_file_are_refused(folder: Path) -> None
     for variant in ("fp16", "non_ema"):
         shutil.copy(folder / UNET_FILE, folder / f"unet/diffusion_pytorch_model.{variant}.safetensors")
     (folder / UNET_FILE).unlink()
-    _refused(
-        folder, "2 variants", "diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.non_ema"
-    )
+    _refused(folder, "2 variants", "diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.non_ema")
 
 
 def _shard(folder: Path, weight_map: Any) -> None:
@@ -272,6 +270,19 @@ def test_every_header_is_checked_before_any_values_are_read(folder: Path) -> Non
 def test_tokenizer_that_is_not_whole_is_refused(folder: Path, file: str) -> None:
     (folder / "tokenizer" / file).unlink()
     with pytest.raises(TurbopocketError, match=re.escape(file)):
+        tokenizer_json(folder / "tokenizer")
+
+
+@pytest.mark.parametrize("content", ["{not json", "{}"])
+def test_tokenizer_with_a_broken_vocabulary_is_refused(folder: Path, content: str) -> None:
+    (folder / "tokenizer/vocab.json").write_text(content)
+    with pytest.raises(TurbopocketError, match="tokenizer cannot be read as a CLIP tokenizer"):
+        tokenizer_json(folder / "tokenizer")
+
+
+def test_tokenizer_without_a_length_is_refused(folder: Path) -> None:
+    _edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=None)
+    with pytest.raises(TurbopocketError, match="model_max_length is None; the number of ids is needed"):
         tokenizer_json(folder / "tokenizer")
 
 

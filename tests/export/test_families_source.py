@@ -148,7 +148,5 @@ def test_model_fetched_before_is_used_when_the_hub_is_unreachable(
 def test_model_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
     monkeypatch.setattr(hub, "HfApi", lambda: _Hub(unknown))
-    with pytest.raises(
-        TurbopocketError, match="owner/name: no such folder here, and no such model on the hub"
-    ):
+    with pytest.raises(TurbopocketError, match="owner/name: no such folder here, and no such model on the hub"):
         load("owner/name")
