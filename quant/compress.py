@@ -83,9 +83,7 @@ def decompressed(
         for name, stored in weights.items():
             weight = weight_of(name, layers[name])
             if tuple(weight.shape) != stored.shape:
-                raise QuantError(
-                    f"{name}: stored shape {list(stored.shape)}, the model has {list(weight.shape)}"
-                )
+                raise QuantError(f"{name}: stored shape {list(stored.shape)}, the model has {list(weight.shape)}")
             originals.callback(_assign, weight, weight.detach().clone())
             _assign(weight, stored.format.decompress(stored))
         yield

@@ -106,6 +106,8 @@ def plan(
 ) -> Plan:
     """The plan of least predicted loss whose total is within `budget_bytes` (None: no limit).
 
+    Least to one part in 10,000, which is where the solver stops; the budget is kept to the byte.
+
     `pins` maps a glob over layer names to a format; where two globs match, the later one holds.
     Deterministic: among equal layers the earlier get the larger formats, a tie in loss goes to fewer bytes.
     Raises OverBudget with the smallest possible total, QuantError for a pin that matches no layer or names a
@@ -131,8 +133,18 @@ def tradeoff(
     fixed_bytes: int,
     pins: Mapping[str, str] | None = None,
 ) -> list[Plan]:
-    """One plan per budget, in the order given: predicted loss against bytes, the curve of the report."""
-    return [plan(layers, budget_bytes, fixed_bytes, pins) for budget_bytes in budgets]
+    """One plan per budget, in the order given: predicted loss against bytes, the curve of the report.
+
+    The curve never rises: a plan for fewer bytes stands in where the solver found none better for more.
+    """
+    best: Plan | None = None
+    plans: dict[int, Plan] = {}
+    for budget_bytes in sorted(set(budgets)):
+        found = plan(layers, budget_bytes, fixed_bytes, pins)
+        if best is None or found.predicted_loss < best.predicted_loss:
+            best = found
+        plans[budget_bytes] = replace(best, budget_bytes=budget_bytes)
+    return [plans[budget_bytes] for budget_bytes in budgets]
 
 
 def smallest_total_bytes(
@@ -173,9 +185,7 @@ def _require_sound(layers: Sequence[LayerChoices]) -> None:
             raise QuantError(f"{layer.layer}: no candidate format for shape {list(layer.shape)}")
         for candidate in layer.candidates:
             if not 0 <= candidate.loss < float("inf"):
-                raise QuantError(
-                    f"{layer.layer}: {candidate.format} has loss {candidate.loss}, not a number >= 0"
-                )
+                raise QuantError(f"{layer.layer}: {candidate.format} has loss {candidate.loss}, not a number >= 0")
 
 
 def _smallest_bytes(layers: Sequence[LayerChoices]) -> int:

@@ -25,13 +25,9 @@ from .plan import Candidate, LayerChoices
 SCHEMA_VERSION = 1
 
 
-def fitting(
-    shapes: Mapping[str, tuple[int, ...]], formats: Sequence[LayerFormat]
-) -> dict[str, list[LayerFormat]]:
+def fitting(shapes: Mapping[str, tuple[int, ...]], formats: Sequence[LayerFormat]) -> dict[str, list[LayerFormat]]:
     """For each layer the formats that can store its shape; QuantError with all reasons when none can."""
-    candidates = {
-        name: [each for each in formats if each.fits(shape) is None] for name, shape in shapes.items()
-    }
+    candidates = {name: [each for each in formats if each.fits(shape) is None] for name, shape in shapes.items()}
     for name, kept in candidates.items():
         if not kept:
             reasons = "; ".join(str(each.fits(shapes[name])) for each in formats) or "no formats were given"

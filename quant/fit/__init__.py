@@ -2,14 +2,14 @@
 """Ways to choose codes for a grid: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward)."""
 
 from ..errors import QuantError
-from .absmax import absmax
+from .absmax import absmax_codes
 from .base import Fit, Grid, GridCodes
-from .gptq import gptq
-from .mse import mse
+from .gptq import gptq_codes
+from .mse import mse_codes
 
-ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax)
-MSE = Fit("mse", needs_hessian=False, choose=mse)
-GPTQ = Fit("gptq", needs_hessian=True, choose=gptq)
+ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax_codes)
+MSE = Fit("mse", needs_hessian=False, choose=mse_codes)
+GPTQ = Fit("gptq", needs_hessian=True, choose=gptq_codes)
 FITS = (ABSMAX, MSE, GPTQ)
 
 __all__ = ["ABSMAX", "FITS", "GPTQ", "MSE", "Fit", "Grid", "GridCodes", "parse_fit"]

@@ -20,7 +20,7 @@ DAMPING = 0.01
 BLOCK_COLUMNS = 128
 
 
-def gptq(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> GridCodes:
+def gptq_codes(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> GridCodes:
     """Codes of low tr[(Ŵ - W) H (Ŵ - W)ᵀ]; the scale of a group is searched when its first column is reached.
 
     Columns that were never driven (H[k, k] = 0) neither send nor receive error: they round to nearest.
@@ -55,9 +55,7 @@ def error_feedback(hessian_KK: Tensor) -> Tensor:
     damped_KK.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     lower_KK, failed_at = torch.linalg.cholesky_ex(damped_KK.flip(0, 1))
     if int(failed_at):
-        raise QuantError(
-            f"gptq: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)"
-        )
+        raise QuantError(f"gptq: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)")
     identity_KK = torch.eye(len(damped_KK), dtype=torch.float64)
     return torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True).to(torch.float32)
 

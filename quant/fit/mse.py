@@ -24,7 +24,7 @@ SHRINKS = tuple(1.0 - 0.035 * step for step in range(20))
 CHUNK_WEIGHTS = 2**16
 
 
-def mse(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> GridCodes:
+def mse_codes(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> GridCodes:
     """Nearest codes under the best scale of each group; never a larger weighted squared error than `absmax`.
 
     The weight of column k is H[k, k] when a Hessian is given, else 1.

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each fit against the one before it, and the cases where scales and Hessians go wrong."""
+
+import pytest
+import torch
+from torch import Tensor
+from turbopocket.quant.errors import QuantError
+from turbopocket.quant.fit import ABSMAX, FITS, GPTQ, MSE, Fit, Grid, parse_fit
+from turbopocket.quant.fit.base import storable_scale
+from turbopocket.quant.fit.gptq import DAMPING, error_feedback
+
+GRIDS = [Grid(bits, symmetric, group) for bits in (4, 8) for symmetric in (True, False) for group in (8, 48)]
+
+
+def hessian_loss(fit: Fit, weight_OK: Tensor, grid: Grid, hessian_KK: Tensor) -> float:
+    error_OK = fit.choose(weight_OK, grid, hessian_KK).values() - weight_OK
+    return float(((error_OK @ hessian_KK) * error_OK).sum())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gptq_beats_mse_beats_absmax_on_correlated_inputs(grid: Grid, correlated_hessian_KK: Tensor) -> None:
+    # A few large weights per row, as real layers have: that is what makes clipping worth while.
+    weight_OK = torch.randn(64, 48) ** 3
+    losses = [hessian_loss(fit, weight_OK, grid, correlated_hessian_KK) for fit in (GPTQ, MSE, ABSMAX)]
+    assert losses[0] < 0.7 * losses[1]
+    assert losses[1] < losses[2]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_mse_is_never_worse_than_absmax_in_squared_error(grid: Grid) -> None:
+    weight_OK = torch.randn(300, 48) ** 3
+    mse_O, absmax_O = (
+        (fit.choose(weight_OK, grid, None).values() - weight_OK).square().sum(1) for fit in (MSE, ABSMAX)
+    )
+    assert (mse_O <= absmax_O * 1.0001).all()
+
+
+@pytest.mark.parametrize("fit", FITS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_codes_stay_on_the_grid(grid: Grid, fit: Fit, correlated_hessian_KK: Tensor) -> None:
+    fitted = fit.choose(torch.randn(16, 48) ** 3, grid, correlated_hessian_KK)
+    assert fitted.codes_OK.dtype == grid.code_dtype
+    assert grid.lowest_code <= int(fitted.codes_OK.min())
+    assert int(fitted.codes_OK.max()) <= grid.highest_code
+
+
+@pytest.mark.parametrize("fit", FITS, ids=str)
+def test_same_input_gives_the_same_codes(fit: Fit, correlated_hessian_KK: Tensor) -> None:
+    weight_OK = torch.randn(16, 48)
+    first, second = (fit.choose(weight_OK.clone(), GRIDS[0], correlated_hessian_KK) for _ in range(2))
+    assert torch.equal(first.codes_OK, second.codes_OK)
+    assert torch.equal(first.scale_OG, second.scale_OG)
+
+
+@pytest.mark.parametrize("fit", FITS, ids=str)
+def test_the_weight_itself_is_left_alone(fit: Fit, correlated_hessian_KK: Tensor) -> None:
+    weight_OK = torch.randn(16, 48)
+    before = weight_OK.clone()
+    fit.choose(weight_OK, GRIDS[1], correlated_hessian_KK)
+    assert torch.equal(weight_OK, before)
+
+
+def test_scale_is_rounded_up_so_that_nothing_falls_off_the_grid() -> None:
+    scale = torch.rand(1000) * torch.logspace(-12, 4, 1000)
+    stored = storable_scale(scale)
+    assert (stored >= scale).all()
+    assert torch.equal(stored, stored.half().float())
+    normal = scale > 2.0**-14
+    assert (stored[normal] <= scale[normal] * (1 + 2.0**-10)).all()
+
+
+def test_scale_under_the_smallest_fp16_number_becomes_that_number() -> None:
+    assert storable_scale(torch.tensor([1e-12])).item() == 2.0**-24
+
+
+def test_importance_of_a_column_draws_the_scale_to_it() -> None:
+    weight_OK = torch.tensor([[0.31, 0.52, -0.43, 10.0]])
+    importance = torch.diag(torch.tensor([1e6, 1e6, 1e6, 1.0]))
+    grid = Grid(4, True, 4)
+    plain, driven = (MSE.choose(weight_OK, grid, each).values() - weight_OK for each in (None, importance))
+    assert driven[0, :3].abs().sum() < plain[0, :3].abs().sum()
+
+
+def test_error_feedback_factorises_the_inverse_of_the_damped_hessian(correlated_hessian_KK: Tensor) -> None:
+    feedback_KK = error_feedback(correlated_hessian_KK).double()
+    damped_KK = correlated_hessian_KK.double()
+    damped_KK.diagonal().add_(DAMPING * damped_KK.diagonal().mean())
+    assert torch.equal(feedback_KK, feedback_KK.triu())
+    assert torch.allclose(feedback_KK.T @ feedback_KK @ damped_KK, torch.eye(48).double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [20, 200, 400])
+def test_blocks_of_columns_change_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_NK = torch.randn(600, 400) @ torch.randn(400, 400)
+    hessian_KK, weight_OK = x_NK.T @ x_NK / 600, torch.randn(8, 400)
+    blocked = GPTQ.choose(weight_OK, Grid(8, True, group), hessian_KK).values()
+    monkeypatch.setattr("turbopocket.quant.fit.gptq.BLOCK_COLUMNS", 400)
+    whole = GPTQ.choose(weight_OK, Grid(8, True, group), hessian_KK).values()
+    # Sums run in another order, so now and then a weight on the edge takes the next code.
+    assert float((blocked != whole).float().mean()) < 0.05
+
+
+def test_columns_that_were_never_driven_round_to_nearest(correlated_hessian_KK: Tensor) -> None:
+    dead = torch.arange(48) % 3 == 0
+    hessian_KK = correlated_hessian_KK * ~dead * ~dead.unsqueeze(1)
+    weight_OK = torch.rand(8, 48) - 0.5
+    fitted = GPTQ.choose(weight_OK, Grid(8, True, 48), hessian_KK)
+    error_OK = (fitted.values() - weight_OK)[:, dead].abs()
+    assert (error_OK <= fitted.scale_OG.float() * 0.5001).all()
+
+
+def test_hessian_of_zeros_gives_nearest_codes() -> None:
+    weight_OK = torch.randn(4, 48)
+    flat = GPTQ.choose(weight_OK, Grid(8, True, 48), torch.zeros(48, 48))
+    assert torch.equal(flat.codes_OK, MSE.choose(weight_OK, Grid(8, True, 48), None).codes_OK)
+
+
+def test_gptq_without_a_hessian_is_refused_with_a_hint() -> None:
+    with pytest.raises(QuantError, match="needs the layer's Hessian") as refusal:
+        GPTQ.choose(torch.randn(4, 8), Grid(4, True, 8), None)
+    assert "mse" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize("fit", [MSE, GPTQ], ids=str)
+@pytest.mark.parametrize(
+    ("hessian_KK", "message"),
+    [
+        (torch.eye(7), r"\[7, 7\] for a weight of 8 columns"),
+        (torch.full((8, 8), torch.nan), "NaN or infinite"),
+    ],
+    ids=["another size", "nan"],
+)
+def test_hessian_that_is_not_the_layers_is_refused(fit: Fit, hessian_KK: Tensor, message: str) -> None:
+    with pytest.raises(QuantError, match=message):
+        fit.choose(torch.randn(4, 8), Grid(4, True, 8), hessian_KK)
+
+
+def test_hessian_with_a_negative_direction_is_refused() -> None:
+    with pytest.raises(QuantError, match="not positive semidefinite"):
+        GPTQ.choose(torch.randn(4, 8), Grid(4, True, 8), torch.eye(8) - 0.5 * torch.ones(8, 8))
+
+
+def test_fit_names_parse_back_and_others_are_refused() -> None:
+    assert [parse_fit(str(fit)) for fit in FITS] == list(FITS)
+    with pytest.raises(QuantError, match="`hqq` is not a fit: known are absmax, mse, gptq"):
+        parse_fit("hqq")
