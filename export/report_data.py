@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -54,7 +54,8 @@ class Measurements(BaseModel):
     components before compression. `layer_snr_db` is 10 log10(tr[W H Wᵀ] / tr[E H Eᵀ]) of each layer's stored
     weights (H = E[x xᵀ], E the error), None for stored without error. `compression` compares float PyTorch with
     PyTorch that has the stored weights, `total` the pictures of float PyTorch with the artifact's. `alignment` is
-    the share of pictures that show all their prompt says, by who drew them; None where nobody can tell.
+    the share of pictures that show all their prompt says, for `float_model`, `stored` (weights, in PyTorch) and
+    `artifact`; None where nobody can tell.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -64,7 +65,7 @@ class Measurements(BaseModel):
     layer_snr_db: dict[str, float | None]
     compression: ParityReport
     total: ParityReport
-    alignment: dict[Literal["float_model", "stored", "artifact"], float | None]
+    alignment: dict[str, float | None]
     memory: dict[str, MemoryFigures]
     stage_seconds: dict[str, float]
 

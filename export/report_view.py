@@ -14,6 +14,7 @@ from ..runtimes.parity import ParityRow
 from .report_charts import layer_chart, timestep_chart, tradeoff_chart
 from .report_data import ReportData
 
+_DRAWN_BY = {"float_model": "float", "stored": "stored weights", "artifact": "artifact"}
 TARGET_NAMES = {"onnx": "ONNX Runtime"}
 _FORMAT_COLOURS = 6
 _BLOCK = re.compile(r"(.+?\.(?:\w*_blocks\.\d+|mid_block))\.")
@@ -67,13 +68,14 @@ class GapRow:
 
 @dataclass(frozen=True)
 class PageView:
-    """Everything on the page that is not in ReportData as it is."""
+    """Everything on the page that is not in ReportData as it is; `alignment` is in percent, by who drew."""
 
     target_name: str
     budget_percent: float | None
     over_budget: bool
     fp16_bytes: int
     fp32_bytes: int
+    alignment: tuple[tuple[str, float], ...]
     components: tuple[Bar, ...]
     blocks: tuple[Bar, ...]
     formats: tuple[FormatRow, ...]
@@ -96,6 +98,9 @@ def page_view(data: ReportData) -> PageView:
         budget_percent=100 * measured.artifact_bytes / plan.budget_bytes if plan.budget_bytes else None,
         fp16_bytes=2 * measured.parameters,
         fp32_bytes=4 * measured.parameters,
+        alignment=tuple(
+            (_DRAWN_BY[who], 100 * share) for who, share in measured.alignment.items() if share is not None
+        ),
         components=component_bars(data),
         blocks=block_bars(plan, classes),
         formats=format_rows(plan, classes),
