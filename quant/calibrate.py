@@ -51,7 +51,7 @@ def weight_of(name: str, layer: nn.Module) -> Tensor:
     raise QuantError(f"{name}: {type(layer).__name__} is not a Linear or a Conv2d with groups=1")
 
 
-def calibrate(modules: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, LayerStats]:
+def calibrate(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, LayerStats]:
     """The statistics of every compressible layer of the components that `run()` put to use.
 
     Sums are kept in float64, K² * 8 bytes per layer. A layer that did not run is not in the result.

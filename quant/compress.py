@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .calibrate import LayerStats, compressible_layers, weight_of
-from .errors import QuantError
+from .errors import QuantError, of_layer
 from .files import write_whole
 from .fit import Fit
 from .formats import CompressedTensor, parse_format
@@ -43,10 +43,8 @@ def _compress_layer(
         found, planned = list(weight.shape), list(choice.shape)
         raise QuantError(f"{choice.layer}: weight of shape {found}, planned for shape {planned}")
     hessian_KK = stats[choice.layer].hessian_KK if choice.layer in stats else None
-    try:
+    with of_layer(choice.layer):
         stored = parse_format(choice.format).compress(weight, fit, hessian_KK)
-    except QuantError as error:
-        raise QuantError(f"{choice.layer}: {error}", error.hint) from error
     if stored.nbytes != choice.nbytes:
         raise QuantError(
             f"{choice.layer}: {stored.nbytes:,} bytes in {choice.format}, the plan counts {choice.nbytes:,}"
@@ -119,8 +117,9 @@ def load_weights(path: Path) -> dict[str, CompressedTensor]:
 
 def _load_layer(file: safe_open, name: str, format: str, shape: list[int]) -> CompressedTensor:
     layer_format = parse_format(format)
-    specs = layer_format.part_specs(tuple(shape))
-    parts = {part: file.get_tensor(f"{name}.{part}") for part in specs}
+    promised = layer_format.part_specs(tuple(shape))
+    parts = {part: file.get_tensor(f"{name}.{part}") for part in promised}
     stored = CompressedTensor(layer_format, tuple(shape), parts)
-    stored.require_promised_parts()
+    with of_layer(name):
+        stored.require_promised_parts()
     return stored

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import LayerStats, weight_of
-from .errors import QuantError
+from .errors import QuantError, of_layer
 from .files import write_whole
 from .fit import Fit
 from .formats import LayerFormat, matrix_view
@@ -51,11 +51,30 @@ def measure(
     QuantError naming the layer that has no statistics, no candidate, or one that does not fit.
     """
     with torch.no_grad():
-        reference = [output.clone() for output in outputs()]
+        probe = _Probe(outputs)
         return {
-            name: _measure_layer(name, layers[name], stats, formats, outputs, reference, fit)
-            for name, formats in candidates.items()
+            name: _measure_layer(name, layers[name], stats, formats, probe, fit) for name, formats in candidates.items()
         }
+
+
+class _Probe:
+    """Runs the model and says how far its outputs are from those of the model as it was at first."""
+
+    def __init__(self, outputs: Callable[[], Sequence[Tensor]]) -> None:
+        self.outputs = outputs
+        self.reference = [output.to(torch.float64, copy=True) for output in outputs()]
+        self.energies = [float(output.square().sum()) for output in self.reference]
+        for index, energy in enumerate(self.energies):
+            if not 0 < energy < float("inf"):
+                raise QuantError(f"output {index} of the uncompressed model has energy {energy}, expected over 0")
+
+    def relative_squared_error(self) -> float:
+        """Mean over the outputs of ||y - y₀||² / ||y₀||²: every tensor counts alike, whatever its scale."""
+        errors = [
+            float((found - expected).square().sum()) / energy
+            for found, expected, energy in zip(self.outputs(), self.reference, self.energies, strict=True)
+        ]
+        return sum(errors) / len(errors)
 
 
 def _measure_layer(
@@ -63,29 +82,25 @@ def _measure_layer(
     layer: nn.Module,
     stats: Mapping[str, LayerStats],
     formats: Sequence[LayerFormat],
-    outputs: Callable[[], Sequence[Tensor]],
-    reference: Sequence[Tensor],
+    probe: _Probe,
     fit: Fit,
 ) -> LayerChoices:
     weight = weight_of(name, layer)
-    shape = tuple(weight.shape)
     if name not in stats:
         raise QuantError(f"{name}: no statistics, the layer did not run while calibrating")
-    hessian_KK = stats[name].hessian_KK
     if not formats:
         raise QuantError(f"{name}: no candidate format")
-    smallest = min(formats, key=lambda each: each.nbytes(shape))
-    losses = {}
+    hessian_KK, shape = stats[name].hessian_KK, tuple(weight.shape)
+    losses: dict[LayerFormat, float] = {}
     gain = 0.0
-    for each in formats:
-        try:
+    with of_layer(name):
+        smallest = min(formats, key=lambda each: each.nbytes(shape))
+        for each in formats:
             stored = each.decompress(each.compress(weight, fit, hessian_KK))
-        except QuantError as error:
-            raise QuantError(f"{name}: {error}", error.hint) from error
-        losses[each] = hessian_loss(stored - weight.detach().to("cpu", torch.float32), hessian_KK)
-        if each is smallest and losses[each] > 0:
-            with _replaced(weight, stored):
-                gain = _relative_squared_error(outputs(), reference) / losses[each]
+            losses[each] = hessian_loss(stored - weight.detach().to("cpu", torch.float32), hessian_KK)
+            if each is smallest and losses[each] > 0:
+                with _replaced(weight, stored):
+                    gain = probe.relative_squared_error() / losses[each]
     candidates = tuple(Candidate(str(each), each.nbytes(shape), gain * loss) for each, loss in losses.items())
     return LayerChoices(name, shape, candidates)
 
@@ -104,19 +119,6 @@ def _replaced(weight: Tensor, stored: Tensor) -> Iterator[None]:
         yield
     finally:
         weight.copy_(original)
-
-
-def _relative_squared_error(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Mean over the tensors of ||y - y₀||² / ||y₀||²: every tensor counts alike, whatever its scale."""
-    errors = []
-    for index, (found, expected) in enumerate(zip(outputs, reference, strict=True)):
-        energy = float(expected.to(torch.float64).square().sum())
-        if not 0 < energy < float("inf"):
-            raise QuantError(
-                f"output {index} of the uncompressed model has energy {energy}, no error is relative to it"
-            )
-        errors.append(float((found.to(torch.float64) - expected.to(torch.float64)).square().sum()) / energy)
-    return sum(errors) / len(errors)
 
 
 def estimate_from_shapes(

@@ -17,8 +17,8 @@ class TinyDenoiser(nn.Module):
         self.to_out = nn.Linear(16, 8)
         self.unused = nn.Linear(4, 4)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        hidden = self.depthwise(self.down(torch.tanh(self.conv_in(x_BCHW))))
+    def forward(self, latents: Tensor) -> Tensor:
+        hidden = self.depthwise(self.down(torch.tanh(self.conv_in(latents))))
         return self.to_out(torch.tanh(hidden).flatten(2).transpose(1, 2))
 
 
@@ -34,12 +34,12 @@ def denoiser() -> nn.Module:
 
 
 @pytest.fixture
-def x_BCHW() -> Tensor:
+def latents() -> Tensor:
     return torch.randn(3, 4, 8, 8)
 
 
 @pytest.fixture
-def correlated_hessian_KK() -> Tensor:
+def correlated_hessian() -> Tensor:
     """E[x xᵀ] of 48 columns driven by 12 directions of very different strength, and a little noise."""
     directions_DK = torch.randn(12, 48) * torch.logspace(0, -1.5, 12).unsqueeze(1)
     x_NK = torch.randn(2000, 12) @ directions_DK + 0.02 * torch.randn(2000, 48)

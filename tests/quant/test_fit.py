@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch import Tensor
+
 from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import ABSMAX, FITS, GPTQ, MSE, Fit, Grid, parse_fit
 from turbopocket.quant.fit.base import storable_scale
@@ -18,10 +19,10 @@ def hessian_loss(fit: Fit, weight_OK: Tensor, grid: Grid, hessian_KK: Tensor) ->
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_gptq_beats_mse_beats_absmax_on_correlated_inputs(grid: Grid, correlated_hessian_KK: Tensor) -> None:
+def test_gptq_beats_mse_beats_absmax_on_correlated_inputs(grid: Grid, correlated_hessian: Tensor) -> None:
     # A few large weights per row, as real layers have: that is what makes clipping worth while.
     weight_OK = torch.randn(64, 48) ** 3
-    losses = [hessian_loss(fit, weight_OK, grid, correlated_hessian_KK) for fit in (GPTQ, MSE, ABSMAX)]
+    losses = [hessian_loss(fit, weight_OK, grid, correlated_hessian) for fit in (GPTQ, MSE, ABSMAX)]
     assert losses[0] < 0.7 * losses[1]
     assert losses[1] < losses[2]
 
@@ -37,26 +38,26 @@ def test_mse_is_never_worse_than_absmax_in_squared_error(grid: Grid) -> None:
 
 @pytest.mark.parametrize("fit", FITS, ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_codes_stay_on_the_grid(grid: Grid, fit: Fit, correlated_hessian_KK: Tensor) -> None:
-    fitted = fit.choose(torch.randn(16, 48) ** 3, grid, correlated_hessian_KK)
+def test_codes_stay_on_the_grid(grid: Grid, fit: Fit, correlated_hessian: Tensor) -> None:
+    fitted = fit.choose(torch.randn(16, 48) ** 3, grid, correlated_hessian)
     assert fitted.codes_OK.dtype == grid.code_dtype
     assert grid.lowest_code <= int(fitted.codes_OK.min())
     assert int(fitted.codes_OK.max()) <= grid.highest_code
 
 
 @pytest.mark.parametrize("fit", FITS, ids=str)
-def test_same_input_gives_the_same_codes(fit: Fit, correlated_hessian_KK: Tensor) -> None:
+def test_same_input_gives_the_same_codes(fit: Fit, correlated_hessian: Tensor) -> None:
     weight_OK = torch.randn(16, 48)
-    first, second = (fit.choose(weight_OK.clone(), GRIDS[0], correlated_hessian_KK) for _ in range(2))
+    first, second = (fit.choose(weight_OK.clone(), GRIDS[0], correlated_hessian) for _ in range(2))
     assert torch.equal(first.codes_OK, second.codes_OK)
     assert torch.equal(first.scale_OG, second.scale_OG)
 
 
 @pytest.mark.parametrize("fit", FITS, ids=str)
-def test_the_weight_itself_is_left_alone(fit: Fit, correlated_hessian_KK: Tensor) -> None:
+def test_the_weight_itself_is_left_alone(fit: Fit, correlated_hessian: Tensor) -> None:
     weight_OK = torch.randn(16, 48)
     before = weight_OK.clone()
-    fit.choose(weight_OK, GRIDS[1], correlated_hessian_KK)
+    fit.choose(weight_OK, GRIDS[1], correlated_hessian)
     assert torch.equal(weight_OK, before)
 
 
@@ -81,9 +82,9 @@ def test_importance_of_a_column_draws_the_scale_to_it() -> None:
     assert driven[0, :3].abs().sum() < plain[0, :3].abs().sum()
 
 
-def test_error_feedback_factorises_the_inverse_of_the_damped_hessian(correlated_hessian_KK: Tensor) -> None:
-    feedback_KK = error_feedback(correlated_hessian_KK).double()
-    damped_KK = correlated_hessian_KK.double()
+def test_error_feedback_factorises_the_inverse_of_the_damped_hessian(correlated_hessian: Tensor) -> None:
+    feedback_KK = error_feedback(correlated_hessian).double()
+    damped_KK = correlated_hessian.double()
     damped_KK.diagonal().add_(DAMPING * damped_KK.diagonal().mean())
     assert torch.equal(feedback_KK, feedback_KK.triu())
     assert torch.allclose(feedback_KK.T @ feedback_KK @ damped_KK, torch.eye(48).double(), atol=1e-4)
@@ -100,9 +101,9 @@ def test_blocks_of_columns_change_nothing(group: int, monkeypatch: pytest.Monkey
     assert float((blocked != whole).float().mean()) < 0.05
 
 
-def test_columns_that_were_never_driven_round_to_nearest(correlated_hessian_KK: Tensor) -> None:
+def test_columns_that_were_never_driven_round_to_nearest(correlated_hessian: Tensor) -> None:
     dead = torch.arange(48) % 3 == 0
-    hessian_KK = correlated_hessian_KK * ~dead * ~dead.unsqueeze(1)
+    hessian_KK = correlated_hessian * ~dead * ~dead.unsqueeze(1)
     weight_OK = torch.rand(8, 48) - 0.5
     fitted = GPTQ.choose(weight_OK, Grid(8, True, 48), hessian_KK)
     error_OK = (fitted.values() - weight_OK)[:, dead].abs()

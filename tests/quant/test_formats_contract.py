@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch import Tensor
+
 from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import ABSMAX, FITS, Fit
 from turbopocket.quant.formats import (

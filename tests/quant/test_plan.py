@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from turbopocket.quant.errors import OverBudget, QuantError
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.plan import Candidate, LayerChoices, Plan, plan, smallest_total_bytes, tradeoff

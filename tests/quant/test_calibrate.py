@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hessians against the outputs of real layers: what they predict is what PyTorch computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from turbopocket.quant.calibrate import calibrate, compressible_layers, load_stats, save_stats
+from turbopocket.quant.errors import QuantError
+from turbopocket.quant.formats import matrix_view
+
+CONVOLUTIONS = {
+    "plain": nn.Conv2d(3, 5, 3, bias=False),
+    "padded": nn.Conv2d(3, 5, 3, padding=1, bias=False),
+    "strided": nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), bias=False),
+    "dilated": nn.Conv2d(3, 5, 3, dilation=2, padding=2, bias=False),
+    "same": nn.Conv2d(3, 5, (2, 3), padding="same", bias=False),
+    "reflecting": nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect", bias=False),
+    "1x1": nn.Conv2d(3, 5, 1, bias=False),
+}
+LAYERS = CONVOLUTIONS | {"linear": nn.Linear(7, 5, bias=False)}
+
+
+@pytest.mark.parametrize("chunk_floats", [2**23, 100], ids=["one chunk", "many chunks"])
+@pytest.mark.parametrize("name", LAYERS)
+# An even kernel with padding="same" makes PyTorch itself warn that it copies its input.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_hessian_reproduces_the_energy_of_the_layers_output(
+    name: str, chunk_floats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbopocket.quant.calibrate.CHUNK_FLOATS", chunk_floats)
+    layer = LAYERS[name]
+    x = torch.randn(2, 3, 9, 7)
+    outputs: list[Tensor] = []
+
+    def run() -> None:
+        outputs.append(layer(x))
+        outputs.append(layer(3 * x[:1]))
+
+    stats = calibrate({"unet": layer}, run)["unet"]
+    weight_OK = matrix_view(layer.weight.detach())
+    energy = sum(float(output.detach().double().square().sum()) for output in outputs)
+    predicted = float(torch.trace(weight_OK @ stats.hessian_KK @ weight_OK.T)) * stats.count
+    assert predicted == pytest.approx(energy, rel=1e-4)
+    assert stats.count == sum(output.numel() // 5 for output in outputs)
+    assert stats.absmax == pytest.approx(max(float(x.abs().max()), 3 * float(x[0].abs().max())))
+
+
+def test_hessian_is_the_mean_over_all_calls_not_the_last_one() -> None:
+    layer = nn.Linear(4, 2)
+    x = torch.randn(50, 4)
+    whole = calibrate({"unet": layer}, lambda: layer(x))["unet"]
+    parts = calibrate({"unet": layer}, lambda: [layer(part) for part in x.split(7)])["unet"]
+    assert torch.allclose(parts.hessian_KK, whole.hessian_KK, rtol=1e-6)
+    assert parts.count == whole.count == 50
+
+
+def test_layers_are_named_by_component_and_module_path(denoiser: nn.Module) -> None:
+    # The convolution with groups is not a matrix product over all channels, so it is not there.
+    assert list(compressible_layers("unet", denoiser)) == [
+        "unet.conv_in",
+        "unet.down",
+        "unet.to_out",
+        "unet.unused",
+    ]
+
+
+def test_embeddings_are_not_compressible_layers() -> None:
+    assert compressible_layers("text_encoder", nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4))) == {}
+
+
+def test_layer_that_did_not_run_has_no_statistics(denoiser: nn.Module, latents: Tensor) -> None:
+    stats = calibrate({"unet": denoiser}, lambda: denoiser(latents))
+    assert set(stats) == {"unet.conv_in", "unet.down", "unet.to_out"}
+
+
+def test_hooks_are_gone_afterwards_even_after_an_error(denoiser: nn.Module, latents: Tensor) -> None:
+    latents[1, 2, 3, 4] = float("nan")
+    with pytest.raises(QuantError, match=r"unet\.conv_in: an input is NaN or infinite"):
+        calibrate({"unet": denoiser}, lambda: denoiser(latents))
+    assert not any(layer._forward_pre_hooks for layer in denoiser.modules())
+
+
+def test_saved_statistics_load_as_the_same(denoiser: nn.Module, latents: Tensor, tmp_path: Path) -> None:
+    stats = calibrate({"unet": denoiser}, lambda: denoiser(latents))
+    save_stats(tmp_path / "stats.safetensors", stats)
+    loaded = load_stats(tmp_path / "stats.safetensors")
+    assert list(loaded) == list(stats)
+    for name, layer in stats.items():
+        assert torch.equal(loaded[name].hessian_KK, layer.hessian_KK)
+        assert (loaded[name].count, loaded[name].absmax) == (layer.count, layer.absmax)
+
+
+def test_file_that_holds_no_statistics_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    path.write_bytes(b"not safetensors at all")
+    with pytest.raises(QuantError, match=r"stats\.safetensors: not a file of layer statistics"):
+        load_stats(path)
