@@ -86,9 +86,10 @@ class SamplerSpec(BaseModel):
     @model_validator(mode="after")
     def _fill_timesteps(self) -> "SamplerSpec":
         expected = timesteps(self, self.steps).tolist()
-        if self.timesteps and self.timesteps != expected:
+        if not self.timesteps:
+            object.__setattr__(self, "timesteps", expected)
+        elif len(self.timesteps) != self.steps or not np.allclose(self.timesteps, expected, rtol=1e-6):
             raise ValueError(f"timesteps are {self.timesteps}, but {self.steps} steps give {expected}")
-        object.__setattr__(self, "timesteps", expected)
         return self
 
     @classmethod
