@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import Manifest
@@ -71,9 +72,9 @@ def test_broken_tokenizer_file_is_named(tmp_path: Path) -> None:
 
 
 def test_length_comes_from_the_encoder_input(toy_artifact: Path, toy_manifest: Manifest) -> None:
-    tokenizers = open_tokenizers(toy_artifact, toy_manifest)
-    assert list(tokenizers) == ["text_encoder"]
-    assert tokenizers["text_encoder"].encode("red").ids.tolist() == [0, 4, 1, 15, 15, 15, 15, 15]
+    opened = open_tokenizers(toy_artifact, toy_manifest)
+    assert list(opened) == ["text_encoder"]
+    assert opened["text_encoder"].encode("red").ids.tolist() == [0, 4, 1, 15, 15, 15, 15, 15]
 
 
 def test_encoder_without_fixed_length_is_refused(toy_artifact: Path, toy_manifest: Manifest) -> None:
@@ -81,3 +82,12 @@ def test_encoder_without_fixed_length_is_refused(toy_artifact: Path, toy_manifes
     as_json["components"]["text_encoder"]["inputs"][0]["shape"] = [1, "tokens"]
     with pytest.raises(TurbopocketError, match="text_encoder has a tokenizer but no input `input_ids` of a fixed"):
         open_tokenizers(toy_artifact, Manifest.model_validate(as_json))
+
+
+def test_truncation_stored_in_the_file_does_not_hide_the_cut_words(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    write_toy_tokenizer(path)
+    rules = tokenizers.Tokenizer.from_file(str(path))
+    rules.enable_truncation(4)
+    rules.save(str(path))
+    assert Tokenizer(path, 4).encode("a red blue circle").cut == "blue circle"
