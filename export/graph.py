@@ -52,7 +52,9 @@ class Component:
 
 class _TextEncoder(ComponentModule):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        encoded = self.model(input_ids, output_hidden_states=True)
+        # Positions are computed, not read from the model's buffer, which may be on the meta device.
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        encoded = self.model(input_ids, position_ids=positions, output_hidden_states=True)
         if self.has_projection:
             return encoded.text_embeds, encoded.last_hidden_state, *encoded.hidden_states
         return encoded.last_hidden_state, encoded.pooler_output, *encoded.hidden_states

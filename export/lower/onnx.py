@@ -18,6 +18,7 @@ from ...runtimes.manifest import ComponentSpec, TensorSpec
 from .onnx_data import DATA_FILE, StoredTensor, data_bytes, external_initializers, write_data
 from .onnx_form import Array, Form, Layer
 from .onnx_integer import MICROSOFT
+from .onnx_names import layer_path
 from .onnx_rest import RestParameter, looked_up, rest_parameters, widened
 from .onnx_stores import form_of, storable
 from .onnx_trace import DOMAIN, OPSET, TracedGraph, trace
@@ -96,16 +97,18 @@ def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
     """
     formats = tuple(candidates)
     skeleton_bytes = _Graph(traced, {}).model().ByteSize()
-    return skeleton_bytes + sum(_overhead_bytes(layer, formats) for layer in traced.layers.values())
+    by_path = {layer.path: layer for layer in traced.layers.values()}
+    uses = [node for node in traced.skeleton.graph.node if node.domain == DOMAIN]
+    return skeleton_bytes + sum(_overhead_bytes(by_path[layer_path(node)], node, formats) for node in uses)
 
 
-def _overhead_bytes(layer: Layer, candidates: Iterable[LayerFormat]) -> int:
+def _overhead_bytes(layer: Layer, node: NodeProto, candidates: Iterable[LayerFormat]) -> int:
     forms = [
         form_of(layer, format, accuracy_level=1)
         for format in candidates
         if storable(format, layer.kind, layer.shape) is None
     ]
-    return max((form.overhead_bytes() for form in forms), default=0)
+    return max((form.overhead_bytes(node) for form in forms), default=0)
 
 
 def rest_bytes(traced: TracedGraph) -> int:
@@ -151,7 +154,7 @@ class _Graph:
         nodes = widened(self.rest)
         prepared: set[str] = set()
         for node in self.traced.skeleton.graph.node:
-            path = node.input[1].removesuffix(".weight") if node.domain == DOMAIN else None
+            path = layer_path(node) if node.domain == DOMAIN else None
             if path is not None and path in self.forms:
                 nodes += [] if path in prepared else self.forms[path].prepare()
                 nodes += self.forms[path].apply(node)

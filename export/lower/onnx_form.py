@@ -69,12 +69,11 @@ class Form(ABC):
         """Initializers that a caller may override, as graph inputs: ONNX Runtime does not fold what reads them."""
         return []
 
-    def overhead_bytes(self) -> int:
-        """Bytes that one use of the layer takes in both files beside `format.nbytes(shape)`; within a few digits."""
-        path, tensors = self.layer.path, self.tensors()
-        traced = NodeProto(input=[path, path, f"{path}.bias"], output=[path], name=path)
+    def overhead_bytes(self, node: NodeProto) -> int:
+        """Bytes that the traced `node` takes in both files beside `format.nbytes(shape)`; within a few digits."""
+        tensors = self.tensors()
         graph = GraphProto(
-            node=[*self.prepare(), *self.apply(traced)],
+            node=[*self.prepare(), *self.apply(node)],
             initializer=external_initializers(tensors, offset=_LARGE_OFFSET),
             input=self.overridable_inputs(),
         )

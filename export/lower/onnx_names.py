@@ -4,7 +4,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from onnx import GraphProto, helper
+from onnx import GraphProto, NodeProto, helper
 from torch import Tensor
 
 from ...runtimes.errors import TurbopocketError
@@ -45,6 +45,11 @@ def name_by_module(graph: GraphProto, component: str, parameters: Mapping[str, T
     _name_batch(graph)
     del graph.value_info[:]
     return list(layers.values())
+
+
+def layer_path(node: NodeProto) -> str:
+    """Module path of the layer that a node of our own domain stands for."""
+    return node.input[1].removesuffix(_WEIGHT)
 
 
 def _path(inputs: list[str], parameters: Mapping[str, Tensor]) -> str | None:

@@ -67,7 +67,8 @@ def trace(component: Component) -> TracedGraph:
 
 
 def _exported(component: Component) -> ir.Model:
-    inputs = tuple(component.example_inputs.values())
+    device = next(component.module.parameters()).device
+    inputs = tuple(tensor.to(device) for tensor in component.example_inputs.values())
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} if tensor.ndim else None for tensor in inputs)
     with _quiet_exporter(), torch.no_grad():
         program = torch.export.export(
