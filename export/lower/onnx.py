@@ -12,7 +12,7 @@ from typing import Literal
 
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from ...quant.formats import CompressedTensor, LayerFormat
+from ...quant.formats import CompressedTensor, LayerFormat, parse_format
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.manifest import ComponentSpec, TensorSpec
 from .onnx_data import DATA_FILE, StoredTensor, data_bytes, external_initializers, write_data
@@ -26,6 +26,7 @@ from .onnx_trace import DOMAIN, OPSET, TracedGraph, trace
 __all__ = [
     "OnnxOptions",
     "TracedGraph",
+    "component_spec",
     "component_spec",
     "fixed_bytes",
     "graph_bytes",
@@ -50,6 +51,9 @@ class OnnxOptions:
 
 DEFAULTS = OnnxOptions()
 
+WORDIEST = tuple(map(parse_format, ("int4-row-asym", "int8-row-asym", "int4-g32-asym", "fp16", "fp32")))
+"""Formats of which one takes the most nodes for any layer: sizes counted with these hold for all formats."""
+
 
 def lower(
     traced: TracedGraph,
@@ -72,6 +76,11 @@ def lower(
 
 def component_spec(traced: TracedGraph) -> ComponentSpec:
     """Returns what a manifest says of the component that `lower` writes: where it lies and its tensors."""
+    return component_spec(traced)
+
+
+def component_spec(traced: TracedGraph) -> ComponentSpec:
+    """What a manifest says of the component: its file, and the tensors that go in and come out."""
     return ComponentSpec(
         file=f"{traced.component}/{MODEL_FILE}",
         inputs=[_tensor_spec(value) for value in traced.skeleton.graph.input],
@@ -85,12 +94,12 @@ def lowered_bytes(traced: TracedGraph, formats: Mapping[str, LayerFormat], optio
     return graph.model().ByteSize() + data_bytes(graph.tensors())
 
 
-def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
+def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat] = WORDIEST) -> int:
     """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats."""
     return graph_bytes(traced, candidates) + rest_bytes(traced)
 
 
-def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
+def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat] = WORDIEST) -> int:
     """Bytes of `model.onnx` and of gaps in the data file, at most: each layer in its wordiest candidate format.
 
     Candidates that a layer can not be stored in count for nothing; so does a layer without any.
