@@ -27,7 +27,6 @@ __all__ = [
     "OnnxOptions",
     "TracedGraph",
     "component_spec",
-    "component_spec",
     "fixed_bytes",
     "graph_bytes",
     "lower",
@@ -71,11 +70,6 @@ def lower(
     target.mkdir(parents=True, exist_ok=True)
     (target / MODEL_FILE).write_bytes(graph.model().SerializeToString(deterministic=True))
     write_data(target / DATA_FILE, graph.arrays(weights))
-    return component_spec(traced)
-
-
-def component_spec(traced: TracedGraph) -> ComponentSpec:
-    """Returns what a manifest says of the component that `lower` writes: where it lies and its tensors."""
     return component_spec(traced)
 
 
