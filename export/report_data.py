@@ -109,10 +109,10 @@ class ReportData:
             measurements=_parsed(folder / MEASUREMENTS, TypeAdapter(Measurements)),
             pictures=tuple(_load_picture(folder, index, prompt) for index, prompt in enumerate(prompts)),
         )
-        data.check(folder)
+        data._require_one_build(folder)
         return data
 
-    def check(self, folder: Path) -> None:
+    def _require_one_build(self, folder: Path) -> None:
         """Raises TurbopocketError when the files in `folder` tell of different builds."""
         planned = {choice.layer for choice in self.plan.choices}
         if strangers := sorted(set(self.measurements.layer_snr_db) ^ planned):

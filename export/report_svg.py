@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_TIMES = "\N{NARROW NO-BREAK SPACE}\N{MULTIPLICATION SIGN}\N{NARROW NO-BREAK SPACE}"
 _MAX_DECADE_TICKS = 7
 
 
@@ -41,7 +42,7 @@ def scientific(value: float) -> str:
     if not math.isfinite(value):
         return "∞"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}\N{NARROW NO-BREAK SPACE}\N{MULTIPLICATION SIGN}\N{NARROW NO-BREAK SPACE}{power_of_ten(int(exponent))}"
+    return f"{mantissa}{_TIMES}{power_of_ten(int(exponent))}"
 
 
 @dataclass(frozen=True)

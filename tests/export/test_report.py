@@ -282,8 +282,10 @@ def test_a_report_is_written_again_from_the_files_of_the_build(artifact: Path) -
 
 @pytest.mark.parametrize(
     "name",
-    ["plan.json", "tradeoff.json", "parity.json", "measurements.json"]
-    + ["pictures/prompts.json", "pictures/00.float.png", "pictures/00.stored.png", "pictures/00.artifact.png"],
+    [
+        *("plan.json", "tradeoff.json", "parity.json", "measurements.json", "pictures/prompts.json"),
+        *("pictures/00.float.png", "pictures/00.stored.png", "pictures/00.artifact.png"),
+    ],
 )
 @pytest.mark.parametrize("damage", [None, b"", b"\xff\xfe", b'{"half'])
 def test_a_missing_or_damaged_file_is_named(artifact: Path, name: str, damage: bytes | None) -> None:
