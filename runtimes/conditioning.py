@@ -56,8 +56,8 @@ def unconditional(
     negative_prompt: str | None,
     conditional: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, NDArray[np.float32]]:
-    """What guidance steers away from: the negative prompt, else the empty prompt or SDXL's zeros."""
-    if negative_prompt is None and manifest.family == "sdxl" and manifest.force_zeros_for_empty_prompt:
+    """What guidance steers away from: the negative prompt, else zeros or the empty prompt, as the model has it."""
+    if negative_prompt is None and manifest.force_zeros_for_empty_prompt:
         return {n: value if n == "time_ids" else np.zeros_like(value) for n, value in conditional.items()}
     return condition(runner, manifest, tokenizers, negative_prompt or "")
 
