@@ -26,7 +26,9 @@ Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
-Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT for layers that must keep a format.")]
+Pins = Annotated[
+    list[str] | None, typer.Option("--pin", help="GLOB=FORMAT for layers that must keep a format.")
+]
 
 
 def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
@@ -37,11 +39,14 @@ def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
         show(Console())
 
 
-def _recipe(name: str | None, source: str | None, overrides: dict[str, dict[str, Any]], seed: int | None) -> Any:
+def _recipe(
+    name: str | None, source: str | None, overrides: dict[str, dict[str, Any]], seed: int | None
+) -> Any:
     from .recipe import Recipe, load_recipe, with_overrides
 
     recipe = load_recipe(name) if name else Recipe()
-    return with_overrides(recipe, {"model": {"source": source}, **overrides}, seed)
+    overrides.setdefault("model", {})["source"] = source
+    return with_overrides(recipe, overrides, seed)
 
 
 def _pins(pins: list[str] | None) -> dict[str, str] | None:
@@ -50,8 +55,10 @@ def _pins(pins: list[str] | None) -> dict[str, str] | None:
     pairs = [text.split("=", 1) for text in pins]
     for text, pair in zip(pins, pairs, strict=True):
         if len(pair) != 2 or not all(pair):
-            raise TurbopocketError(f"--pin {text!r} is not GLOB=FORMAT", hint="like --pin 'unet.conv_out=fp16'")
-    return {glob: form for glob, form in pairs}
+            raise TurbopocketError(
+                f"--pin {text!r} is not GLOB=FORMAT", hint="like --pin 'unet.conv_out=fp16'"
+            )
+    return dict(pairs)
 
 
 @app.command()
@@ -63,7 +70,9 @@ def build(
     recipe: RecipeFile = None,
     formats: Formats = None,
     pin: Pins = None,
-    lora: Annotated[list[Path] | None, typer.Option(help="LoRA .safetensors merged before compression.")] = None,
+    lora: Annotated[
+        list[Path] | None, typer.Option(help="LoRA .safetensors merged before compression.")
+    ] = None,
     fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse or gptq.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -73,20 +82,28 @@ def build(
     """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
     from .build import build as run_build
     from .progress import StageProgress
+    from .results import parity_table
     from .units import format_bytes
 
     overrides = {
         "model": {"lora": lora or None},
         "target": {"name": target},
-        "compress": {"budget": budget, "formats": formats and formats.split(","), "fit": fit, "pin": _pins(pin)},
+        "compress": {
+            "budget": budget,
+            "formats": formats and formats.split(","),
+            "fit": fit,
+            "pin": _pins(pin),
+        },
         "sampler": {"steps": steps},
     }
     built = run_build(_recipe(recipe, source, overrides, seed), out, overwrite, StageProgress(quiet=as_json))
 
     def show(console: Console) -> None:
-        allowed = f" of {format_bytes(built.budget_bytes)} allowed" if built.budget_bytes else ""
-        console.print(built.parity_table())
-        console.print(f"bytes     {format_bytes(built.total_bytes)}{allowed} (plan: {format_bytes(built.planned_bytes)})")
+        allowed = f" of {format_bytes(built.plan.budget_bytes)} allowed" if built.plan.budget_bytes else ""
+        console.print(parity_table(built.gaps))
+        console.print(
+            f"bytes     {format_bytes(built.total_bytes)}{allowed} (plan: {format_bytes(built.plan.total_bytes)})"
+        )
         console.print(f"artifact  {built.folder}", soft_wrap=True)
         console.print(f"report    {built.report}", soft_wrap=True)
 
@@ -100,7 +117,9 @@ def plan(
     recipe: RecipeFile = None,
     formats: Formats = None,
     pin: Pins = None,
-    measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Says in seconds what fits a budget, from the model's configs alone: no weights are read."""
@@ -119,7 +138,7 @@ def check(artifact: Artifact, as_json: AsJson = False) -> None:
 
     result = run_check(artifact, StageProgress(quiet=as_json))
     _emit(result.summary(), as_json, result.show)
-    if not result.passed:
+    if result.failure is not None:
         raise ParityFailed(f"{artifact}: {result.failure}")
 
 
@@ -129,7 +148,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("out.png"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first noise.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: what the artifact ships.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps; default: what the artifact ships.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance.")] = None,
     as_json: AsJson = False,
 ) -> None:

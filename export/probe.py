@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A few points of the sampling trajectory at which the harm of a perturbed layer is felt."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +11,19 @@ from numpy.typing import NDArray
 
 from ..runtimes.compare import Call, Recorder
 from ..runtimes.conditioning import condition
-from ..runtimes.manifest import Manifest
 from ..runtimes.runner import Arrays, Runner
-from ..runtimes.text_to_image import generate
-from ..runtimes.tokenizer import Tokenizer
+from .parity import Session
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs recorded while the float model drew `prompts`, batched.
+    """Inputs recorded while the float model drew the prompts of `session`, batched.
 
     `unet_inputs` has len(prompts) x steps rows, prompt-major; `latents` [B, C, h, w] are the clean ones.
     """
 
     runner: Runner
-    manifest: Manifest
-    tokenizers: Mapping[str, Tokenizer]
-    prompts: Sequence[str]
+    session: Session
     unet_inputs: Arrays
     latents: NDArray[np.float32]
 
@@ -46,7 +42,8 @@ class Probe:
         return [torch.from_numpy(value) for value in self.runner.run(component, inputs).values()]
 
     def _conditions(self) -> Arrays:
-        each = [condition(self.runner, self.manifest, self.tokenizers, prompt) for prompt in self.prompts]
+        drawing = self.session
+        each = [condition(self.runner, drawing.manifest, drawing.tokenizers, prompt) for prompt in drawing.prompts]
         steps = len(self.unet_inputs["sample"]) // len(each)
         return {
             name: np.repeat(np.concatenate([values[name] for values in each]), steps, axis=0)
@@ -54,29 +51,18 @@ class Probe:
         }
 
 
-def make_probe(
-    runner: Runner,
-    manifest: Manifest,
-    tokenizers: Mapping[str, Tokenizer],
-    prompts: Sequence[str],
-    seed: int,
-    steps: int,
-) -> Probe:
-    """Draws every prompt once (prompt i from seed + i); returns a Probe at up to `steps` timesteps of each drawing."""
+def make_probe(session: Session, runner: Runner, steps: int) -> Probe:
+    """Draws every prompt of the session once; returns a Probe at up to `steps` timesteps of each drawing."""
     rows: list[Arrays] = []
     latents: list[NDArray[Any]] = []
-    for index, prompt in enumerate(prompts):
+    for index in range(len(session.prompts)):
         recorder = Recorder(runner)
-        generate(recorder, manifest, tokenizers, prompt, seed + index)
+        session.draw(recorder, index)
         asked = _conditional_unet_calls(recorder.calls)
-        rows += [
-            asked[at].inputs for at in np.unique(np.linspace(0, len(asked) - 1, steps).round().astype(int))
-        ]
-        latents += [
-            call.inputs["latent_sample"] for call in recorder.calls if call.component == "vae_decoder"
-        ]
+        rows += [asked[at].inputs for at in np.unique(np.linspace(0, len(asked) - 1, steps).round().astype(int))]
+        latents += [call.inputs["latent_sample"] for call in recorder.calls if call.component == "vae_decoder"]
     batched = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
-    return Probe(runner, manifest, tokenizers, prompts, batched, np.concatenate(latents))
+    return Probe(runner, session, batched, np.concatenate(latents))
 
 
 def _conditional_unet_calls(calls: Sequence[Call]) -> list[Call]:

@@ -100,10 +100,12 @@ class _Moments:
                 self._sum_waiting()
 
     def _sum_waiting(self) -> None:
-        if self.sum_KK is None:
-            self.sum_KK = torch.zeros(self.columns, self.columns, dtype=torch.float64)
-        x_NK = torch.cat(self.waiting)
-        self.sum_KK += x_NK.T @ x_NK
+        # The model may run in inference mode, but the sum outlives it and must stay an ordinary tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            if self.sum_KK is None:
+                self.sum_KK = torch.zeros(self.columns, self.columns, dtype=torch.float64)
+            x_NK = torch.cat(self.waiting)
+            self.sum_KK += x_NK.T @ x_NK
         self.count += self.waiting_rows
         self.waiting, self.waiting_rows = [], 0
 

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to a checked artifact and its report: each verb once, top to bottom."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from ..quant.calibrate import LayerStats, calibrate
+from ..quant.compress import compress, save_weights
+from ..quant.fit import MSE, parse_fit
+from ..quant.formats import CompressedTensor, parse_format
+from ..quant.plan import LayerChoices, Plan, plan
+from ..quant.sensitivity import measure, save_choices
+from ..runtimes.errors import ParityFailed, TurbopocketError
+from ..runtimes.manifest import Manifest, write_manifest
+from ..runtimes.memory import MemoryFigures
+from ..runtimes.memory import measure as measure_memory
+from ..runtimes.runner import open_runner
+from ..runtimes.tokenizer import open_tokenizers
+from .budget import candidate_formats, curve, parameter_count
+from .components import component_name, components_of, layers_of, shapes_of
+from .families import LoadedModel, load
+from .families.evidence import Evidence, evidence_for, read_prompts
+from .graph import Component
+from .lower import onnx as target
+from .parity import GAP_STEPS, Gaps, Session, measure_gaps, torch_runner
+from .probe import make_probe
+from .progress import StageProgress
+from .recipe import Recipe
+from .report import Measurements, ReportData, write_report
+from .results import (
+    Built,
+    drawn_pictures,
+    expected_manifest_bytes,
+    final_manifest,
+    folder_bytes,
+    layer_snr_db,
+    tradeoff_points,
+)
+from .side_files import write_side_files
+from .spec import pipeline_manifest
+from .staging import refuse_occupied, report_folder, staged_folders
+
+PROBE_PROMPTS = 3
+PROBE_STEPS = 4
+CHOICES_FILE = "choices.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What all stages of one build share: the float model as graphs, and what it draws with."""
+
+    recipe: Recipe
+    model: LoadedModel
+    evidence: Evidence
+    components: Sequence[Component]
+    traced: Mapping[str, target.TracedGraph]
+    layers: Mapping[str, nn.Module]
+    draft: Manifest
+    progress: StageProgress
+
+
+def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -> Built:
+    """Makes the artifact `out` and `<out>.report/` beside it, both or neither.
+
+    Raises TurbopocketError or QuantError for bad input, OverBudget when nothing allowed fits, and ParityFailed
+    when the runtime does not compute what PyTorch computes; then nothing is written.
+    """
+    out = out.absolute()
+    refuse_occupied(out, overwrite)
+    bench = _workbench(recipe, progress)
+    with staged_folders((out, report_folder(out))) as (artifact, report):
+        write_side_files(bench.model, bench.traced, artifact)
+        session = _session(bench, artifact)
+        stats = _calibrate(bench, session)
+        choices = _measure(bench, session, stats)
+        decided = _plan(bench, choices, artifact)
+        with progress.stage("compress"):
+            weights = compress(bench.layers, decided, parse_fit(recipe.compress.fit), stats)
+        _lower(bench, weights, artifact)
+        gaps = _compare(bench, session, weights, artifact)
+        manifest = final_manifest(bench.draft, artifact, decided, gaps)
+        write_manifest(artifact, manifest)
+        built_bytes = folder_bytes(artifact)
+        _require_budget(built_bytes, decided)
+        save_choices(report / CHOICES_FILE, choices)
+        save_weights(report / WEIGHTS_FILE, weights)
+        data = ReportData(
+            manifest=manifest,
+            plan=decided,
+            tradeoff=tradeoff_points(curve(list(choices.values()), decided.fixed_bytes, recipe.compress.pin)),
+            parity=gaps.lowering,
+            measurements=Measurements(
+                artifact_bytes=built_bytes,
+                parameters=sum(parameter_count(component) for component in bench.components),
+                layer_snr_db=layer_snr_db(weights, bench.layers, stats),
+                compression=gaps.compression,
+                total=gaps.total,
+                alignment=gaps.alignment,
+                memory=_memory(bench, artifact),
+                stage_seconds=progress.stage_seconds,
+            ),
+            pictures=drawn_pictures(session.prompts, gaps.pictures),
+        )
+        data.save(report)
+        page = write_report(report, data)
+    return Built(out, report_folder(out) / page.name, built_bytes, decided, gaps, progress.stage_seconds)
+
+
+def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
+    with progress.stage("load"):
+        model = load(recipe.model.source, recipe.model.lora)
+        components = components_of(model)
+    traced = {}
+    with progress.stage("trace", len(components)) as advance:
+        for component in components:
+            traced[component.name] = target.trace(component)
+            advance()
+    # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
+    used = {name for graph in traced.values() for name in graph.layers}
+    layers = {name: layer for name, layer in layers_of(components).items() if name in used}
+    specs = {name: target.component_spec(graph) for name, graph in traced.items()}
+    draft = pipeline_manifest(model, recipe, specs)
+    return Workbench(recipe, model, evidence_for(model), components, traced, layers, draft, progress)
+
+
+def _session(bench: Workbench, artifact: Path) -> Session:
+    """The pictures of the parity check: prompts that neither calibration nor planning has seen."""
+    prompts = bench.evidence.prompts("report", bench.recipe.parity.pictures, bench.recipe.seed)
+    return Session(bench.draft, open_tokenizers(artifact, bench.draft), prompts, bench.recipe.seed)
+
+
+def _calibrate(bench: Workbench, session: Session) -> dict[str, LayerStats]:
+    """Statistics of every layer while the float model draws at the shipped steps and guidance."""
+    wanted, file = bench.recipe.calibrate.pictures, bench.recipe.calibrate.prompts
+    prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
+    if file is not None:
+        prompts = read_prompts(file, wanted)
+    drawing = replace(session, prompts=prompts)
+    runner = torch_runner(bench.components)
+    with bench.progress.stage("calibrate", len(prompts)) as advance:
+
+        def draw_all() -> None:
+            for index in range(len(prompts)):
+                drawing.draw(runner, index)
+                advance()
+
+        modules = {component.name: component.module.model for component in bench.components}
+        return calibrate(modules, draw_all)
+
+
+def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]) -> dict[str, LayerChoices]:
+    """Predicted loss of each layer in each format the target can store."""
+    compression = bench.recipe.compress
+    formats = candidate_formats(shapes_of(bench.layers), compression.formats, compression.pin)
+    prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
+    choices: dict[str, LayerChoices] = {}
+    with bench.progress.stage("measure", len(bench.layers)) as advance:
+        probe = make_probe(replace(session, prompts=prompts), torch_runner(bench.components), PROBE_STEPS)
+        for name, layer in bench.layers.items():
+            outputs = probe.outputs_after(component_name(name))
+            choices |= measure({name: layer}, stats, {name: formats[name]}, outputs, MSE)
+            advance()
+    return choices
+
+
+def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path) -> Plan:
+    """The plan under the recipe's budget, with every byte that is not a layer's weight counted as fixed.
+
+    Planned with the graphs' sizes at most, then stated with their exact sizes in the chosen formats.
+    """
+    compression = bench.recipe.compress
+    small = folder_bytes(artifact) + expected_manifest_bytes(bench.draft, list(choices), artifact)
+    at_most = small + sum(target.fixed_bytes(graph) for graph in bench.traced.values())
+    decided = plan(list(choices.values()), compression.budget_bytes, at_most, compression.pin)
+    formats = {choice.layer: parse_format(choice.format) for choice in decided.choices}
+    graphs = sum(
+        target.lowered_bytes(graph, {name: formats[name] for name in graph.layers}) for graph in bench.traced.values()
+    )
+    return replace(decided, fixed_bytes=small + graphs - sum(choice.nbytes for choice in decided.choices))
+
+
+def _lower(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path) -> None:
+    options = target.OnnxOptions(accuracy_level=bench.recipe.target.accuracy_level)
+    with bench.progress.stage("lower", len(bench.traced)) as advance:
+        for graph in bench.traced.values():
+            target.lower(graph, {name: weights[name] for name in graph.layers}, artifact, options)
+            advance()
+
+
+def _compare(
+    bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path
+) -> Gaps:
+    """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
+    runner = open_runner(artifact, bench.draft)
+    limit = bench.recipe.parity.max_lowering_error
+    with bench.progress.stage("compare", GAP_STEPS) as advance:
+        gaps = measure_gaps(bench.components, weights, runner, session, limit, bench.evidence, advance)
+    if gaps.lowering.failure is not None:
+        raise ParityFailed(f"onnx against PyTorch with the same stored weights: {gaps.lowering.failure}")
+    return gaps
+
+
+def _memory(bench: Workbench, artifact: Path) -> dict[str, MemoryFigures]:
+    with bench.progress.stage("memory", len(bench.traced)) as advance:
+        figures = {}
+        for name in bench.traced:
+            figures[name] = measure_memory(artifact, name)
+            advance()
+    return figures
+
+
+def _require_budget(built_bytes: int, decided: Plan) -> None:
+    """Raises TurbopocketError when the files are larger than planned for: the budget is held on disk too."""
+    if decided.budget_bytes is not None and built_bytes > decided.budget_bytes:
+        raise TurbopocketError(
+            f"the files came to {built_bytes:,} bytes, planned were {decided.total_bytes:,} and allowed are "
+            f"{decided.budget_bytes:,}: a fault of turbopocket, not of the request"
+        )

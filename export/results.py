@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a build came to: numbers for the manifest, the report and the person who waited."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.table import Table
+from torch import nn
+
+from ..quant.calibrate import LayerStats, weight_of
+from ..quant.formats import CompressedTensor
+from ..quant.plan import Plan
+from ..quant.sensitivity import hessian_loss
+from ..runtimes.manifest import FileEntry, Manifest, file_entries
+from ..runtimes.parity import ParityReport
+from .parity import Gaps, Pictures
+from .report import DrawnPicture, TradeoffPoint
+
+_WORDIEST_FORMAT = "int4-g128-asym"
+_WORST_NUMBER = -1.2345678901234567e-100
+
+
+@dataclass(frozen=True)
+class Built:
+    """Where an artifact and its report lie, and what they came to."""
+
+    folder: Path
+    report: Path
+    total_bytes: int
+    plan: Plan
+    gaps: Gaps
+    stage_seconds: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the outcome as JSON values."""
+        return {
+            "artifact": str(self.folder),
+            "report": str(self.report),
+            "budget_bytes": self.plan.budget_bytes,
+            "planned_bytes": self.plan.total_bytes,
+            "total_bytes": self.total_bytes,
+            "parity": parity_summary(self.gaps),
+            "stage_seconds": {name: round(seconds, 1) for name, seconds in self.stage_seconds.items()},
+        }
+
+
+def parity_table(gaps: Gaps) -> Table:
+    """Returns both gaps per component, for a terminal."""
+    table = Table(header_style="bold")
+    table.add_column("component")
+    for column in ("compression gap", "lowering gap", "limit", "verdict"):
+        table.add_column(column, justify="right")
+    compression, limit = worst_errors(gaps.compression), gaps.lowering.limits.max_relative_error
+    for name, error in worst_errors(gaps.lowering).items():
+        verdict = "passed" if error <= limit else "failed"
+        table.add_row(name, f"{compression[name]:.2e}", f"{error:.2e}", f"{limit:.0e}", verdict)
+    return table
+
+
+def worst_errors(report: ParityReport) -> dict[str, float]:
+    """Returns the largest relative error of each component over all its calls."""
+    worst: dict[str, float] = {}
+    for row in report.rows:
+        worst[row.component] = max(worst.get(row.component, 0.0), row.relative_error)
+    return worst
+
+
+def parity_summary(gaps: Gaps) -> dict[str, Any]:
+    """Returns what the manifest says of parity: worst relative errors, mean picture distances, alignment."""
+    psnr_db = [row.psnr_db for row in gaps.total.pictures if row.psnr_db is not None]
+    return {
+        "passed": gaps.lowering.passed,
+        "max_lowering_error": gaps.lowering.limits.max_relative_error,
+        "lowering": worst_errors(gaps.lowering),
+        "compression": worst_errors(gaps.compression),
+        "pictures": len(gaps.total.pictures),
+        "picture_psnr_db": sum(psnr_db) / len(psnr_db) if psnr_db else None,
+        "picture_ssim": sum(row.ssim for row in gaps.total.pictures) / len(gaps.total.pictures),
+        "alignment": gaps.alignment,
+    }
+
+
+def final_manifest(draft: Manifest, artifact: Path, plan: Plan, gaps: Gaps) -> Manifest:
+    """Returns the draft with what is known now: the files as they lie in `artifact`, the plan and the parity."""
+    values = draft.model_dump() | {
+        "files": [entry.model_dump() for entry in file_entries(artifact)],
+        "plan": _plan_summary(plan),
+        "parity": parity_summary(gaps),
+    }
+    return Manifest.model_validate(values)
+
+
+def expected_manifest_bytes(draft: Manifest, layers: Sequence[str], artifact: Path) -> int:
+    """Returns the bytes of the finished manifest.json, at most: every name as long and every number as wide as can be."""
+    files = file_entries(artifact) + [
+        FileEntry(path=path, bytes=10**10, sha256="0" * 64)
+        for spec in draft.components.values()
+        for path in (spec.file, f"{spec.file}.data")
+    ]
+    numbers = dict.fromkeys(draft.components, _WORST_NUMBER)
+    kinds = dict.fromkeys(("float_model", "stored", "artifact"), _WORST_NUMBER)
+    values = draft.model_dump() | {
+        "files": [entry.model_dump() for entry in files],
+        "plan": {
+            "budget_bytes": 10**10,
+            "total_bytes": 10**10,
+            "predicted_loss": _WORST_NUMBER,
+            "formats": dict.fromkeys(layers, _WORDIEST_FORMAT),
+        },
+        "parity": {
+            "passed": False,
+            "max_lowering_error": _WORST_NUMBER,
+            "lowering": numbers,
+            "compression": numbers,
+            "pictures": 1000,
+            "picture_psnr_db": _WORST_NUMBER,
+            "picture_ssim": _WORST_NUMBER,
+            "alignment": kinds,
+        },
+    }
+    return len(Manifest.model_validate(values).model_dump_json(indent=2)) + 1
+
+
+def _plan_summary(plan: Plan) -> dict[str, Any]:
+    return {
+        "budget_bytes": plan.budget_bytes,
+        "total_bytes": plan.total_bytes,
+        "predicted_loss": plan.predicted_loss,
+        "formats": {choice.layer: choice.format for choice in plan.choices},
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def layer_snr_db(
+    weights: Mapping[str, CompressedTensor], layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
+) -> dict[str, float | None]:
+    """Returns 10 log10(tr[W H Wᵀ] / tr[E H Eᵀ]) of each stored weight, None when it is stored without error."""
+    found: dict[str, float | None] = {}
+    for name, stored in weights.items():
+        weight = weight_of(name, layers[name]).detach().float()
+        noise = hessian_loss(stored.format.decompress(stored) - weight, stats[name].hessian_KK)
+        signal = hessian_loss(weight, stats[name].hessian_KK)
+        found[name] = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+    return found
+
+
+def tradeoff_points(plans: Sequence[Plan]) -> tuple[TradeoffPoint, ...]:
+    """Returns the report's curve."""
+    return tuple(TradeoffPoint(plan.budget_bytes or 0, plan.total_bytes, plan.predicted_loss) for plan in plans)
+
+
+def drawn_pictures(prompts: Sequence[str], pictures: Pictures) -> tuple[DrawnPicture, ...]:
+    """Returns the pictures as PNG files in memory, three a prompt."""
+    drawn = zip(prompts, pictures.float_model, pictures.stored, pictures.artifact, strict=True)
+    return tuple(DrawnPicture(prompt, *(png_bytes(picture) for picture in three)) for prompt, *three in drawn)
+
+
+def png_bytes(picture: NDArray[np.uint8]) -> bytes:
+    """Returns a uint8 [H, W, 3] picture as a PNG file."""
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, format="PNG")
+    return data.getvalue()
