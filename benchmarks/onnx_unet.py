@@ -12,6 +12,7 @@ import json
 import platform
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,8 +20,11 @@ from typing import Any
 import numpy as np
 
 from turbopocket.export.build import build
+from turbopocket.export.components import components_of, layers_of, shapes_of
+from turbopocket.export.families import load_shapes
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
+from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.memory import measure
 from turbopocket.runtimes.onnx import OnnxRunner
@@ -32,20 +36,19 @@ WARM_UP = 5
 
 def build_all(folder: Path, model: str) -> dict[str, float]:
     """Seconds of each build, artifacts in `folder/<name>`; values by absmax, since speed does not depend on them."""
+    shapes = shapes_of(layers_of(components_of(load_shapes(model))))
     seconds = {}
-    for name, weight_format in FORMATS.items():
-        recipe = make_recipe(
-            {
-                "model": {"source": model},
-                "compress": {"formats": [weight_format, "fp32"], "fit": "absmax", "pin": {}},
-                "calibrate": {"pictures": 1},
-                "parity": {"pictures": 1},
-            },
-            "benchmark",
-        )
-        pinned = recipe.model_copy(update={"compress": recipe.compress.model_copy(update={"formats": (weight_format,)})})
+    for name, text in FORMATS.items():
+        weight_format = parse_format(text)
+        pins = {layer: "fp16" for layer, shape in shapes.items() if weight_format.fits(shape) is not None}
+        values = {
+            "model": {"source": model},
+            "compress": {"formats": [text], "fit": "absmax", "pin": pins},
+            "calibrate": {"pictures": 1},
+            "parity": {"pictures": 1},
+        }
         start = time.monotonic()
-        build(pinned, folder / name, overwrite=False, progress=StageProgress())
+        build(make_recipe(values, "benchmark"), folder / name, overwrite=False, progress=StageProgress())
         seconds[name] = time.monotonic() - start
     return seconds
 
@@ -69,9 +72,7 @@ def unet_inputs(artifact: Path) -> dict[str, Any]:
     random = np.random.default_rng(0)
     specs = load_manifest(artifact).components["unet"].inputs
     shapes = {spec.name: [size if isinstance(size, int) else 1 for size in spec.shape] for spec in specs}
-    inputs: dict[str, Any] = {
-        name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
-    }
+    inputs: dict[str, Any] = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     inputs["timestep"] = np.full(shapes["timestep"], 500, dtype=np.float32)
     return inputs
 
@@ -86,7 +87,7 @@ def main() -> None:
         folder = Path(scratch)
         seconds = build_all(folder, options.model)
         latency = latencies_ms(folder)
-        memory = {name: measure(folder / name, "unet").to_json() for name in FORMATS}
+        memory = {name: asdict(measure(folder / name, "unet")) for name in FORMATS}
     result = {
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "model": options.model,

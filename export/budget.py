@@ -44,9 +44,7 @@ def candidate_formats(
         kept[name] = [each for each, reason in reasons.items() if reason is None]
         if not kept[name]:
             why = "; ".join(str(reason) for reason in reasons.values())
-            raise TurbopocketError(
-                f"{name}: no format left for shape {list(shape)}: {why}", hint="allow fp16 as well"
-            )
+            raise TurbopocketError(f"{name}: no format left for shape {list(shape)}: {why}", hint="allow fp16 as well")
     return kept
 
 
@@ -75,9 +73,7 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     components = components_of(model)
     shapes = shapes_of(layers_of(components))
     formats = candidate_formats(shapes, recipe.compress.formats, recipe.compress.pin)
-    choices = (
-        estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)
-    )
+    choices = estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)
     fixed = estimated_fixed_bytes(components, len(shapes))
     pins = recipe.compress.pin
     decided = plan(list(choices.values()), recipe.compress.budget_bytes, fixed, pins)
@@ -163,9 +159,7 @@ def show_plan(summary: Mapping[str, Any], console: Console) -> None:
             table.add_row(name, str(entry["layers"]), f"{entry['weights']:,}", *sizes)
         console.print(table)
     for name, entry in summary["formats"].items():
-        console.print(
-            f"{name:14} {entry['layers']:4} layers {format_bytes(entry['bytes']):>12}", highlight=False
-        )
+        console.print(f"{name:14} {entry['layers']:4} layers {format_bytes(entry['bytes']):>12}", highlight=False)
     console.print(f"{'everything else':14} {format_bytes(summary['fixed_bytes']):>22}", highlight=False)
     budget = summary["budget_bytes"]
     within = f" of {format_bytes(budget)} allowed" if budget else ""

@@ -191,9 +191,7 @@ def _lower(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: 
             advance()
 
 
-def _compare(
-    bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path
-) -> Gaps:
+def _compare(bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
     runner = open_runner(artifact, bench.draft)
     limit = bench.recipe.parity.max_lowering_error

@@ -26,9 +26,7 @@ Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
-Pins = Annotated[
-    list[str] | None, typer.Option("--pin", help="GLOB=FORMAT for layers that must keep a format.")
-]
+Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT for layers that must keep a format.")]
 
 
 def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
@@ -39,9 +37,7 @@ def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
         show(Console())
 
 
-def _recipe(
-    name: str | None, source: str | None, overrides: dict[str, dict[str, Any]], seed: int | None
-) -> Any:
+def _recipe(name: str | None, source: str | None, overrides: dict[str, dict[str, Any]], seed: int | None) -> Any:
     from .recipe import Recipe, load_recipe, with_overrides
 
     recipe = load_recipe(name) if name else Recipe()
@@ -55,9 +51,7 @@ def _pins(pins: list[str] | None) -> dict[str, str] | None:
     pairs = [text.split("=", 1) for text in pins]
     for text, pair in zip(pins, pairs, strict=True):
         if len(pair) != 2 or not all(pair):
-            raise TurbopocketError(
-                f"--pin {text!r} is not GLOB=FORMAT", hint="like --pin 'unet.conv_out=fp16'"
-            )
+            raise TurbopocketError(f"--pin {text!r} is not GLOB=FORMAT", hint="like --pin 'unet.conv_out=fp16'")
     return dict(pairs)
 
 
@@ -70,9 +64,7 @@ def build(
     recipe: RecipeFile = None,
     formats: Formats = None,
     pin: Pins = None,
-    lora: Annotated[
-        list[Path] | None, typer.Option(help="LoRA .safetensors merged before compression.")
-    ] = None,
+    lora: Annotated[list[Path] | None, typer.Option(help="LoRA .safetensors merged before compression.")] = None,
     fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse or gptq.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -117,9 +109,7 @@ def plan(
     recipe: RecipeFile = None,
     formats: Formats = None,
     pin: Pins = None,
-    measured: Annotated[
-        Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")
-    ] = None,
+    measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Says in seconds what fits a budget, from the model's configs alone: no weights are read."""
@@ -148,9 +138,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("out.png"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first noise.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps; default: what the artifact ships.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: what the artifact ships.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance.")] = None,
     as_json: AsJson = False,
 ) -> None:

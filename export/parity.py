@@ -96,9 +96,7 @@ def measure_gaps(
     torch = torch_runner(components)
     indices = range(len(session.prompts))
     recorders = [Recorder(torch) for _ in indices]
-    float_pictures = [
-        session.draw(recorder, index) for index, recorder in zip(indices, recorders, strict=True)
-    ]
+    float_pictures = [session.draw(recorder, index) for index, recorder in zip(indices, recorders, strict=True)]
     advance()
     with decompressed({component.name: component.module.model for component in components}, weights):
         stored = [session.draw(torch, index) for index in indices]
@@ -139,9 +137,7 @@ def _report(
     evidence: Evidence,
 ) -> ParityReport:
     pictures = [
-        compare_pictures(
-            one, other, index, session.prompts[index], session.seed + index, evidence.feature_distance
-        )
+        compare_pictures(one, other, index, session.prompts[index], session.seed + index, evidence.feature_distance)
         for index, (one, other) in enumerate(zip(found, expected, strict=True))
     ]
     return ParityReport(limits=NO_LIMITS, rows=rows, pictures=pictures)

@@ -45,10 +45,7 @@ class Probe:
         drawing = self.session
         each = [condition(self.runner, drawing.manifest, drawing.tokenizers, prompt) for prompt in drawing.prompts]
         steps = len(self.unet_inputs["sample"]) // len(each)
-        return {
-            name: np.repeat(np.concatenate([values[name] for values in each]), steps, axis=0)
-            for name in each[0]
-        }
+        return {name: np.repeat(np.concatenate([values[name] for values in each]), steps, axis=0) for name in each[0]}
 
 
 def make_probe(session: Session, runner: Runner, steps: int) -> Probe:

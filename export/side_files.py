@@ -42,8 +42,7 @@ def _model_index(model: LoadedModel, components: Mapping[str, Any]) -> dict[str,
     }
     index |= {component: ["diffusers", "OnnxRuntimeModel"] for component in components}
     index |= {
-        encoder.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"]
-        for encoder in model.tokenizers
+        encoder.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for encoder in model.tokenizers
     }
     if "force_zeros_for_empty_prompt" in model.pipeline_config:
         index["force_zeros_for_empty_prompt"] = model.pipeline_config["force_zeros_for_empty_prompt"]
@@ -52,9 +51,7 @@ def _model_index(model: LoadedModel, components: Mapping[str, Any]) -> dict[str,
 
 def _plain(config: Any) -> dict[str, Any]:
     """A config of diffusers or transformers as JSON values."""
-    values: dict[str, Any] = (
-        json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
-    )
+    values: dict[str, Any] = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
     return {key: value for key, value in values.items() if key != "_name_or_path"}
 
 

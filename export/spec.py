@@ -19,9 +19,7 @@ TOOLS = ("turbopocket", "torch", "diffusers", "transformers", "onnx", "onnxrunti
 _NO_HASH = "0" * 64
 
 
-def pipeline_manifest(
-    model: LoadedModel, recipe: Recipe, components: Mapping[str, ComponentSpec]
-) -> Manifest:
+def pipeline_manifest(model: LoadedModel, recipe: Recipe, components: Mapping[str, ComponentSpec]) -> Manifest:
     """Returns the manifest of an artifact still to be made: every constant in place, every file of unknown content.
 
     Float PyTorch runs under it exactly as the artifact will, so both see the same steps and the same noise.
@@ -51,9 +49,7 @@ def sampler_spec(model: LoadedModel, section: SamplerSection) -> SamplerSpec:
     guidance = own.get("guidance_scale", DEFAULT_GUIDANCE) if section.guidance is None else section.guidance
     config = dict(model.scheduler_config)
     if section.kind != "model":
-        config["_class_name"] = next(
-            name for name, (kind, _) in SCHEDULER_CLASSES.items() if kind == section.kind
-        )
+        config["_class_name"] = next(name for name, (kind, _) in SCHEDULER_CLASSES.items() if kind == section.kind)
     return SamplerSpec.from_scheduler_config(config, steps, guidance)
 
 

@@ -26,9 +26,7 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise TurbopocketError(
-            f"output folder {out} is not empty", hint="give another folder, or --overwrite"
-        )
+        raise TurbopocketError(f"output folder {out} is not empty", hint="give another folder, or --overwrite")
     if not (out / "manifest.json").is_file():
         raise TurbopocketError(
             f"output folder {out} is not empty and has no manifest.json, so it is not an artifact; "

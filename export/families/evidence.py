@@ -67,9 +67,7 @@ class SceneEvidence:
         from ...pocket.judge import alignment
         from ...pocket.scenes import parse_caption
 
-        return alignment(
-            self._judge, np.stack(pictures), [parse_caption(prompt) for prompt in prompts]
-        ).all_right
+        return alignment(self._judge, np.stack(pictures), [parse_caption(prompt) for prompt in prompts]).all_right
 
     def _distance(self, found: Picture, expected: Picture) -> float:
         from ...pocket.judge import features

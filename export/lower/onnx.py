@@ -15,10 +15,11 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from ...quant.formats import CompressedTensor, LayerFormat, parse_format
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.manifest import ComponentSpec, TensorSpec
-from .onnx_data import DATA_FILE, StoredTensor, data_bytes, external_initializers, write_data
+from .onnx_data import DATA_FILE, MODEL_FILE, StoredTensor, data_bytes, external_initializers, write_data
 from .onnx_form import Array, Form, Layer
 from .onnx_integer import MICROSOFT
 from .onnx_names import layer_path
+from .onnx_prepack import prepack
 from .onnx_rest import RestParameter, looked_up, rest_parameters, widened
 from .onnx_stores import form_of, storable
 from .onnx_trace import DOMAIN, OPSET, TracedGraph, trace
@@ -36,16 +37,19 @@ __all__ = [
     "trace",
 ]
 
-MODEL_FILE = "model.onnx"
 IR_VERSION = 10
 _DTYPES: dict[int, Literal["float32", "int64"]] = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
 
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """`accuracy_level` of MatMulNBits: 1 computes in fp32, 4 rounds activations to int8, which phones do faster."""
+    """`accuracy_level` of MatMulNBits: 1 computes in fp32, 4 rounds activations to int8, which phones do faster.
+
+    `prepacked` trades twice the file for hardly any private memory, on CPUs like this one only: see `prepack`.
+    """
 
     accuracy_level: int = 1
+    prepacked: bool = False
 
 
 DEFAULTS = OnnxOptions()
@@ -70,6 +74,8 @@ def lower(
     target.mkdir(parents=True, exist_ok=True)
     (target / MODEL_FILE).write_bytes(graph.model().SerializeToString(deterministic=True))
     write_data(target / DATA_FILE, graph.arrays(weights))
+    if options.prepacked:
+        prepack(target)
     return component_spec(traced)
 
 
@@ -83,7 +89,7 @@ def component_spec(traced: TracedGraph) -> ComponentSpec:
 
 
 def lowered_bytes(traced: TracedGraph, formats: Mapping[str, LayerFormat], options: OnnxOptions = DEFAULTS) -> int:
-    """Exact bytes of both files that `lower` would write for layers in these formats."""
+    """Exact bytes of both files that `lower` would write for layers in these formats, not prepacked."""
     graph = _Graph(traced, _forms(traced, formats, options))
     return graph.model().ByteSize() + data_bytes(graph.tensors())
 

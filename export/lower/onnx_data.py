@@ -12,8 +12,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-"""Name of the data file, beside the graph."""
+"""Names of the two files of a component, which lie side by side."""
 
 ALIGNMENT_BYTES = 16
 """Every tensor starts at a multiple of this: more than any element needs, and nearly all sizes are multiples of it.

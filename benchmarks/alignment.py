@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws the test prompts with float PyTorch and with artifacts in ONNX Runtime; counts what the judge reads right.
+
+    python benchmarks/alignment.py build/int8 build/demo [--prompts 500] [--out benchmarks/results/alignment.json]
+
+Paired: prompt i starts from the noise of seed i for everyone. The prompts are of the test split, which neither
+training, calibration nor planning has seen.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbopocket.export.components import components_of
+from turbopocket.export.families import load
+from turbopocket.export.parity import torch_runner
+from turbopocket.export.recipe import parse_recipe
+from turbopocket.pocket.judge import alignment, load_judge
+from turbopocket.pocket.scenes import sample_scenes
+from turbopocket.runtimes.conditioning import condition, unconditional
+from turbopocket.runtimes.manifest import Manifest, load_manifest
+from turbopocket.runtimes.metrics import psnr_db
+from turbopocket.runtimes.runner import Runner, open_runner
+from turbopocket.runtimes.sampler import make_sampler
+from turbopocket.runtimes.text_to_image import seeded_noise
+from turbopocket.runtimes.tokenizer import open_tokenizers
+
+BATCH = 50
+Pictures = NDArray[np.uint8]
+
+
+def draw_batch(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequence[str], first_seed: int) -> Pictures:
+    """uint8 [N, H, W, 3]: `generate` for many prompts at once, prompt i from the noise of first_seed + i."""
+    tokenizers = open_tokenizers(folder, manifest)
+    each = [condition(runner, manifest, tokenizers, prompt) for prompt in prompts]
+    conditional = {name: np.concatenate([values[name] for values in each]) for name in each[0]}
+    away_from = unconditional(runner, manifest, tokenizers, None, conditional)
+    sampler, image, scale = make_sampler(manifest.sampler, None), manifest.image, manifest.sampler.guidance_scale
+    shape = (1, image.latent_channels, image.latent_height, image.latent_width)
+    noises = [seeded_noise(first_seed + index) for index in range(len(prompts))]
+    x_t = np.concatenate([noise(shape) for noise in noises]) * np.float32(sampler.init_noise_sigma)
+    for index, timestep in enumerate(sampler.timesteps):
+        asked = {"sample": sampler.scale_model_input(x_t, index), "timestep": np.array(timestep, np.float32)}
+        towards = runner.run("unet", asked | conditional)["out_sample"]
+        away = runner.run("unet", asked | away_from)["out_sample"]
+        guided = away + np.float32(scale) * (towards - away)
+        x_t = sampler.step(index, x_t, guided, lambda shape: np.concatenate([n((1, *shape[1:])) for n in noises]))
+    latents = x_t / np.float32(image.vae_scaling_factor)
+    sample = runner.run("vae_decoder", {"latent_sample": latents})["sample"]
+    return np.round(np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255).astype(np.uint8)
+
+
+def draw_all(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequence[str]) -> Pictures:
+    """uint8 [N, H, W, 3] for all prompts, a batch at a time."""
+    starts = range(0, len(prompts), BATCH)
+    return np.concatenate(
+        [draw_batch(runner, folder, manifest, prompts[start : start + BATCH], start) for start in starts]
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in the artifact."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    """Draws, judges and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "alignment.json")
+    options = parser.parse_args()
+    scenes = sample_scenes("test", options.prompts, seed=0)
+    prompts = [scene.caption for scene in scenes]
+    judge = load_judge()
+    first = load_manifest(options.artifacts[0])
+    model = load(parse_recipe(first.recipe, "manifest").model.source)
+    expected = draw_all(torch_runner(components_of(model)), options.artifacts[0], first, prompts)
+    judged = alignment(judge, expected, scenes)
+    rows: dict[str, Any] = {"float": {"runtime": "pytorch", "alignment": judged.all_right, "by_label": judged.by_label}}
+    print(json.dumps(rows), flush=True)
+    for folder in options.artifacts:
+        manifest = load_manifest(folder)
+        found = draw_all(open_runner(folder, manifest), folder, manifest, prompts)
+        judged = alignment(judge, found, scenes)
+        rows[folder.name] = {
+            "runtime": "onnxruntime",
+            "bytes": folder_bytes(folder),
+            "alignment": judged.all_right,
+            "by_label": judged.by_label,
+            "median_psnr_db_to_float": float(np.median([psnr_db(*pair) for pair in zip(found, expected, strict=True)])),
+        }
+        print(json.dumps(rows[folder.name]), flush=True)
+    sampling = {"steps": first.sampler.steps, "guidance_scale": first.sampler.guidance_scale}
+    result = {"model": model.name, "prompts": options.prompts, "split": "test", **sampling, "results": rows}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small artifact for all tests that only read one, and the command as a user runs it."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BUILD = {
+    "sampler": {"steps": 2},
+    "calibrate": {"pictures": 1},
+    "parity": {"pictures": 1},
+    "compress": {"formats": ["int4-g32", "int8-g32", "fp16"], "budget": "1600kB"},
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def recipe_values() -> dict[str, Any]:
+    """A build that is as short as a build can be."""
+    return BUILD
+
+
+@pytest.fixture(scope="session")
+def built(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The outcome of one build of the tiny SDXL checkpoint. Read it, do not change it: see `artifact`."""
+    from turbopocket.export.build import build
+    from turbopocket.export.progress import StageProgress
+    from turbopocket.export.recipe import make_recipe
+
+    recipe = make_recipe({**BUILD, "model": {"source": str(tiny_sdxl)}}, "test")
+    return build(recipe, tmp_path_factory.mktemp("built") / "art", overwrite=False, progress=StageProgress(quiet=True))
+
+
+@pytest.fixture
+def artifact(built: Any, tmp_path: Path) -> Path:
+    """A copy of the built artifact, with its report beside it, to do anything to."""
+    for folder in (built.folder, built.report.parent):
+        shutil.copytree(folder, tmp_path / folder.name)
+    return tmp_path / built.folder.name
+
+
+@pytest.fixture
+def turbopocket(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs the command in this process; a traceback fails the test, since main() lets only unknown errors through."""
+    from turbopocket.export.cli import main
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr("sys.argv", ["turbopocket", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capfd.readouterr()
+        return Ran(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
