@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from turbopocket.export.budget import parameter_count
 from turbopocket.export.components import components_of
 from turbopocket.export.families import load
 from turbopocket.export.parity import torch_runner
@@ -80,7 +81,8 @@ def main() -> None:
     judge = load_judge()
     first = load_manifest(options.artifacts[0])
     model = load(parse_recipe(first.recipe, "manifest").model.source)
-    expected = draw_all(torch_runner(components_of(model)), options.artifacts[0], first, prompts)
+    components = components_of(model)
+    expected = draw_all(torch_runner(components), options.artifacts[0], first, prompts)
     judged = alignment(judge, expected, scenes)
     rows: dict[str, Any] = {"float": {"runtime": "pytorch", "alignment": judged.all_right, "by_label": judged.by_label}}
     print(json.dumps(rows), flush=True)
@@ -97,7 +99,9 @@ def main() -> None:
         }
         print(json.dumps(rows[folder.name]), flush=True)
     sampling = {"steps": first.sampler.steps, "guidance_scale": first.sampler.guidance_scale}
-    result = {"model": model.name, "prompts": options.prompts, "split": "test", **sampling, "results": rows}
+    fp16_bytes = 2 * sum(parameter_count(component) for component in components)
+    about = {"model": model.name, "fp16_bytes": fp16_bytes, "prompts": options.prompts, "split": "test"}
+    result = {**about, **sampling, "results": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -18,6 +18,7 @@ from .components import component_name, components_of, group_name, layers_of, sh
 from .families import load_shapes
 from .graph import Component
 from .lower import onnx as target
+from .lower.onnx_form import Kind
 from .recipe import Recipe
 from .units import format_bytes
 
@@ -39,7 +40,7 @@ def candidate_formats(
     wanted = [parse_format(text) for text in dict.fromkeys([*formats, *pins.values()])]
     kept: dict[str, list[LayerFormat]] = {}
     for name, shape in shapes.items():
-        kind = "conv2d" if len(shape) == 4 else "linear"
+        kind: Kind = "conv2d" if len(shape) == 4 else "linear"
         reasons = {each: target.storable(each, kind, shape) for each in wanted}
         kept[name] = [each for each, reason in reasons.items() if reason is None]
         if not kept[name]:
@@ -61,7 +62,8 @@ def parameter_count(component: Component) -> int:
 
 
 def _other_parameters(component: Component) -> int:
-    return parameter_count(component) - sum(layer.weight.numel() for layer in layers_of([component]).values())
+    weights = sum(math.prod(shape) for shape in shapes_of(layers_of([component])).values())
+    return parameter_count(component) - weights
 
 
 def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from torch import nn
 
 from ..quant.calibrate import LayerStats, calibrate
 from ..quant.compress import compress, save_weights
+from ..quant.errors import OverBudget
 from ..quant.fit import MSE, parse_fit
 from ..quant.formats import CompressedTensor, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
 from ..quant.sensitivity import measure, save_choices
-from ..runtimes.errors import ParityFailed, TurbopocketError
+from ..runtimes.errors import ParityFailed
 from ..runtimes.manifest import Manifest, write_manifest
 from ..runtimes.memory import MemoryFigures
 from ..runtimes.memory import measure as measure_memory
@@ -85,7 +86,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         built_bytes = folder_bytes(artifact)
-        _require_budget(built_bytes, decided)
+        _require_budget(built_bytes, decided, recipe.target.prepacked)
         save_choices(report / CHOICES_FILE, choices)
         save_weights(report / WEIGHTS_FILE, weights)
         data = ReportData(
@@ -184,7 +185,8 @@ def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path)
 
 
 def _lower(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path) -> None:
-    options = target.OnnxOptions(accuracy_level=bench.recipe.target.accuracy_level)
+    wanted = bench.recipe.target
+    options = target.OnnxOptions(wanted.accuracy_level, wanted.prepacked)
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for graph in bench.traced.values():
             target.lower(graph, {name: weights[name] for name in graph.layers}, artifact, options)
@@ -211,10 +213,11 @@ def _memory(bench: Workbench, artifact: Path) -> dict[str, MemoryFigures]:
     return figures
 
 
-def _require_budget(built_bytes: int, decided: Plan) -> None:
-    """Raises TurbopocketError when the files are larger than planned for: the budget is held on disk too."""
+def _require_budget(built_bytes: int, decided: Plan, prepacked: bool) -> None:
+    """Raises OverBudget when the files came out larger than planned for: the budget holds on disk too."""
     if decided.budget_bytes is not None and built_bytes > decided.budget_bytes:
-        raise TurbopocketError(
-            f"the files came to {built_bytes:,} bytes, planned were {decided.total_bytes:,} and allowed are "
-            f"{decided.budget_bytes:,}: a fault of turbopocket, not of the request"
+        raise OverBudget(
+            f"the files came to {built_bytes:,} bytes, {built_bytes - decided.budget_bytes:,} over the budget of "
+            f"{decided.budget_bytes:,} bytes; planned were {decided.total_bytes:,}",
+            hint="prepacked weights are not in the plan: switch target.prepacked off" if prepacked else None,
         )

@@ -77,7 +77,7 @@ def build(
     from .results import parity_table
     from .units import format_bytes
 
-    overrides = {
+    overrides: dict[str, dict[str, Any]] = {
         "model": {"lora": lora or None},
         "target": {"name": target},
         "compress": {

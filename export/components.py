@@ -2,10 +2,11 @@
 """Which graphs a loaded model becomes, and which layers in them can be compressed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
-from ..quant.calibrate import compressible_layers
+from ..quant.calibrate import compressible_layers, weight_of
 from .families import LoadedModel
 from .graph import Component, text_encoder_component, unet_component, vae_decoder_component
 
@@ -14,7 +15,8 @@ def components_of(model: LoadedModel) -> list[Component]:
     """Returns the graphs in the order in which drawing runs them; they share the model's modules."""
     side = model.image_size_px // model.vae_scale_factor
     encoders = {name: module for name, module in model.modules.items() if name.startswith("text_encoder")}
-    tokens = min(module.config.max_position_embeddings for module in encoders.values())
+    configs: list[Any] = [module.config for module in encoders.values()]
+    tokens = min(config.max_position_embeddings for config in configs)
     return [
         *(text_encoder_component(module, name) for name, module in encoders.items()),
         unet_component(model.modules["unet"], (side, side), tokens),
@@ -33,7 +35,7 @@ def layers_of(components: Sequence[Component]) -> dict[str, nn.Module]:
 
 def shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Returns the weight shape of each layer."""
-    return {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    return {name: tuple(weight_of(name, layer).shape) for name, layer in layers.items()}
 
 
 def component_name(layer: str) -> str:

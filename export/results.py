@@ -98,7 +98,7 @@ def final_manifest(draft: Manifest, artifact: Path, plan: Plan, gaps: Gaps) -> M
 
 
 def expected_manifest_bytes(draft: Manifest, layers: Sequence[str], artifact: Path) -> int:
-    """Returns the bytes of the finished manifest.json, at most: every name as long and every number as wide as can be."""
+    """Returns the bytes of the finished manifest.json, at most: names as long and numbers as wide as they get."""
     files = file_entries(artifact) + [
         FileEntry(path=path, bytes=10**10, sha256="0" * 64)
         for spec in draft.components.values()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small files beside the graphs: what optimum's ONNX Runtime pipelines and our own readers need to open a folder."""
+"""The small files beside the graphs: what optimum's ONNX Runtime pipelines and our own readers need."""
 
 import json
 import shutil
