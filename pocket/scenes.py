@@ -109,7 +109,8 @@ def split_of(scene: Scene) -> Split:
     Eight pairs of ten train; a pair seen in one split is in no other, in either order and at any size.
     """
     pair = sorted(f"{each.colour} {each.shape}" for each in (scene.first, scene.second))
-    bucket = hashlib.sha256(" + ".join(pair).encode()).digest()[0] % 10
+    # The salt puts "red circle" with "blue square", the pair of the project's acceptance prompt, into test.
+    bucket = hashlib.sha256(f"39: {' + '.join(pair)}".encode()).digest()[0] % 10
     return "train" if bucket < 8 else "selection" if bucket == 8 else "test"
 
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line of the training stages: judge, text encoders, VAE, UNet, decoder, ship.
+
+    python -m turbopocket.pocket.train all --folder build/pocket
+
+A stage that was stopped goes on where its last checkpoint lies; a finished one returns at once.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from ..evaluate import WEIGHTS, evaluate, pipeline_images
+from ..judge import load_judge
+from .decoder import train_decoder
+from .judge import train_judge
+from .ship import ship
+from .text import train_text
+from .unet import train_unet
+from .vae import train_vae
+
+SEED = 1
+STAGES = ("judge", "text", "vae", "unet", "decoder", "ship")
+WATCHED_PROMPTS, WATCHED_STEPS, WATCHED_GUIDANCE = 64, 12, 3.0
+
+
+def watch(model: Path, judge_file: Path) -> None:
+    """Print how a preview does on a few selection prompts."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32)
+    images_for = pipeline_images(pipeline, WATCHED_STEPS, WATCHED_GUIDANCE)
+    result = evaluate(images_for, load_judge(judge_file), split="selection", prompts=WATCHED_PROMPTS, seed=SEED)
+    print("selection:", asdict(result), flush=True)
+
+
+def run_stage(stage: str, options: argparse.Namespace) -> None:
+    """Train one stage in `options.folder`; each needs those before it in `STAGES`."""
+    folder: Path = options.folder
+    judge_file = folder / "judge" / "judge.safetensors"
+    if stage == "judge":
+        train_judge(folder / "judge", steps=800, batch=128, seed=SEED)
+    elif stage == "text":
+        train_text(folder / "text", steps=900, batch=64, seed=SEED)
+    elif stage == "vae":
+        train_vae(folder / "vae", adamw_steps=2800, muon_steps=1300, seed=SEED)
+    elif stage == "unet":
+        train_unet(
+            folder,
+            steps=options.unet_steps,
+            captions=40,
+            seed=SEED,
+            preview=options.preview,
+            watch=lambda model: watch(model, judge_file),
+        )
+    elif stage == "decoder":
+        train_decoder(folder / "decoder", folder / "vae" / "vae", steps=options.decoder_steps, batch=12, seed=SEED)
+    else:
+        ship(options.preview, folder / "decoder" / "vae", judge_file, options.weights, options.results, options.sheet)
+
+
+def main() -> None:
+    """Run the stages the command line asks for, in order."""
+    parser = argparse.ArgumentParser(prog="turbopocket.pocket.train", description=__doc__)
+    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument("--folder", type=Path, default=Path("build/pocket"), help="where the runs live")
+    parser.add_argument("--preview", type=Path, default=Path("build/pocket-preview"), help="pipeline of the UNet stage")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where `ship` writes the finished model")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/pocket_float.json"))
+    parser.add_argument("--sheet", type=Path, default=Path("docs/pocket_sheet.png"))
+    parser.add_argument("--unet-steps", type=int, default=900, help="optimiser steps of the UNet, 160 pictures each")
+    parser.add_argument("--decoder-steps", type=int, default=1000, help="optimiser steps of the decoder stage")
+    options = parser.parse_args()
+    for stage in STAGES if options.stage == "all" else (options.stage,):
+        run_stage(stage, options)
+
+
+if __name__ == "__main__":
+    main()
