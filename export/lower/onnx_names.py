@@ -4,7 +4,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from onnx import GraphProto, NodeProto, helper
+from onnx import GraphProto, NodeProto, ValueInfoProto, helper
 from torch import Tensor
 
 from ...runtimes.errors import TurbopocketError
@@ -26,8 +26,7 @@ def name_by_module(graph: GraphProto, component: str, parameters: Mapping[str, T
     for node in graph.node:
         path = _path(node.input, parameters)
         kind = _KINDS.get(node.op_type)
-        node.ClearField("doc_string")
-        node.ClearField("metadata_props")
+        _strip(node)
         node.name = ""
         if path is None and kind is not None:
             raise TurbopocketError(
@@ -43,8 +42,15 @@ def name_by_module(graph: GraphProto, component: str, parameters: Mapping[str, T
             layers[path] = Layer(f"{component}.{path}", path, kind, shape)
     _rename(graph, renamed)
     _name_batch(graph)
+    _strip(graph)
     del graph.value_info[:]
     return list(layers.values())
+
+
+def _strip(proto: GraphProto | NodeProto | ValueInfoProto) -> None:
+    """Drops the exporter's notes, which weigh more than the graph: stack traces, the whole exported program."""
+    proto.ClearField("doc_string")
+    proto.ClearField("metadata_props")
 
 
 def layer_path(node: NodeProto) -> str:
@@ -69,7 +75,7 @@ def _rename(graph: GraphProto, renamed: Mapping[str, str]) -> None:
 def _name_batch(graph: GraphProto) -> None:
     """Calls the first dimension of inputs and outputs `batch` where it may vary, instead of the exporter's `s72`."""
     for value in (*graph.input, *graph.output):
-        value.ClearField("metadata_props")
+        _strip(value)
         for dimension in value.type.tensor_type.shape.dim[:1]:
             if dimension.dim_param:
                 dimension.dim_param = "batch"

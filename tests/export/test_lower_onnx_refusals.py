@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ONNX can not store compressed is refused with the layer's name and the numbers, never stored otherwise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from turbopocket.export.graph import Component, ComponentModule
+from turbopocket.export.lower import onnx as target
+from turbopocket.quant.fit import ABSMAX
+from turbopocket.quant.formats import parse_format
+from turbopocket.runtimes.errors import TurbopocketError
+
+
+class Wrapped(ComponentModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def component_of(model: nn.Module) -> Component:
+    return Component("unet", Wrapped("unet", model), {"x": torch.zeros(2, 48)}, ("y",))
+
+
+@pytest.fixture(scope="module")
+def graph() -> target.TracedGraph:
+    return target.trace(component_of(nn.Sequential(nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 8))))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape", "reason"),
+    [
+        ("int4-g48", "linear", (32, 96), "not 48"),
+        ("int8-g8", "linear", (32, 96), "not 8"),
+        ("int8-row", "linear", (32, 40), "40 columns are a multiple of 8 only"),
+        ("int4-g32", "linear", (32, 48), "48 input channels are not a multiple of group 32"),
+        ("int4-g32", "conv2d", (32, 4, 3, 3), "4 input channels are not a multiple of group 32"),
+    ],
+)
+def test_a_format_that_does_not_fit_has_a_reason_with_numbers(
+    name: str, kind: str, shape: tuple[int, ...], reason: str
+) -> None:
+    found = target.storable(parse_format(name), kind, shape)
+    assert found is not None
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape"),
+    [
+        ("int4-g48", "conv2d", (32, 96, 3, 3)),
+        ("int8-row", "conv2d", (5, 7, 3, 3)),
+        ("int4-g16", "linear", (1, 48)),
+        ("fp16", "linear", (3, 5)),
+        ("fp32", "conv2d", (3, 5, 1, 1)),
+    ],
+)
+def test_a_format_that_fits_has_none(name: str, kind: str, shape: tuple[int, ...]) -> None:
+    assert target.storable(parse_format(name), kind, shape) is None
+
+
+def test_a_format_that_does_not_fit_is_refused_by_name(graph: target.TracedGraph, tmp_path: Path) -> None:
+    formats = {"unet.0": parse_format("int4-g48"), "unet.2": parse_format("fp16")}
+    weights = {n: f.compress(torch.randn(graph.layers[n].shape), ABSMAX) for n, f in formats.items()}
+    with pytest.raises(TurbopocketError, match=r"unet\.0: MatMulNBits scales blocks of 2\^n columns.*not 48"):
+        target.lower(graph, weights, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_without_a_weight_and_weights_without_a_layer_are_named(graph: target.TracedGraph) -> None:
+    fp16 = parse_format("fp16")
+    with pytest.raises(TurbopocketError, match=r"no format for unet\.2"):
+        target.lowered_bytes(graph, {"unet.0": fp16})
+    with pytest.raises(TurbopocketError, match=r"the graph has no unet\.7"):
+        target.lowered_bytes(graph, {"unet.0": fp16, "unet.2": fp16, "unet.7": fp16})
+
+
+def test_shared_weights_are_refused() -> None:
+    first, second = nn.Linear(48, 48), nn.Linear(48, 48)
+    second.weight = first.weight
+    with pytest.raises(TurbopocketError, match=r"unet\.0\.weight and unet\.1\.weight are one parameter"):
+        target.trace(component_of(nn.Sequential(first, second)))
+
+
+class _Computed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.randn(8, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, torch.tanh(self.direction))
+
+
+def test_a_layer_whose_weight_is_computed_is_refused() -> None:
+    with pytest.raises(TurbopocketError, match="is computed, not stored"):
+        target.trace(component_of(_Computed()))

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed weights stay compressed in memory, measured in a process without torch on SDXL-sized layers.
+
+The run is short (64 tokens, 64 latent pixels), so that what the allocator keeps of freed activations is small
+beside the weights.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from turbopocket.export.graph import Component, ComponentModule
+from turbopocket.export.lower import onnx as target
+from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
+
+METER = Path(__file__).with_name("memory_meter.py")
+MB = 10**6
+Report = dict[str, int]
+
+
+class _Blocks(nn.Module):
+    """Transformer blocks of SDXL's lowest level: 35 M weights each."""
+
+    def __init__(self, count: int) -> None:
+        from diffusers.models.attention import BasicTransformerBlock
+
+        super().__init__()
+        self.blocks = nn.ModuleList(BasicTransformerBlock(1280, 20, 64, cross_attention_dim=2048) for _ in range(count))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, encoder_hidden_states=text)
+        return x
+
+
+class _WrappedBlocks(ComponentModule):
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.model(x, text)
+
+
+class _WrappedConvolutions(ComponentModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def blocks(count: int) -> Component:
+    inputs = {"x": torch.zeros(2, 64, 1280), "text": torch.zeros(2, 77, 2048)}
+    with torch.device("meta"):
+        return Component("unet", _WrappedBlocks("unet", _Blocks(count)), inputs, ("y",))
+
+
+def convolutions(count: int) -> Component:
+    with torch.device("meta"):
+        layers = (nn.Conv2d(1280, 1280, 3, padding=1) for _ in range(count))
+        model = nn.Sequential(*(part for layer in layers for part in (layer, nn.SiLU())))
+    return Component("unet", _WrappedConvolutions("unet", model), {"x": torch.zeros(2, 1280, 8, 8)}, ("y",))
+
+
+def random_weight(format: LayerFormat, shape: tuple[int, ...]) -> CompressedTensor:
+    """Random codes with small scales: no dense weight is ever made."""
+    parts = {
+        name: torch.full(spec.shape, 2**-12, dtype=spec.dtype)
+        if name == "scale"
+        else torch.randint(0, 256, spec.shape, dtype=spec.dtype)
+        for name, spec in format.part_specs(shape).items()
+    }
+    return CompressedTensor(format, shape, parts)
+
+
+def lowered(component: Component, name: str, folder: Path, prepacked: bool = False) -> tuple[Path, int]:
+    """The graph with every weight random in format `name`, and the bytes of the weights."""
+    torch.manual_seed(0)
+    graph = target.trace(component)
+    graph.rest.update({n: torch.full(t.shape, float(n.endswith("weight"))) for n, t in graph.rest.items()})
+    weights = {n: random_weight(parse_format(name), layer.shape) for n, layer in graph.layers.items()}
+    spec = target.lower(graph, weights, folder, target.OnnxOptions(prepacked=prepacked))
+    return folder / spec.file, sum(weight.nbytes for weight in weights.values())
+
+
+def measured(model: Path, *session_entries: str) -> Report:
+    command = [sys.executable, str(METER), str(model), *session_entries]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    report: Report = json.loads(run.stdout)
+    assert report["finite"]
+    assert not report["torch"]
+    return report
+
+
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [
+        (blocks(3), "int4-g32"),
+        (blocks(3), "int4-row"),
+        (blocks(2), "int8-row"),
+        (convolutions(4), "int8-row"),
+        (convolutions(7), "int4-g32"),
+    ],
+    ids=["linear-int4-g32", "linear-int4-row", "linear-int8-row", "conv-int8-row", "conv-int4-g32"],
+)
+def test_private_memory_grows_by_at_most_one_and_a_half_times_the_weights(
+    component: Component, name: str, tmp_path: Path
+) -> None:
+    model, weight_bytes = lowered(component, name, tmp_path)
+    assert weight_bytes >= 50 * MB
+    assert measured(model)["anonymous"] <= 1.5 * weight_bytes
+
+
+def test_prepacked_weights_need_hardly_any_private_memory(tmp_path: Path) -> None:
+    model, weight_bytes = lowered(blocks(3), "int4-g32", tmp_path, prepacked=True)
+    assert weight_bytes >= 50 * MB
+    report = measured(model)
+    assert report["anonymous"] <= 0.5 * weight_bytes
+    assert report["mapped"] >= weight_bytes
+
+
+def test_the_meter_sees_weights_that_become_dense(tmp_path: Path) -> None:
+    """The same graph with ONNX Runtime told to fold DequantizeLinear: the limits above are crossed by far."""
+    model, weight_bytes = lowered(convolutions(1), "int4-g32", tmp_path)
+    assert measured(model, "session.disable_quant_qdq=1")["anonymous"] >= 5 * weight_bytes
