@@ -92,7 +92,7 @@ def _milp(kinds: Sequence[Kind], extra_units: Sequence[int], limit_units: int) -
     options_of_kind = csr_array((np.ones(loss.size), (kind_of_option, np.arange(loss.size))))
     largest_units = max(extra_units)
     shares = np.array([extra_units], dtype=float) / largest_units
-    with _stdout_to_stderr():
+    with _c_stdout_silenced():
         result = milp(
             loss / loss.max() * LOSS_SCALE,
             integrality=np.ones(loss.size),
@@ -110,16 +110,17 @@ def _milp(kinds: Sequence[Kind], extra_units: Sequence[int], limit_units: int) -
 
 
 @contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
+def _c_stdout_silenced() -> Iterator[None]:
     """HiGHS prints a debug line now and then (1.8 to 1.12, even with `disp` off); stdout is for data."""
     flush_c_streams = ctypes.CDLL(None).fflush
     sys.stdout.flush()
     flush_c_streams(None)
-    stdout = os.dup(1)
-    os.dup2(2, 1)
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         yield
     finally:
         flush_c_streams(None)
         os.dup2(stdout, 1)
         os.close(stdout)
+        os.close(nowhere)
