@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the README's tables from the measured JSON; `--check` fails when they differ.
 
-    python benchmarks/readme_tables.py [--check]
+python benchmarks/readme_tables.py [--check]
 """
 
 import json

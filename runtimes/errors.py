@@ -18,7 +18,7 @@ class TurbopocketError(Exception):
         self.hint = hint
 
 
-class ParityFailed(TurbopocketError):  # noqa: N818  a verdict, not a malfunction
+class ParityFailed(TurbopocketError):
     """A runtime's output is further from PyTorch's than its limit; the message names the guilty layer."""
 
     exit_code = 3

@@ -17,7 +17,7 @@ from .tokenizer import Tokenizer
 Array = NDArray[np.float32]
 
 
-class NotFinite(TurbopocketError):  # noqa: N818  says what the picture is
+class NotFinite(TurbopocketError):
     """A runtime's picture holds NaN: the artifact overflows, or was damaged."""
 
 

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from .base import LoadedModel
 from .source import BUNDLED
 
 Use = Literal["calibrate", "measure", "report"]
+SceneSplit = Literal["train", "selection", "test"]
 USES: tuple[Use, ...] = ("calibrate", "measure", "report")
 Picture = NDArray[np.uint8]
 
@@ -44,7 +45,7 @@ def evidence_for(model: LoadedModel) -> Evidence:
 class SceneEvidence:
     """The bundled model's own scenes: prompts split by combination, and a judge that reads pictures back."""
 
-    _SPLITS = {"calibrate": "train", "measure": "selection", "report": "test"}
+    _SPLITS: ClassVar[dict[Use, SceneSplit]] = {"calibrate": "train", "measure": "selection", "report": "test"}
 
     def __init__(self) -> None:
         from ...pocket.judge import load_judge
@@ -55,7 +56,7 @@ class SceneEvidence:
         """Returns captions of the split that belongs to `use`."""
         from ...pocket.scenes import captions
 
-        return captions(self._SPLITS[use], count, seed)  # type: ignore[arg-type]
+        return captions(self._SPLITS[use], count, seed)
 
     @property
     def feature_distance(self) -> FeatureDistance:
