@@ -69,8 +69,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where `ship` writes the finished model")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/pocket_float.json"))
     parser.add_argument("--sheet", type=Path, default=Path("docs/pocket_sheet.png"))
-    parser.add_argument("--unet-steps", type=int, default=900, help="optimiser steps of the UNet, 160 pictures each")
-    parser.add_argument("--decoder-steps", type=int, default=1000, help="optimiser steps of the decoder stage")
+    parser.add_argument("--unet-steps", type=int, default=1090, help="optimiser steps of the UNet, 160 pictures each")
+    parser.add_argument("--decoder-steps", type=int, default=1850, help="optimiser steps of the decoder stage")
     options = parser.parse_args()
     for stage in STAGES if options.stage == "all" else (options.stage,):
         run_stage(stage, options)

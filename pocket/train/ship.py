@@ -20,7 +20,7 @@ from .text import TextEncoders, start_ratio
 STEPS = 20
 SPACINGS = ("leading", "trailing")
 GUIDANCES = (1.5, 2.5, 4.0)
-SELECTION_PROMPTS, TEST_PROMPTS = 100, 500
+SELECTION_PROMPTS, TEST_PROMPTS = 64, 500
 
 
 def ship(model: Path, vae: Path, judge_file: Path, weights: Path, results: Path, sheet: Path, seed: int = 0) -> None:
