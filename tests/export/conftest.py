@@ -13,7 +13,7 @@ BUILD = {
     "sampler": {"steps": 2},
     "calibrate": {"pictures": 1},
     "parity": {"pictures": 1},
-    "compress": {"formats": ["int4-g32", "int8-g32", "fp16"], "budget": "1600kB"},
+    "compress": {"formats": ["int4-g32", "int8-g32", "fp16"], "budget": "1900kB"},
 }
 
 
