@@ -67,7 +67,8 @@ def muon_and_adamw(
     Args:
         adamw_only: name prefixes of matrices that AdamW takes all the same (first and last layers).
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
             (matrices if parameter.ndim >= 2 and not name.startswith(adamw_only) else others).append(parameter)

@@ -10,6 +10,7 @@ Shape suffixes: N captions, T tokens, E state width.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,9 @@ class TextStates:
 
 class TextEncoders(nn.Module):
     """SDXL's two text encoders with their tokenizers."""
+
+    first: Any  # what PyTorch's own typing knows of a submodule is not enough to save it
+    second: Any
 
     def __init__(self, first: nn.Module, second: nn.Module, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
         super().__init__()
