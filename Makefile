@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow check bench train-pocket test-optimum clean
+.PHONY: setup demo test test-slow check bench bench-quality train-pocket test-optimum clean
 
 setup: .venv/.installed
 
@@ -33,6 +33,21 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/onnx_unet.py
+
+# The README's quality table: 500 test prompts in ONNX Runtime, int8 and about 4 bits, against float PyTorch.
+bench-quality: setup
+	$(RUN) build pocket --formats int8-row,int8-g32,fp16 --budget 14MB --out build/int8 --overwrite
+	$(RUN) build pocket --recipe demo --out build/demo --overwrite
+	$(BIN)/python benchmarks/alignment.py build/int8 build/demo
+	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
+	$(BIN)/python benchmarks/readme_tables.py
+
+# optimum-onnx needs older libraries, so it gets an environment of its own.
+test-optimum: setup
+	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet torch==2.13.0 'optimum-onnx==0.1.*' 'transformers<4.58' diffusers onnxruntime
+	test -d build/demo || $(MAKE) demo
+	.venv-optimum/bin/python tests/compat/optimum_draws.py build/demo
 
 train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all
