@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow check bench bench-quality train-pocket test-optimum clean
+.PHONY: setup demo test check bench bench-quality train-pocket test-optimum clean
 
 setup: .venv/.installed
 
@@ -20,10 +20,7 @@ demo: setup
 	@echo "picture   build/demo.png"
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 check: setup
 	$(BIN)/ruff check .
