@@ -22,6 +22,8 @@ from .render import SIDE, render
 from .scenes import SPLITS, Split, sample_scenes
 
 WEIGHTS = Path(__file__).parent / "weights"
+SAMPLING_FILE = "sampling.json"
+"""Beside model_index.json: the steps and the guidance that a model was chosen with."""
 REFERENCE_PICTURES = 2000
 BATCH = 50
 
@@ -130,14 +132,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, help="default: what the model's sampling.json says")
+    parser.add_argument("--guidance", type=float, help="likewise")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     pipeline = StableDiffusionXLPipeline.from_pretrained(options.model, dtype=torch.float32)
-    images_for = pipeline_images(pipeline, options.steps, options.guidance)
+    own = json.loads((options.model / SAMPLING_FILE).read_text())
+    steps = options.steps or own["steps"]
+    guidance = own["guidance_scale"] if options.guidance is None else options.guidance
+    images_for = pipeline_images(pipeline, steps, guidance)
     result = evaluate(images_for, load_judge(), split=options.split, prompts=options.prompts, seed=options.seed)
-    settings = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
+    settings = {"steps": steps, "guidance": guidance, "seed": options.seed}
     write_json(options.out, {**settings, **asdict(result)})
     print(json.dumps(asdict(result), indent=2))
 

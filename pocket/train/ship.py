@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from ..evaluate import evaluate, pipeline_images, write_json
+from ..evaluate import SAMPLING_FILE, evaluate, pipeline_images, write_json
 from ..judge import Judge, alignment, load_judge
 from ..render import render
 from ..scenes import sample_scenes
@@ -36,6 +36,7 @@ def ship(model: Path, vae: Path, judge_file: Path, weights: Path, results: Path,
     spacing, guidance = max(trials, key=lambda choice: trials[choice])
     set_spacing(pipeline, spacing)
     write_weights(pipeline, model, judge_file, weights)
+    write_json(weights / SAMPLING_FILE, {"steps": STEPS, "guidance_scale": guidance})
     shipped = StableDiffusionXLPipeline.from_pretrained(weights, dtype=torch.float32)
     images_for = pipeline_images(shipped, STEPS, guidance)
     result = evaluate(images_for, judge, split="test", prompts=TEST_PROMPTS, seed=seed)
