@@ -159,17 +159,19 @@ class _Graph:
         return model
 
     def _nodes(self) -> list[NodeProto]:
+        """Nodes that read initializers only come first, though ONNX Runtime then runs them last.
+
+        It orders nodes by depth-first search from the outputs, later ones first: a DequantizeLinear that stands just
+        before its Conv would run before all that leads to the Conv's input, and its dense weight would wait in memory.
+        """
         half_tables = {p.name for p in self.rest if p.is_table and p.is_half}
         nodes = widened(self.rest)
-        prepared: set[str] = set()
+        for form in self.forms.values():
+            nodes += form.prepare()
         for node in self.traced.skeleton.graph.node:
-            path = layer_path(node) if node.domain == DOMAIN else None
-            if path is not None and path in self.forms:
-                nodes += [] if path in prepared else self.forms[path].prepare()
-                nodes += self.forms[path].apply(node)
-                prepared.add(path)
-            elif path is not None:
-                continue
+            if node.domain == DOMAIN:
+                form_here = self.forms.get(layer_path(node))
+                nodes += form_here.apply(node) if form_here is not None else []
             elif node.op_type == "Gather" and node.input[0] in half_tables:
                 nodes += looked_up(node)
             else:

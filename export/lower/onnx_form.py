@@ -59,7 +59,7 @@ class Form(ABC):
 
     @abstractmethod
     def prepare(self) -> list[NodeProto]:
-        """Nodes that stand before the first use of the layer."""
+        """Nodes that read initializers only, once per layer."""
 
     @abstractmethod
     def apply(self, node: NodeProto) -> list[NodeProto]:

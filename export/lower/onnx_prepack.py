@@ -4,6 +4,8 @@
 import tempfile
 from pathlib import Path
 
+import onnx
+
 from .onnx_data import DATA_FILE, MODEL_FILE
 
 _INLINE_BYTES = 1024
@@ -32,5 +34,16 @@ def prepack(folder: Path) -> None:
         for key, value in _ENTRIES.items():
             options.add_session_config_entry(key, value)
         ort.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
+        _put_constants_first(made / MODEL_FILE)
         for name in (MODEL_FILE, DATA_FILE):
             (made / name).replace(folder / name)
+
+
+def _put_constants_first(path: Path) -> None:
+    """Moves nodes that read initializers only to the front again, for the reason that `lower` puts them there."""
+    model = onnx.load(path, load_external_data=False)
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    nodes = sorted(model.graph.node, key=lambda node: not initializers.issuperset(node.input))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    path.write_bytes(model.SerializeToString(deterministic=True))
