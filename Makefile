@@ -14,6 +14,8 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+# One thread: for layers this small PyTorch's threads wait for each other longer than they work.
+demo: export OMP_NUM_THREADS = 1
 demo: setup
 	$(RUN) build pocket --recipe demo --out build/demo --overwrite
 	$(RUN) generate build/demo "a large red circle left of a small blue square on a white background" --seed 7 --out build/demo.png
@@ -32,6 +34,7 @@ bench: setup
 	$(BIN)/python benchmarks/onnx_unet.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8 and about 4 bits, against float PyTorch.
+bench-quality: export OMP_NUM_THREADS = 1
 bench-quality: setup
 	$(RUN) build pocket --formats int8-row,int8-g32,fp16 --budget 14MB --out build/int8 --overwrite
 	$(RUN) build pocket --recipe demo --out build/demo --overwrite
