@@ -4,6 +4,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ CURVE_POINTS = 17
 def candidate_formats(
     shapes: Mapping[str, tuple[int, ...]], formats: Sequence[str], pins: Mapping[str, str]
 ) -> dict[str, list[LayerFormat]]:
-    """Returns, for each layer, the wanted formats (and pinned ones) that the target can store for its shape.
+    """Returns, for each layer, the wanted formats, and those it is pinned to, that the target can store for its shape.
 
     Raises TurbopocketError with every reason when a layer is left without any.
     """
-    wanted = [parse_format(text) for text in dict.fromkeys([*formats, *pins.values()])]
     kept: dict[str, list[LayerFormat]] = {}
     for name, shape in shapes.items():
+        pinned = [text for glob, text in pins.items() if fnmatchcase(name, glob)]
+        wanted = [parse_format(text) for text in dict.fromkeys([*formats, *pinned])]
         kind: Kind = "conv2d" if len(shape) == 4 else "linear"
         reasons = {each: target.storable(each, kind, shape) for each in wanted}
         kept[name] = [each for each, reason in reasons.items() if reason is None]
