@@ -35,6 +35,23 @@ def results() -> str:
     return _table(["model", "runtime", "all files", "alignment", "median PSNR to float"], rows)
 
 
+def memory() -> str:
+    """UNet latency and resident memory per format, from one run."""
+    measured = _load("onnx_unet")
+    rows = []
+    for name, figures in measured["unet_memory"].items():
+        grown = figures["ran_anon_bytes"] - figures["start_anon_bytes"]
+        rows.append(
+            [
+                name,
+                f"{figures['weight_bytes'] / 1e6:.2f} MB",
+                f"{grown / 1e6:.2f} MB",
+                f"{measured['latency_ratio_to_fp32'][name]:.2f} ×",
+            ]
+        )
+    return _table(["UNet of `pocket`", "files", "anonymous memory after a run", "latency to fp32"], rows)
+
+
 def pocket() -> str:
     """What the float model reaches, per attribute."""
     row = _load("alignment")["results"]["float"]
@@ -42,7 +59,7 @@ def pocket() -> str:
     return _table(["float model, test split", "right"], [[k, f"{100 * v:.1f} %"] for k, v in shares.items()])
 
 
-TABLES: dict[str, Callable[[], str]] = {"results": results, "pocket": pocket}
+TABLES: dict[str, Callable[[], str]] = {"results": results, "memory": memory, "pocket": pocket}
 
 
 def filled(text: str) -> str:
