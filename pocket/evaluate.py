@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
-from .judge import Judge, alignment, features, load_judge
+from .judge import FEATURE_WIDTH, Judge, Pictures, alignment, as_pictures, features, load_judge
 from .render import SIDE, render
 from .scenes import SPLITS, Split, sample_scenes
 
@@ -79,19 +80,29 @@ def pipeline_images(pipeline: StableDiffusionXLPipeline, steps: int, guidance: f
     return images_for
 
 
-def frechet_distance(first_NF: Tensor, second_NF: Tensor) -> float:
-    """Squared Frechet distance of the two Gaussians fitted to the rows.
+class _JudgeFeatures(nn.Module):
+    """The judge as torchmetrics wants a feature extractor."""
 
-    Heusel et al. 2017, eq. 6. The trace of the root of C1 C2 is the sum of the roots of the eigenvalues of
-    A C2 A with A the symmetric root of C1.
+    num_features = FEATURE_WIDTH
+
+    def __init__(self, judge: Judge) -> None:
+        super().__init__()
+        self.judge = judge
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return features(self.judge, pictures)
+
+
+def frechet_distance(judge: Judge, pictures: Pictures, reference: Pictures) -> float:
+    """Frechet distance of the judge's features of two sets of pictures (Heusel et al. 2017, eq. 6).
+
+    Raises:
+        ValueError: see `judge.as_pictures`.
     """
-    first, second = first_NF.double(), second_NF.double()
-    covariances = torch.cov(first.T), torch.cov(second.T)
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
-    gap = (first.mean(0) - second.mean(0)).square().sum()
-    return float(gap + covariances[0].trace() + covariances[1].trace() - 2 * cross)
+    metric = FrechetInceptionDistance(_JudgeFeatures(judge), normalize=True)
+    metric.update(as_pictures(reference), real=True)
+    metric.update(as_pictures(pictures), real=False)
+    return float(metric.compute())
 
 
 def evaluate(images_for: ImagesFor, judge: Judge, *, split: Split, prompts: int, seed: int) -> Evaluation:
@@ -104,15 +115,15 @@ def evaluate(images_for: ImagesFor, judge: Judge, *, split: Split, prompts: int,
     elapsed_ms = 1000 * (time.perf_counter() - started)
     result = alignment(judge, pictures, scenes)
     generator = torch.Generator().manual_seed(seed)
-    drawn = features(judge, render(scenes, generator))
-    others = features(judge, render(sample_scenes(split, REFERENCE_PICTURES, seed + 1), generator))
+    drawn = render(scenes, generator)
+    others = render(sample_scenes(split, REFERENCE_PICTURES, seed + 1), generator)
     return Evaluation(
         split=split,
         prompts=prompts,
         alignment=result.all_right,
         by_label=result.by_label,
-        frechet=frechet_distance(features(judge, pictures), others),
-        frechet_floor=frechet_distance(drawn, others),
+        frechet=frechet_distance(judge, pictures, others),
+        frechet_floor=frechet_distance(judge, drawn, others),
         ms_per_picture=elapsed_ms / prompts,
     )
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from turbopocket.pocket.evaluate import evaluate, first_noise, frechet_distance
-from turbopocket.pocket.judge import JUDGE_FILE, Judge, load_judge
+from turbopocket.pocket.judge import FEATURE_WIDTH, JUDGE_FILE, Judge, load_judge
 from turbopocket.pocket.render import render
 from turbopocket.pocket.scenes import parse_caption
 
@@ -45,12 +45,21 @@ def test_a_model_that_mixes_up_sides_scores_near_zero(judge: Judge) -> None:
     assert result.frechet > 2 * result.frechet_floor
 
 
-def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
+class GaussianReader(Judge):
+    """Reads a picture's first two pixels as its features."""
+
+    def features(self, pictures_NCHW: torch.Tensor) -> torch.Tensor:
+        return pictures_NCHW[:, :, 0, 0].repeat(1, FEATURE_WIDTH)[:, :FEATURE_WIDTH]
+
+
+def test_frechet_distance_is_the_closed_form_of_heusel_equation_6() -> None:
     generator = torch.Generator().manual_seed(0)
-    first = torch.randn(200_000, 2, generator=generator)
-    second = torch.randn(200_000, 2, generator=generator) * torch.tensor([2.0, 0.5]) + torch.tensor([3.0, 0.0])
-    assert frechet_distance(first, second) == pytest.approx(9 + (2 - 1) ** 2 + (0.5 - 1) ** 2, rel=0.02)
-    assert frechet_distance(first, first) == pytest.approx(0.0, abs=1e-6)
+    first, second = (torch.rand(4000, 3, 1, 1, generator=generator).expand(-1, -1, 64, 64) for _ in range(2))
+    second = 0.5 * second + 0.25  # half the spread around the same middle
+    distance = frechet_distance(GaussianReader(), first, second)
+    per_feature = (12**-0.5 - 0.5 * 12**-0.5) ** 2
+    assert distance == pytest.approx(FEATURE_WIDTH * per_feature, rel=0.05)
+    assert frechet_distance(GaussianReader(), first, first) == pytest.approx(0.0, abs=1e-3)
 
 
 def test_first_noise_depends_on_each_seed_alone() -> None:
