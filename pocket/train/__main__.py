@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line of the training stages: judge, text encoders, VAE, UNet, decoder, ship.
+"""Command line of the training stages: judge, text encoders, VAE, UNet, ship.
 
     python -m turbopocket.pocket.train all --folder build/pocket
 
@@ -15,7 +15,6 @@ from diffusers import StableDiffusionXLPipeline
 
 from ..evaluate import WEIGHTS, evaluate, pipeline_images
 from ..judge import load_judge
-from .decoder import train_decoder
 from .judge import train_judge
 from .ship import ship
 from .text import train_text
@@ -23,7 +22,7 @@ from .unet import train_unet
 from .vae import train_vae
 
 SEED = 1
-STAGES = ("judge", "text", "vae", "unet", "decoder", "ship")
+STAGES = ("judge", "text", "vae", "unet", "ship")
 WATCHED_PROMPTS, WATCHED_STEPS, WATCHED_GUIDANCE = 64, 12, 3.0
 
 
@@ -44,7 +43,7 @@ def run_stage(stage: str, options: argparse.Namespace) -> None:
     elif stage == "text":
         train_text(folder / "text", steps=900, batch=64, seed=SEED)
     elif stage == "vae":
-        train_vae(folder / "vae", adamw_steps=2800, muon_steps=1300, seed=SEED)
+        train_vae(folder / "vae", steps=3000, batch=16, seed=SEED)
     elif stage == "unet":
         train_unet(
             folder,
@@ -54,10 +53,8 @@ def run_stage(stage: str, options: argparse.Namespace) -> None:
             preview=options.preview,
             watch=lambda model: watch(model, judge_file),
         )
-    elif stage == "decoder":
-        train_decoder(folder / "decoder", folder / "vae" / "vae", steps=options.decoder_steps, batch=12, seed=SEED)
     else:
-        ship(options.preview, folder / "decoder" / "vae", judge_file, options.weights, options.results, options.sheet)
+        ship(folder, options.preview, options.weights, options.results, options.sheet)
 
 
 def main() -> None:
@@ -69,8 +66,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where `ship` writes the finished model")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/pocket_float.json"))
     parser.add_argument("--sheet", type=Path, default=Path("docs/pocket_sheet.png"))
-    parser.add_argument("--unet-steps", type=int, default=1090, help="optimiser steps of the UNet, 160 pictures each")
-    parser.add_argument("--decoder-steps", type=int, default=1850, help="optimiser steps of the decoder stage")
+    parser.add_argument("--unet-steps", type=int, default=3400, help="optimiser steps of the UNet, 160 pictures each")
     options = parser.parse_args()
     for stage in STAGES if options.stage == "all" else (options.stage,):
         run_stage(stage, options)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The last stage: chooses how to sample on selection prompts, writes the shipped folder, measures it on test ones."""
 
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from ..evaluate import SAMPLING_FILE, evaluate, pipeline_images, write_json
+from ..evaluate import SAMPLING_FILE, Evaluation, evaluate, pipeline_images, write_json
 from ..judge import Judge, alignment, load_judge
 from ..render import render
 from ..scenes import sample_scenes
@@ -20,20 +21,22 @@ from .text import TextEncoders, start_ratio
 STEPS = 20
 SPACINGS = ("leading", "trailing")
 GUIDANCES = (1.5, 2.5, 4.0)
-SELECTION_PROMPTS, TEST_PROMPTS = 64, 500
+LOGGED_STAGES = ("judge", "text", "vae", "unet")
+SELECTION_PROMPTS, TEST_PROMPTS = 128, 500
 
 
-def ship(model: Path, vae: Path, judge_file: Path, weights: Path, results: Path, sheet: Path, seed: int = 0) -> None:
+def ship(folder: Path, model: Path, weights: Path, results: Path, sheet: Path, seed: int = 0) -> None:
     """Write `weights` (diffusers folder and judge), the results JSON and the picture sheet.
 
     Args:
-        model: pipeline folder of the UNet stage; vae: autoencoder of the decoder stage, which replaces its own.
+        folder: where the earlier stages ran.
+        model: pipeline folder of the UNet stage.
     """
+    judge_file = folder / "judge" / "judge.safetensors"
     judge = load_judge(judge_file)
     pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32)
-    pipeline.vae = AutoencoderKL.from_pretrained(vae)
     trials = try_samplers(pipeline, judge, seed)
-    spacing, guidance = max(trials, key=lambda choice: trials[choice])
+    spacing, guidance = min(trials, key=lambda choice: (-trials[choice].alignment, trials[choice].frechet))
     set_spacing(pipeline, spacing)
     write_weights(pipeline, model, judge_file, weights)
     write_json(weights / SAMPLING_FILE, {"steps": STEPS, "guidance_scale": guidance})
@@ -45,14 +48,21 @@ def ship(model: Path, vae: Path, judge_file: Path, weights: Path, results: Path,
         "steps": STEPS,
         "guidance": guidance,
         "timestep_spacing": spacing,
-        "selection_alignment": {f"{s} {g}": value for (s, g), value in trials.items()},
+        "selection_alignment": {f"{s} {g}": trial.alignment for (s, g), trial in trials.items()},
         "test": asdict(result),
         "judge_accuracy": held_out_accuracy(judge, 2000, seed),
         "vae_reconstruction": reconstruction_alignment(shipped.vae, judge, seed),
         "start_token_ratio": start_ratio(TextEncoders.load(weights), seed),
+        "training": {stage: last_logged(folder / stage / "log.jsonl") for stage in LOGGED_STAGES},
     }
     write_json(results, content)
     write_sheet(images_for, sheet, seed)
+
+
+def last_logged(log: Path) -> dict[str, float]:
+    """The last line that a stage logged: its steps, its loss, its speed."""
+    last: dict[str, float] = json.loads(log.read_text().splitlines()[-1])
+    return last
 
 
 def set_spacing(pipeline: StableDiffusionXLPipeline, spacing: str) -> None:
@@ -60,16 +70,17 @@ def set_spacing(pipeline: StableDiffusionXLPipeline, spacing: str) -> None:
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
 
 
-def try_samplers(pipeline: StableDiffusionXLPipeline, judge: Judge, seed: int) -> dict[tuple[str, float], float]:
-    """Alignment on selection prompts for each timestep spacing and guidance."""
+def try_samplers(pipeline: StableDiffusionXLPipeline, judge: Judge, seed: int) -> dict[tuple[str, float], Evaluation]:
+    """How each timestep spacing and guidance does on selection prompts."""
     trials = {}
     for spacing in SPACINGS:
         set_spacing(pipeline, spacing)
         for guidance in GUIDANCES:
             images_for = pipeline_images(pipeline, STEPS, guidance)
-            result = evaluate(images_for, judge, split="selection", prompts=SELECTION_PROMPTS, seed=seed)
-            trials[spacing, guidance] = result.alignment
-            print(spacing, guidance, result.alignment, flush=True)
+            trials[spacing, guidance] = evaluate(
+                images_for, judge, split="selection", prompts=SELECTION_PROMPTS, seed=seed
+            )
+            print(spacing, guidance, trials[spacing, guidance], flush=True)
     return trials
 
 

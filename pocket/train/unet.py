@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..render import SIDE, render
 from ..scenes import Scene, scenes_of
 from .assemble import save_pipeline, scheduler
-from .loop import fit, step_generator
+from .loop import bfloat16_where_fast, fit, step_generator
 from .muon import muon_and_adamw
 from .shared_captions import folded_state, share_captions
 from .text import POOLED_WIDTH, WIDTHS, TextEncoders
@@ -26,7 +26,7 @@ TIME_ID_WIDTH = 32
 TRAIN_TIMESTEPS = 1000
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
 CAPTION_DROPOUT = 0.1
-PICTURES_PER_SCENE = 1
+PICTURES_PER_SCENE = 3
 PICTURES_PER_CAPTION = 4  # in one batch
 EMA_DECAY = 0.998
 
@@ -75,7 +75,8 @@ def encode_pictures(vae: AutoencoderKL, scenes: tuple[Scene, ...], seed: int) ->
     for first in range(0, len(scenes), 256):
         batch, generator = scenes[first : first + 256], step_generator(seed, first)
         pictures = render([scene for scene in batch for _ in range(PICTURES_PER_SCENE)], generator)
-        latents = vae.encode(2 * pictures - 1).latent_dist.sample(generator)
+        with bfloat16_where_fast():
+            latents = vae.encode(2 * pictures - 1).latent_dist.sample(generator).float()
         batches.append(latents.unflatten(0, (-1, PICTURES_PER_SCENE)) * vae.config.scaling_factor)
     return torch.cat(batches)
 
@@ -144,8 +145,9 @@ def denoising_loss(
         "time_ids": torch.tensor([TIME_IDS], dtype=torch.float32).expand(count, -1),
     }
     noised = share.sqrt() * latents + (1 - share).sqrt() * noise
-    predicted = unet(noised, timesteps, tokens, added_cond_kwargs=conditions, return_dict=False)[0]
-    errors_N = (predicted - noise).pow(2).mean((1, 2, 3))
+    with bfloat16_where_fast():
+        predicted = unet(noised, timesteps, tokens, added_cond_kwargs=conditions, return_dict=False)[0]
+    errors_N = (predicted.float() - noise).pow(2).mean((1, 2, 3))
     return (denoising_weights(shares[timesteps]) * errors_N).mean(), {"unweighted": errors_N.mean().item()}
 
 
