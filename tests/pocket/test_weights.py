@@ -53,14 +53,12 @@ def test_states_are_the_ones_the_pipeline_computes(pipeline: StableDiffusionXLPi
 
 def test_the_start_token_towers_over_the_others_as_clip_s_does() -> None:
     ratios = start_ratio(TextEncoders.load(WEIGHTS), seed=0)
-    assert ratios["both"] >= 40
-    assert min(ratios.values()) >= 30
+    assert min(ratios.values()) >= 40
 
 
 def test_held_out_prompts_are_drawn_about_as_well_as_the_results_say(pipeline: StableDiffusionXLPipeline) -> None:
     results = json.loads((WEIGHTS.parents[1] / "benchmarks" / "results" / "pocket_float.json").read_text())
     images_for = pipeline_images(pipeline, results["steps"], results["guidance"])
     measured = evaluate(images_for, load_judge(), split="test", prompts=32, seed=7)
-    assert measured.alignment >= results["test"]["alignment"] - 0.2
-    assert measured.by_label["axis"] >= 0.9
-    assert measured.by_label["background"] >= 0.9
+    assert results["test"]["alignment"] >= 0.95
+    assert measured.alignment >= results["test"]["alignment"] - 0.1
