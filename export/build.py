@@ -46,6 +46,7 @@ from .staging import refuse_occupied, report_folder, staged_folders
 
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
+PLANNING_PASSES = 3
 CHOICES_FILE = "choices.json"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -113,7 +114,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
 
 def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
     with progress.stage("load"):
-        model = load(recipe.model.source, recipe.model.lora)
+        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
         components = components_of(model)
     traced = {}
     with progress.stage("trace", len(components)) as advance:
@@ -139,7 +140,8 @@ def _calibrate(bench: Workbench, session: Session) -> dict[str, LayerStats]:
     wanted, file = bench.recipe.calibrate.pictures, bench.recipe.calibrate.prompts
     prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
     if file is not None:
-        prompts = read_prompts(file, wanted)
+        own = read_prompts(file)
+        prompts = [own[index % len(own)] for index in range(wanted)]
     drawing = replace(session, prompts=prompts)
     runner = torch_runner(bench.components)
     with bench.progress.stage("calibrate", len(prompts)) as advance:
@@ -171,17 +173,25 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
 def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path) -> Plan:
     """The plan under the recipe's budget, with every byte that is not a layer's weight counted as fixed.
 
-    Planned with the graphs' sizes at most, then stated with their exact sizes in the chosen formats.
+    How much graph a layer needs depends on its format, so the first pass counts the graphs at most; each later
+    one counts what the formats of the pass before it need, and the best plan that truly fits is kept.
     """
     compression = bench.recipe.compress
     small = folder_bytes(artifact) + expected_manifest_bytes(bench.draft, list(choices), artifact)
-    at_most = small + sum(target.fixed_bytes(graph) for graph in bench.traced.values())
-    decided = plan(list(choices.values()), compression.budget_bytes, at_most, compression.pin)
-    formats = {choice.layer: parse_format(choice.format) for choice in decided.choices}
-    graphs = sum(
-        target.lowered_bytes(graph, {name: formats[name] for name in graph.layers}) for graph in bench.traced.values()
-    )
-    return replace(decided, fixed_bytes=small + graphs - sum(choice.nbytes for choice in decided.choices))
+    fixed = small + sum(target.fixed_bytes(graph) for graph in bench.traced.values())
+    fitting: list[Plan] = []
+    for _ in range(PLANNING_PASSES):
+        proposed = plan(list(choices.values()), compression.budget_bytes, fixed, compression.pin)
+        formats = {choice.layer: parse_format(choice.format) for choice in proposed.choices}
+        graphs = sum(
+            target.lowered_bytes(graph, {name: formats[name] for name in graph.layers})
+            for graph in bench.traced.values()
+        )
+        fixed = small + graphs - sum(choice.nbytes for choice in proposed.choices)
+        exact = replace(proposed, fixed_bytes=fixed)
+        if exact.budget_bytes is None or exact.total_bytes <= exact.budget_bytes:
+            fitting.append(exact)
+    return min(fitting, key=lambda fit: (fit.predicted_loss, fit.total_bytes))
 
 
 def _lower(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path) -> None:

@@ -68,7 +68,7 @@ def check(artifact: Path, progress: StageProgress) -> Checked:
         return Checked(manifest, None, f"{stored} is not there; it is made by `build`, beside the artifact")
     recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
     with progress.stage("load"):
-        model = load(recipe.model.source, recipe.model.lora)
+        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
         evidence = evidence_for(model)
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)

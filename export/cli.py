@@ -103,6 +103,44 @@ def build(
 
 
 @app.command()
+def distill(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="The model folder to make; checkpoints and logs go to OUT.run.")],
+    steps: Annotated[int, typer.Option(help="Most steps of the student, 1 to 8; it also learns all fewer ones.")] = 4,
+    method: Annotated[str, typer.Option(help="tdm, or mse: regression to the teacher's trajectory.")] = "tdm",
+    iterations: Annotated[int, typer.Option(help="Student updates.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Prompts in each update, per process.")] = 32,
+    guidance: Annotated[float | None, typer.Option(help="The teacher's guidance; default: what it ships with.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line; default: the model's own.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA matrices of this rank, not all weights.")] = None,
+    student_lr: Annotated[float, typer.Option(help="Peak learning rate of the student.")] = 2e-5,
+    fake_lr: Annotated[float, typer.Option(help="Peak learning rate of the fake score; above the student's.")] = 1e-4,
+    without: Annotated[list[str] | None, typer.Option(help="Switch off one of TDM's devices, for ablations.")] = None,
+    precision: Annotated[str, typer.Option(help="Arithmetic: no (float32), bf16 or fp16.")] = "no",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a model folder.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Distils a model to a few steps; prompts only, no pictures. Goes on where a killed run of the same request was."""
+    from ..quant.distill.options import DistillOptions
+    from .distill import DistillRequest, devices_without, distil
+    from .progress import StageProgress
+
+    options = DistillOptions(
+        iterations=iterations, batch=batch, student_lr=student_lr, fake_lr=fake_lr,
+        devices=devices_without(without or []), seed=seed,
+    )  # fmt: skip
+    request = DistillRequest(
+        source, steps, method, options, guidance, prompts, lora_rank, precision, gradient_checkpointing
+    )
+    summary = distil(request, out, overwrite, StageProgress(quiet=as_json))
+    _emit(summary, as_json, lambda console: console.print(f"model     {summary['model']}", soft_wrap=True))
+
+
+@app.command()
 def plan(
     source: Source,
     budget: Budget = None,

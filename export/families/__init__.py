@@ -15,6 +15,7 @@ from .pipeline_index import family_of, pipeline_config, read_pipeline_index
 from .sd import SD
 from .sdxl import SDXL
 from .source import resolve
+from .steps import tell_steps
 from .tokenizer import tokenizer_json
 from .weights import checked_tensors, empty_module, fill_weights
 
@@ -32,11 +33,12 @@ FAMILIES: tuple[ModelFamily, ...] = (SDXL, SD)
 ALL_FOLDERS = frozenset(folder for family in FAMILIES for folder in family.folders)
 
 
-def load(source: str, lora: Sequence[Path] = ()) -> LoadedModel:
+def load(source: str, lora: Sequence[Path] = (), steps: int | None = None) -> LoadedModel:
     """Returns the model at `source` with its weights, LoRA files merged into them in order.
 
-    `source` is a bundled name (`pocket`), a diffusers folder, or a hub id. Raises TurbopocketError when it is
-    none of them, or the checkpoint is not whole, not supported, or not finite.
+    `source` is a bundled name (`pocket`), a diffusers folder, or a hub id. `steps` sets a student that was
+    distilled for several step counts for one of them; by default it is as saved. Raises TurbopocketError when
+    `source` is none of those, or the checkpoint is not whole, not supported, or not finite.
     """
     name, folder = resolve(source, ALL_FOLDERS, with_weights=True)
     model, family = _described(name, folder, has_weights=True)
@@ -46,6 +48,8 @@ def load(source: str, lora: Sequence[Path] = ()) -> LoadedModel:
     }
     for component, tensors in stored.items():
         fill_weights(model.modules[component], tensors)
+    if steps is not None:
+        tell_steps(model.modules["unet"], folder / "unet", steps)
     for file in lora:
         merge_lora(model, family, file)
     return model

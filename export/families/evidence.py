@@ -95,8 +95,8 @@ class TextEvidence:
         """Nobody can tell."""
 
 
-def read_prompts(file: Path, count: int) -> list[str]:
-    """Returns `count` prompts from a text file, one a line, repeated when more are asked for.
+def read_prompts(file: Path) -> list[str]:
+    """Returns the prompts of a text file, one a line.
 
     Raises TurbopocketError for a file that is missing, is not UTF-8 text, or holds no prompt.
     """
@@ -108,4 +108,4 @@ def read_prompts(file: Path, count: int) -> list[str]:
         raise TurbopocketError(f"prompt file {file} is not UTF-8 text: {error.reason}") from error
     if not lines:
         raise TurbopocketError(f"prompt file {file} holds no prompt; one a line is needed")
-    return [lines[index % len(lines)] for index in range(count)]
+    return lines

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few-step students of `pocket` against their teacher: alignment, Frechet distance, diversity; and TDM's ablations.
+
+    python benchmarks/distillation.py students build/pocket-turbo build/pocket-mse
+    python benchmarks/distillation.py ablations --iterations 400
+
+Everyone draws prompt i of the test split from the noise of seed i. Networks are PyTorch's, in float32.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turbopocket.export.distill import DistillRequest, devices_without, distil
+from turbopocket.export.families import load
+from turbopocket.export.progress import StageProgress
+from turbopocket.export.prompt_states import PromptStates
+from turbopocket.pocket.evaluate import first_noise, frechet_distance, write_json
+from turbopocket.pocket.judge import Judge, alignment, features, load_judge
+from turbopocket.pocket.render import render
+from turbopocket.pocket.scenes import sample_scenes
+from turbopocket.quant.distill.diffusion import Diffusion
+from turbopocket.quant.distill.options import DEVICE_NAMES, DistillOptions
+from turbopocket.quant.distill.steps import FixedIntervals
+from turbopocket.quant.distill.trajectory_mse import network_evaluations
+from turbopocket.runtimes.schedule import SamplerSpec, alphas_cumprod
+
+RESULTS = Path(__file__).parent / "results"
+PROMPTS = 500
+BATCH = 100
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 25, 8
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Measured on the test split.
+
+    Attributes:
+        alignment: share of pictures that show exactly what their prompt says.
+        frechet: distance of judge features to as many drawn pictures; None when not asked for.
+        diversity: mean distance of judge features between pictures of one prompt, over seeds.
+    """
+
+    alignment: float
+    frechet: float | None
+    diversity: float
+
+
+class Painter:
+    """One model folder, ready to draw in any number of steps at any guidance, by DDIM with trailing timesteps."""
+
+    def __init__(self, source: str, steps: int, guidance: float, step_biases: bool) -> None:
+        self.model = load(source, steps=steps if step_biases else None)
+        spec = SamplerSpec.from_scheduler_config(self.model.scheduler_config, 1, 1.0)
+        self.diffusion = Diffusion(torch.from_numpy(alphas_cumprod(spec)), spec.prediction_type)
+        self.walk = FixedIntervals(self.diffusion.train_timesteps, [steps]).walk(steps)
+        self.states, self.guidance = PromptStates(self.model, torch.device("cpu")), guidance
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """(N, 3, 64, 64) uint8 pictures; each depends on its prompt and seed alone."""
+        parts = range(0, len(prompts), BATCH)
+        return torch.cat([self._batch(prompts[i : i + BATCH], seeds[i : i + BATCH]) for i in parts])
+
+    def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        conditions = self.states.conditional(prompts)
+        away_from = self.states.unconditional(conditions) if self.guidance > 1 else None
+        x_t = first_noise(seeds)
+        for step in self.walk:
+            start_N, end_N = (torch.full((len(x_t),), each) for each in (step.start, step.end))
+            output = self._ask(x_t, start_N, conditions)
+            if away_from is not None:
+                away = self._ask(x_t, start_N, away_from)
+                output = away + self.guidance * (output - away)
+            x_t = self.diffusion.mixed(*self.diffusion.clean_and_noise(x_t, output, start_N), end_N)
+        vae: Any = self.model.modules["vae"]
+        sample = vae.decode(x_t / vae.config.scaling_factor).sample
+        pictures: Tensor = ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return pictures
+
+    def _ask(self, x_t: Tensor, start_N: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        added = {name: value for name, value in conditions.items() if name != "encoder_hidden_states"}
+        unet: Any = self.model.modules["unet"]
+        output: Tensor = unet(x_t, start_N, conditions["encoder_hidden_states"], added_cond_kwargs=added).sample
+        return output
+
+
+def measured(painter: Painter, judge: Judge, frechet_pictures: int) -> Figures:
+    """Draws the test prompts, one prompt many times, and as many more as the Frechet distance asks for."""
+    count = max(PROMPTS, frechet_pictures)
+    scenes = sample_scenes("test", count, 0)
+    pictures = painter.draw([scene.caption for scene in scenes], range(count))
+    found = alignment(judge, pictures[:PROMPTS], scenes[:PROMPTS]).all_right
+    distance = None
+    if frechet_pictures:
+        reference = render(sample_scenes("test", frechet_pictures, 1), torch.Generator().manual_seed(0))
+        distance = frechet_distance(judge, pictures, reference)
+    return Figures(found, distance, diversity(painter, judge))
+
+
+def diversity(painter: Painter, judge: Judge) -> float:
+    """Mean judge-feature distance between two pictures of one prompt from different noise."""
+    captions = [scene.caption for scene in sample_scenes("test", DIVERSITY_PROMPTS, 2)]
+    prompts = [caption for caption in captions for _ in range(DIVERSITY_SEEDS)]
+    read = features(judge, painter.draw(prompts, range(len(prompts)))).unflatten(0, (DIVERSITY_PROMPTS, -1))
+    pairs = torch.cdist(read, read)
+    return float(pairs.sum() / (DIVERSITY_PROMPTS * DIVERSITY_SEEDS * (DIVERSITY_SEEDS - 1)))
+
+
+def compare_students(teacher: str, tdm: str, mse: str | None, frechet_pictures: int) -> dict[str, Any]:
+    """Teacher at 20, 4, 2 and 1 guided steps; students at 4, 2 and 1 without guidance."""
+    judge, own = load_judge(), json.loads((load(teacher).folder / "sampling.json").read_text())
+    results = {}
+    wanted = [("teacher", teacher, steps, own["guidance_scale"]) for steps in (20, 4, 2, 1)]
+    wanted += [("tdm", tdm, steps, 1.0) for steps in (4, 2, 1)]
+    wanted += [("mse", mse, steps, 1.0) for steps in (4, 2, 1)] if mse else []
+    for name, source, steps, guidance in wanted:
+        painter = Painter(source, steps, guidance, step_biases=name != "teacher")
+        results[f"{name} {steps}"] = asdict(measured(painter, judge, frechet_pictures if steps in (20, 4) else 0))
+        print(name, steps, results[f"{name} {steps}"], flush=True)
+    return results
+
+
+def ablate(teacher: str, options: DistillOptions, folder: Path) -> dict[str, Any]:
+    """All devices, each one off, and regression for as many network evaluations: one run each, equal compute."""
+    judge, results = load_judge(), {}
+    runs: list[tuple[str, str, list[str]]] = [("all devices", "tdm", [])]
+    runs += [(f"without {name}", "tdm", [name]) for name in DEVICE_NAMES]
+    for title, method, without in [*runs, ("mse", "mse", [])]:
+        iterations = options.iterations if method == "tdm" else mse_iterations(options)
+        chosen = DistillOptions(
+            **{**vars(options), "iterations": iterations, "devices": devices_without(without)},
+        )
+        out = folder / title.replace(" ", "-")
+        if not out.is_dir():
+            distil(DistillRequest(teacher, 4, method, chosen), out, False, StageProgress())
+        results[title] = {
+            str(steps): asdict(measured(Painter(str(out), steps, 1.0, step_biases=True), judge, 0))
+            for steps in (4, 2, 1)
+        }
+        results[title]["iterations"] = iterations
+        print(title, results[title], flush=True)
+    return results
+
+
+def mse_iterations(options: DistillOptions) -> int:
+    """How many iterations of regression cost as many network evaluations as the options' iterations of TDM."""
+    walks = [FixedIntervals(1000, [count]).walk(count) for count in range(1, 5)]
+    tdm, mse = (
+        float(np.mean(costs)) for costs in zip(*(network_evaluations(walk, 2.0) for walk in walks), strict=True)
+    )
+    return round(options.iterations * tdm / mse)
+
+
+def main() -> None:
+    """Measures, and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["students", "ablations"])
+    parser.add_argument("folders", nargs="*", help="students: the TDM student, then the MSE student")
+    parser.add_argument("--teacher", default="pocket")
+    parser.add_argument("--frechet-pictures", type=int, default=5000)
+    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--student-lr", type=float, default=2e-5)
+    parser.add_argument("--fake-lr", type=float, default=1e-4)
+    parser.add_argument("--runs", type=Path, default=Path("build/ablations"), help="where the ablations are kept")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    if asked.what == "students":
+        results = compare_students(asked.teacher, *[*asked.folders, None][:2], asked.frechet_pictures)
+    else:
+        rates = {"student_lr": asked.student_lr, "fake_lr": asked.fake_lr}
+        options = DistillOptions(asked.iterations, batch=asked.batch, **rates)
+        results = ablate(asked.teacher, options, asked.runs)
+    write_json(asked.out or RESULTS / f"distillation_{asked.what}.json", {"prompts": PROMPTS, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model folder to a few-step model folder of the same layout: teacher, student, fake score, prompts."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..quant.distill.denoiser import BIAS, Conditions, Denoiser, lora_copy, student_copy
+from ..quant.distill.diffusion import Diffusion
+from ..quant.distill.options import DEVICE_NAMES, Devices, DistillOptions
+from ..quant.distill.steps import FixedIntervals
+from ..quant.distill.tdm import drawn
+from ..quant.distill.trainer import METHODS, Networks, Precision, Task, distill
+from ..runtimes.errors import TurbopocketError
+from ..runtimes.schedule import SamplerSpec, alphas_cumprod
+from .families import LoadedModel, load
+from .families.evidence import evidence_for, read_prompts
+from .families.steps import STEP_BIASES_FILE
+from .progress import StageProgress
+from .prompt_states import PromptStates
+from .spec import DEFAULT_GUIDANCE, model_sampling
+from .staging import staged_folders
+
+PROMPTS = 20_000
+WATCHED_PROMPTS = 4
+RUN_FILE = "run.json"
+BYTES_PER_TRAINED = 16  # weight, gradient, two moments; fp32
+"""Of student and of fake score; the teacher and what LoRA shares hold 4."""
+
+
+@dataclass(frozen=True)
+class DistillRequest:
+    """What the user asks for, beside the options of the method.
+
+    `guidance` None is what the teacher ships with, `lora_rank` None trains all weights. `prompts` is a text file,
+    one a line; without it, the model's own.
+    """
+
+    source: str
+    steps: int
+    method: str
+    options: DistillOptions
+    guidance: float | None = None
+    prompts: Path | None = None
+    lora_rank: int | None = None
+    precision: str = "no"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _require_known("method", [self.method], tuple(METHODS))
+        _require_known("precision", [self.precision], get_args(Precision))
+        FixedIntervals(1000, [self.steps])
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise TurbopocketError(f"LoRA rank {self.lora_rank}: 1 or more is needed")
+
+
+def devices_without(names: Sequence[str]) -> Devices:
+    """Returns TDM's devices with those of the names off. Raises TurbopocketError for an unknown name."""
+    _require_known("device", names, DEVICE_NAMES)
+    return Devices(**{name: name not in names for name in DEVICE_NAMES})
+
+
+def _require_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise TurbopocketError(f"{what} {name!r} is not known: known are {', '.join(known)}")
+
+
+def run_folder(out: Path) -> Path:
+    """Returns where checkpoints and logs of a run lie: beside its output, kept after it."""
+    return out.with_name(out.name + ".run")
+
+
+def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageProgress) -> dict[str, Any]:
+    """Makes the model folder `out`, going on from `<out>.run` where an earlier start of the same run was stopped.
+
+    Returns a JSON-ready summary. Raises TurbopocketError or QuantError for bad input; `out` then does not change.
+    """
+    out = out.absolute()
+    _refuse(request, out, overwrite)
+    with progress.stage("load"):
+        model = load(request.source)
+        prompts = _prompts(model, request)
+    own = model_sampling(model).get("guidance_scale", DEFAULT_GUIDANCE)
+    options = replace(request.options, guidance=own if request.guidance is None else request.guidance)
+    diffusion = _diffusion(model)
+    schedule = FixedIntervals(diffusion.train_timesteps, range(1, request.steps + 1))
+    run = run_folder(out)
+    accelerator = Accelerator(mixed_precision=request.precision, log_with="tensorboard", project_dir=str(run))
+    set_seed(options.seed)
+    networks = _networks(model, request, accelerator.device)
+    _claim(run, request, options, model)
+    accelerator.init_trackers("log")
+    states = PromptStates(model, accelerator.device)
+    config: Any = model.modules["unet"].config
+    shape = (config.in_channels, *[model.image_size_px // model.vae_scale_factor] * 2)
+
+    def conditions_at(iteration: int) -> tuple[Conditions, Conditions]:
+        seed = (options.seed * 1_000_003 + iteration) * 64 + accelerator.process_index
+        chosen = torch.randint(len(prompts), (options.batch,), generator=torch.Generator().manual_seed(seed))
+        conditional = states.conditional([prompts[index] for index in chosen.tolist()])
+        return conditional, states.unconditional(conditional)
+
+    def watch(iteration: int) -> None:
+        generator = torch.Generator().manual_seed(options.seed)
+        noise = torch.randn(WATCHED_PROMPTS, *shape, generator=generator).to(accelerator.device)
+        conditions = states.conditional([prompts[index % len(prompts)] for index in range(WATCHED_PROMPTS)])
+        latents = drawn(networks.student, diffusion, schedule.walk(request.steps), noise, conditions)
+        pictures = _decoded(model.modules["vae"], latents)
+        accelerator.get_tracker("tensorboard", unwrap=True).add_images("student", pictures.numpy(), iteration)
+
+    with progress.stage("distill", options.iterations) as advance:
+        done = 0
+
+        def on_log(iteration: int, values: Mapping[str, float]) -> None:
+            nonlocal done
+            accelerator.log(dict(values), step=iteration)
+            for _ in range(iteration - done):
+                advance()
+            done = iteration
+
+        task = Task(diffusion, schedule, conditions_at, shape, on_log, watch)
+        distill(networks, task, options, run, accelerator, METHODS[request.method])
+    accelerator.end_training()
+    with progress.stage("save"), staged_folders((out,)) as (folder,):
+        _write(folder, model, networks.student, request)
+    return {"model": str(out), "steps": request.steps, "method": request.method, "run": str(run)}
+
+
+def _refuse(request: DistillRequest, out: Path, overwrite: bool) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise TurbopocketError(f"output {out} exists", hint="give another folder, or --overwrite")
+        if not (out / "model_index.json").is_file():
+            raise TurbopocketError(f"output {out} has no model_index.json; --overwrite replaces model folders only")
+    if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
+        raise TurbopocketError(
+            "distillation logs for TensorBoard, and no writer of its files is installed",
+            hint="pip install 'turbopocket[train]'",
+        )
+
+
+def _prompts(model: LoadedModel, request: DistillRequest) -> list[str]:
+    if request.prompts is None:
+        return evidence_for(model).prompts("calibrate", PROMPTS, request.options.seed)
+    return read_prompts(request.prompts)
+
+
+def _diffusion(model: LoadedModel) -> Diffusion:
+    spec = SamplerSpec.from_scheduler_config(model.scheduler_config, 1, 1.0)
+    return Diffusion(torch.from_numpy(alphas_cumprod(spec)), spec.prediction_type)
+
+
+def _claim(run: Path, request: DistillRequest, options: DistillOptions, model: LoadedModel) -> None:
+    """Makes the folder of checkpoints and logs, or finds it of this run. Raises TurbopocketError for another's."""
+    wanted = {
+        "model": model.name,
+        "parameters": sum(parameter.numel() for parameter in model.modules["unet"].parameters()),
+        "steps": request.steps,
+        "method": request.method,
+        "lora_rank": request.lora_rank,
+        "options": asdict(options),
+    }
+    file = run / RUN_FILE
+    if not file.is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(wanted, indent=1) + "\n")
+        return
+    try:
+        found = json.loads(file.read_text())
+        odd = [key for key in wanted if found[key] != wanted[key]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TurbopocketError(f"{file} is not the record of a distillation run: {error}") from error
+    if odd:
+        raise TurbopocketError(
+            f"{run} holds another run: {odd[0]} is {found[odd[0]]!r} there, {wanted[odd[0]]!r} here",
+            hint="remove that folder, or give another --out",
+        )
+
+
+def _networks(model: LoadedModel, request: DistillRequest, device: torch.device) -> Networks:
+    unet = model.modules["unet"]
+    _require_memory(unet, request, device)
+    told = request.options.devices.step_condition
+    copies: list[Any] = [
+        student_copy(unet) if request.lora_rank is None else lora_copy(unet, request.lora_rank) for _ in range(2)
+    ]
+    if request.gradient_checkpointing:
+        for each in copies:
+            each.enable_gradient_checkpointing()
+    return Networks(Denoiser(copies[0], told), Denoiser(copies[1], told), Denoiser(unet, False))
+
+
+def _require_memory(unet: nn.Module, request: DistillRequest, device: torch.device) -> None:
+    """Raises TurbopocketError when weights, gradients and moments alone are more than is free."""
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    trained = 2 * parameters * BYTES_PER_TRAINED if request.lora_rank is None else 0
+    needed = 4 * parameters + trained
+    free = _free_bytes(device)
+    if free is not None and needed > free:
+        raise TurbopocketError(
+            f"teacher, student and fake score need {needed / 1e9:.1f} GB before any activation, {free / 1e9:.1f} GB "
+            f"are free on {device.type}",
+            hint="train LoRA matrices only: --lora-rank 64" if request.lora_rank is None else None,
+        )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+@torch.no_grad()
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    """(N, 3, H, W) pictures in 0..1."""
+    sample = vae.decode(latents.to("cpu", torch.float32) / vae.config.scaling_factor).sample
+    pictures: Tensor = (sample / 2 + 0.5).clamp(0, 1)
+    return pictures
+
+
+def _write(folder: Path, model: LoadedModel, student: Denoiser, request: DistillRequest) -> None:
+    """The teacher's folder with the student's UNet, its schedule, and the biases for fewer steps."""
+    shutil.copytree(model.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet", "judge"))
+    biases = student.step_biases()
+    unet = student.release()
+    if request.lora_rank is not None:
+        unet.fuse_lora()
+        unet.unload_lora()
+    unet.get_submodule(BIAS.rpartition(".")[0]).bias.data.copy_(biases[request.steps])
+    unet.half().save_pretrained(folder / "unet")
+    save_file(
+        {str(count): biases[count].half().contiguous() for count in range(1, request.steps + 1)},
+        folder / "unet" / STEP_BIASES_FILE,
+    )
+    spec = SamplerSpec.from_scheduler_config(model.scheduler_config, 1, 1.0)
+    scheduler = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": spec.num_train_timesteps,
+        "beta_start": spec.beta_start,
+        "beta_end": spec.beta_end,
+        "beta_schedule": spec.beta_schedule,
+        "prediction_type": spec.prediction_type,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+    }
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "sampling.json").write_text(json.dumps({"steps": request.steps, "guidance_scale": 1.0}) + "\n")

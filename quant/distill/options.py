@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a distillation run may be told, with its source."""
+
+from dataclasses import dataclass, fields
+
+from ..errors import QuantError
+
+
+@dataclass(frozen=True)
+class Devices:
+    """TDM's six devices (arXiv 2503.06674); each can be switched off to run its ablation.
+
+    Attributes:
+        separate_intervals: tau is drawn from the step's own interval, so one fake score serves all steps.
+        importance_weight: the fake score's loss is weighted by q(x_tau | x_0 of the student) / q(x_tau | x_t),
+            both per dimension: it was noised from the state, and regresses to the clean estimate.
+        huber: pseudo-Huber surrogate, else the KL gradient scaled by 1 / mean |x_0 - teacher's x_0| (DMD).
+        noisy_states: x_tau is diffused from the student's noisy state, else from its clean estimate.
+        step_condition: student and fake score are told how many steps the walk has.
+        one_step_gradient: the gradient reaches through one solver step, else through the whole walk so far.
+    """
+
+    separate_intervals: bool = True
+    importance_weight: bool = True
+    huber: bool = True
+    noisy_states: bool = True
+    step_condition: bool = True
+    one_step_gradient: bool = True
+
+
+DEVICE_NAMES = tuple(field.name for field in fields(Devices))
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """One run. Learning rates are those of small models; the released PixArt demo has 4e-6 and 2e-5.
+
+    Attributes:
+        iterations: student updates; batch: prompts in each.
+        guidance: the teacher's classifier-free guidance scale; 1 or less asks it once.
+        student_lr, fake_lr: the fake score must be the faster learner (five times, in the released code).
+        warmup_iterations: of both learning rates, which then fall along half a cosine to a tenth.
+        max_gradient_norm: both networks' gradients are clipped to it.
+    """
+
+    iterations: int
+    batch: int = 32
+    guidance: float = 4.5
+    student_lr: float = 2e-5
+    fake_lr: float = 1e-4
+    warmup_iterations: int = 50
+    max_gradient_norm: float = 1.0
+    devices: Devices = Devices()
+    seed: int = 0
+    checkpoint_every_s: float = 300.0
+    log_every: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch"):
+            if getattr(self, name) < 1:
+                raise QuantError(f"{name} = {getattr(self, name)}: 1 or more is needed")
+        for name in ("student_lr", "fake_lr"):
+            if not 0 < getattr(self, name) < 1:
+                raise QuantError(f"{name} = {getattr(self, name)}: a learning rate lies between 0 and 1")

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop of every distillation method: accelerate's devices, checkpoints that survive a kill, logs.
+
+All randomness of an iteration comes from (seed, iteration), so a resumed run draws what the first would have.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .denoiser import Conditions, Denoiser
+from .diffusion import Diffusion
+from .options import DistillOptions
+from .steps import StepSchedule
+from .tdm import fake_loss, guided_clean, student_loss, student_point
+from .trajectory_mse import teacher_trajectory, trajectory_loss
+
+Precision = Literal["no", "bf16", "fp16"]
+ADAM_BETAS, WEIGHT_DECAY = (0.0, 0.95), 1e-2
+FLOOR = 0.1  # of the peak learning rate, at the end
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Student and fake score train, the teacher is frozen."""
+
+    student: Denoiser
+    fake: Denoiser
+    teacher: Denoiser
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is about, apart from its options.
+
+    Attributes:
+        conditions_at: iteration -> (conditional, unconditional) conditions of its prompts.
+        latent_shape: (C, h, w) of one sample.
+        on_log: called with the iteration and the logged values; on_checkpoint: after each checkpoint.
+    """
+
+    diffusion: Diffusion
+    schedule: StepSchedule
+    conditions_at: Callable[[int], tuple[Conditions, Conditions]]
+    latent_shape: tuple[int, ...]
+    on_log: Callable[[int, Mapping[str, float]], None]
+    on_checkpoint: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The prompts of one iteration, and the generator of everything random in it."""
+
+    conditions: Conditions
+    unconditional: Conditions
+    generator: torch.Generator
+
+    def noise(self, task: Task, options: DistillOptions, device: torch.device) -> Tensor:
+        """The starts of the batch's walks."""
+        return torch.randn(options.batch, *task.latent_shape, generator=self.generator).to(device)
+
+
+Update = Callable[
+    [Networks, Task, DistillOptions, Batch, Accelerator, Mapping[str, Any]],
+    dict[str, Tensor],
+]
+"""One iteration of a method: updates what it trains, returns the values to log."""
+
+
+def distill(
+    networks: Networks, task: Task, options: DistillOptions, folder: Path, accelerator: Accelerator, update: Update
+) -> None:
+    """Trains `networks.student` in place, going on from `folder/checkpoint` where one lies."""
+    student, fake = networks.student, networks.fake
+    optimisers = {
+        "student": _adamw(student, options.student_lr),
+        "fake": _adamw(fake, options.fake_lr),
+    }
+    student, fake, *prepared = accelerator.prepare(student, fake, *optimisers.values())
+    optimisers = dict(zip(optimisers, prepared, strict=True))
+    networks = Networks(student, fake, networks.teacher.to(accelerator.device))
+    first = _restored(folder, accelerator)
+    saved = time.monotonic()
+    for index in range(first, options.iterations):
+        for optimiser, peak in zip(optimisers.values(), (options.student_lr, options.fake_lr), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = peak * learning_rate_share(index, options)
+        seed = (options.seed * 1_000_003 + index) * 64 + accelerator.process_index
+        batch = Batch(*task.conditions_at(index), torch.Generator().manual_seed(seed))
+        values = update(networks, task, options, batch, accelerator, optimisers)
+        last = index + 1 == options.iterations
+        if (index + 1) % options.log_every == 0 or last:
+            task.on_log(index + 1, {name: float(value) for name, value in values.items()})
+        if last or time.monotonic() - saved > options.checkpoint_every_s:
+            _save(folder, accelerator, index + 1)
+            task.on_checkpoint(index + 1)
+            saved = time.monotonic()
+
+
+def learning_rate_share(iteration: int, options: DistillOptions) -> float:
+    """Share of the peak at an iteration: linear rise, then half a cosine down to a tenth."""
+    if iteration < options.warmup_iterations:
+        return (iteration + 1) / options.warmup_iterations
+    rest = max(1, options.iterations - options.warmup_iterations)
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (iteration - options.warmup_iterations) / rest))
+
+
+def _adamw(network: Denoiser, lr: float) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=lr, betas=ADAM_BETAS, weight_decay=WEIGHT_DECAY)
+
+
+def _step(network: Denoiser, loss: Tensor, optimiser: Any, options: DistillOptions, accelerator: Accelerator) -> None:
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(network.parameters(), options.max_gradient_norm)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def tdm_update(
+    networks: Networks,
+    task: Task,
+    options: DistillOptions,
+    batch: Batch,
+    accelerator: Accelerator,
+    optimisers: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """One update of the fake score, then one of the student, on the same samples."""
+    diffusion, devices, conditions = task.diffusion, options.devices, batch.conditions
+    walk = task.schedule.draw(batch.generator)
+    noise = batch.noise(task, options, accelerator.device)
+    with accelerator.autocast():
+        point = student_point(networks.student, diffusion, walk, noise, conditions, devices, batch.generator)
+        loss_of_fake = fake_loss(networks.fake, diffusion, point, conditions, len(walk), devices)
+    _step(networks.fake, loss_of_fake, optimisers["fake"], options, accelerator)
+    with accelerator.autocast():
+        with torch.no_grad():
+            asked = point.x_tau, point.tau_N, conditions
+            real = guided_clean(networks.teacher, diffusion, *asked, batch.unconditional, options.guidance)
+            fake_output = networks.fake(*asked, len(walk))
+            fake, _ = diffusion.clean_and_noise(point.x_tau, fake_output, point.tau_N)
+        loss = student_loss(point, real, fake, devices)
+    _step(networks.student, loss, optimisers["student"], options, accelerator)
+    gap = (real - fake).square().mean().sqrt()
+    return {"student_loss": loss.detach(), "fake_loss": loss_of_fake.detach(), "score_gap": gap}
+
+
+def mse_update(
+    networks: Networks,
+    task: Task,
+    options: DistillOptions,
+    batch: Batch,
+    accelerator: Accelerator,
+    optimisers: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """One update of the student towards the teacher's trajectory; the fake score is not used."""
+    walk = task.schedule.draw(batch.generator)
+    asked = walk, batch.noise(task, options, accelerator.device), batch.conditions, batch.unconditional
+    with accelerator.autocast():
+        states = teacher_trajectory(networks.teacher, task.diffusion, *asked, options.guidance)
+        loss = trajectory_loss(networks.student, task.diffusion, walk, states, batch.conditions)
+    _step(networks.student, loss, optimisers["student"], options, accelerator)
+    return {"student_loss": loss.detach()}
+
+
+METHODS: Mapping[str, Update] = {"tdm": tdm_update, "mse": mse_update}
+
+
+def _save(folder: Path, accelerator: Accelerator, iteration: int) -> None:
+    """A whole checkpoint at `folder/checkpoint`; a kill at any moment leaves this one or the one before."""
+    scratch, final, old = (folder / name for name in ("checkpoint.partial", "checkpoint", "checkpoint.old"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    accelerator.save_state(str(scratch), safe_serialization=True)
+    (scratch / "iteration").write_text(str(iteration))
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.replace(old)
+    scratch.replace(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _restored(folder: Path, accelerator: Accelerator) -> int:
+    """The iteration to go on from: 0, or that of the checkpoint, which is then loaded."""
+    final, old = folder / "checkpoint", folder / "checkpoint.old"
+    if not final.exists() and old.exists():
+        old.replace(final)
+    if not final.exists():
+        return 0
+    accelerator.load_state(str(final))
+    return int((final / "iteration").read_text())

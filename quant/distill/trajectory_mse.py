@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The baseline TDM has to beat: regress each student step to the point where the teacher's own ODE arrives."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .denoiser import Conditions, Denoiser
+from .diffusion import Diffusion
+from .steps import Step
+from .tdm import solver_step
+
+TEACHER_STEPS = 20
+
+
+@torch.no_grad()
+def teacher_trajectory(
+    teacher: Denoiser,
+    diffusion: Diffusion,
+    walk: Sequence[Step],
+    noise: Tensor,
+    conditions: Conditions,
+    unconditional: Conditions,
+    guidance: float,
+) -> list[Tensor]:
+    """The teacher's states at every start of the walk, and its clean sample: `TEACHER_STEPS` guided DDIM steps."""
+    states, x_t = [noise], noise
+    per_step = -(-TEACHER_STEPS // len(walk))
+    for step in walk:
+        knots = torch.linspace(step.start, step.end, per_step + 1).round().int().tolist()
+        for start, end in pairwise(knots):
+            start_N, end_N = (torch.full((len(x_t),), each, device=x_t.device) for each in (start, end))
+            output = teacher(x_t, start_N, conditions, 1)
+            if guidance > 1:
+                away = teacher(x_t, start_N, unconditional, 1)
+                output = away + guidance * (output - away)
+            x_t = diffusion.mixed(*diffusion.clean_and_noise(x_t, output, start_N), end_N)
+        states.append(x_t)
+    return states
+
+
+def trajectory_loss(
+    student: Denoiser, diffusion: Diffusion, walk: Sequence[Step], states: Sequence[Tensor], conditions: Conditions
+) -> Tensor:
+    """Mean squared error of the student's state after each step, asked from the teacher's state before it."""
+    losses = []
+    for index, step in enumerate(walk):
+        _, x_end = solver_step(student, diffusion, states[index], step, conditions, len(walk))
+        losses.append((x_end - states[index + 1]).square().mean())
+    return torch.stack(losses).mean()
+
+
+def network_evaluations(walk: Sequence[Step], guidance: float) -> tuple[float, float]:
+    """Forward passes that one iteration costs by TDM and by this baseline; a backward pass counts as two.
+
+    TDM: half the walk to get there, the student's step and the fake score's update with gradient, the fake and the
+    guided teacher without. The baseline: the teacher's whole trajectory, and every student step with gradient.
+    """
+    asks = 2 if guidance > 1 else 1
+    tdm = (len(walk) - 1) / 2 + 3 + 3 + 1 + asks
+    per_step = -(-TEACHER_STEPS // len(walk))
+    return tdm, per_step * len(walk) * asks + 3 * len(walk)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`turbopocket distill` on tiny checkpoints: what the new folder holds, that it builds, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from turbopocket.export.families import load
+from turbopocket.export.prompt_states import PromptStates
+from turbopocket.quant.distill.steps import FixedIntervals
+
+SHORT = ("--iterations", 3, "--batch", 2)
+BIAS = "time_embedding.linear_2.bias"
+
+
+@pytest.fixture(scope="module")
+def student(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from turbopocket.export.distill import DistillRequest, distil
+    from turbopocket.export.progress import StageProgress
+    from turbopocket.quant.distill.options import DistillOptions
+
+    out = tmp_path_factory.mktemp("distilled") / "student"
+    options = DistillOptions(3, batch=2, student_lr=1e-3, fake_lr=1e-3, warmup_iterations=0, log_every=1)
+    distil(DistillRequest(str(tiny_sdxl), 4, "tdm", options, 2.0), out, False, StageProgress(quiet=True))
+    return out
+
+
+def unet_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_diffusers_opens_the_student_with_the_distilled_timesteps(student: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(student)
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert json.loads((student / "sampling.json").read_text()) == {"steps": 4, "guidance_scale": 1.0}
+
+
+def test_the_students_weights_moved_and_the_rest_did_not(student: Path, tiny_sdxl: Path) -> None:
+    before, after = unet_of(tiny_sdxl), unet_of(student)
+    assert not torch.allclose(before["conv_in.weight"], after["conv_in.weight"].float(), atol=1e-4)
+    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (student / part).read_bytes() == (tiny_sdxl / part).read_bytes()
+
+
+def test_the_exported_pipeline_asks_at_exactly_the_distilled_timesteps(
+    student: Path, tmp_path: Path, recipe_values: dict[str, Any]
+) -> None:
+    from turbopocket.export.build import build
+    from turbopocket.export.progress import StageProgress
+    from turbopocket.export.recipe import make_recipe
+    from turbopocket.runtimes.manifest import load_manifest
+    from turbopocket.runtimes.runner import open_runner
+    from turbopocket.runtimes.text_to_image import generate
+    from turbopocket.runtimes.tokenizer import open_tokenizers
+
+    recipe = make_recipe({**recipe_values, "sampler": {}, "model": {"source": str(student)}}, "test")
+    built = build(recipe, tmp_path / "art", overwrite=False, progress=StageProgress(quiet=True))
+    manifest = load_manifest(built.folder)
+    wanted = [float(step.start) for step in FixedIntervals(1000, [4]).walk(4)]
+    runner, asked = open_runner(built.folder, manifest), []
+
+    class Listening:
+        def run(self, component: str, inputs: Any) -> Any:
+            if component == "unet":
+                asked.append(float(inputs["timestep"]))
+            return runner.run(component, inputs)
+
+    generate(Listening(), manifest, open_tokenizers(built.folder, manifest), "a red circle", seed=0)
+    assert asked == manifest.sampler.timesteps == wanted
+
+
+def test_fewer_steps_set_the_students_bias_and_untrained_ones_are_refused(student: Path) -> None:
+    biases = load_file(student / "unet" / "step_biases.safetensors")
+    assert sorted(biases) == ["1", "2", "3", "4"]
+    assert not torch.equal(biases["1"], biases["4"])
+    for steps in (1, 4):
+        unet = load(str(student), steps=steps).modules["unet"]
+        assert torch.equal(unet.get_parameter(BIAS), biases[str(steps)].float())
+    assert torch.equal(load(str(student)).modules["unet"].get_parameter(BIAS), biases["4"].float())
+
+
+def test_a_build_for_steps_the_student_never_learnt_is_refused(
+    student: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    ran = turbopocket("build", student, "--steps", 6, "--out", tmp_path / "art")
+    assert ran.code == 1
+    assert "distilled for 1, 2, 3, 4 steps, 6 were asked" in ran.err
+    assert not (tmp_path / "art").exists()
+
+
+def test_logs_can_be_read_by_tensorboard_and_hold_pictures(student: Path) -> None:
+    logs = b"".join(file.read_bytes() for file in student.with_name("student.run").rglob("events.out*"))
+    assert b"student_loss" in logs
+    assert b"\x89PNG" in logs
+
+
+def test_lora_changes_the_layers_it_is_on_and_no_other(
+    tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    out = tmp_path / "student"
+    ran = turbopocket("distill", tiny_sd, "--lora-rank", 4, "--student-lr", 0.01, *SHORT, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    before, after = unet_of(tiny_sd), unet_of(out)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name].half(), after[name]) and name != BIAS}
+    assert moved
+    assert all(".to_" in name or ".ff." in name or ".proj_" in name for name in moved)
+
+
+def test_batched_text_states_are_those_of_the_runtime(tiny_sdxl: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    prompts = ["a red circle", "the blue cat on a white square"]
+    states = PromptStates(load(str(tiny_sdxl)), torch.device("cpu")).conditional(prompts)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    tokens, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    assert torch.allclose(states["encoder_hidden_states"], tokens, atol=1e-5)
+    assert torch.allclose(states["text_embeds"], pooled, atol=1e-5)
+
+
+def test_a_stopped_run_of_the_same_request_goes_on_and_another_request_is_refused(
+    tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        patch.setattr("turbopocket.export.distill._write", interrupted)
+        assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 130
+    assert not out.exists()
+    other = turbopocket("distill", tiny_sd, "--iterations", 4, "--batch", 2, "--out", out)
+    assert other.code == 1
+    assert "holds another run: options" in other.err
+    assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 0
+    assert (out / "model_index.json").is_file()
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "no steps": (("--steps", 0), "allowed are 1 to 8"),
+    "nine steps": (("--steps", 9), "allowed are 1 to 8"),
+    "method": (("--method", "magic"), "known are tdm, mse"),
+    "device": (("--without", "hub"), "known are separate_intervals, importance_weight"),
+    "precision": (("--precision", "int8"), "known are no, bf16, fp16"),
+    "iterations": (("--iterations", 0), "1 or more is needed"),
+    "learning rate": (("--student-lr", 2), "between 0 and 1"),
+    "rank": (("--lora-rank", 0), "1 or more is needed"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_odd_requests_are_refused_before_any_work(
+    name: str, tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    arguments, message = REFUSED[name]
+    ran = turbopocket("distill", tiny_sd, *arguments, "--out", tmp_path / "student")
+    assert ran.code == 1
+    assert message in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "can not be read"), (b"\n \n", "holds no prompt"), (b"\x89PNG\xff\xfe", "is not UTF-8 text")],
+)
+def test_prompt_files_that_are_none_are_refused(
+    content: bytes | None, message: str, tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    ran = turbopocket("distill", tiny_sd, "--prompts", file, "--out", tmp_path / "student")
+    assert ran.code == 1
+    assert message in ran.err
+    assert not (tmp_path / "student.run").exists()
+
+
+def test_a_teacher_that_is_no_pipeline_is_refused(tmp_path: Path, turbopocket: Callable[..., Any]) -> None:
+    (tmp_path / "teacher").mkdir()
+    ran = turbopocket("distill", tmp_path / "teacher", "--out", tmp_path / "student")
+    assert ran.code == 1
+    assert "model_index.json" in ran.err
+
+
+def test_too_little_memory_is_said_before_training(
+    tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbopocket.export.distill._free_bytes", lambda device: 1_000_000)
+    ran = turbopocket("distill", tiny_sd, *SHORT, "--out", tmp_path / "student")
+    assert ran.code == 1
+    assert "0.0 GB are free on cpu" in ran.err
+    assert "--lora-rank" in ran.err
+
+
+def test_no_folder_is_overwritten_unasked(tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]) -> None:
+    out = tmp_path / "student"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "--overwrite" in turbopocket("distill", tiny_sd, *SHORT, "--out", out).err
+    ran = turbopocket("distill", tiny_sd, *SHORT, "--out", out, "--overwrite")
+    assert ran.code == 1
+    assert "replaces model folders only" in ran.err
+    assert (out / "thesis.txt").read_text() == "years of work"
