@@ -68,14 +68,14 @@ class GapRow:
 
 @dataclass(frozen=True)
 class PageView:
-    """Everything on the page that is not in ReportData as it is; `alignment` is in percent, by who drew."""
+    """Everything on the page that is not in ReportData as it is; `alignment` counts pictures, by who drew."""
 
     target_name: str
     budget_percent: float | None
     over_budget: bool
     fp16_bytes: int
     fp32_bytes: int
-    alignment: tuple[tuple[str, float], ...]
+    alignment: tuple[tuple[str, int], ...]
     components: tuple[Bar, ...]
     blocks: tuple[Bar, ...]
     formats: tuple[FormatRow, ...]
@@ -99,7 +99,9 @@ def page_view(data: ReportData) -> PageView:
         fp16_bytes=2 * measured.parameters,
         fp32_bytes=4 * measured.parameters,
         alignment=tuple(
-            (_DRAWN_BY[who], 100 * share) for who, share in measured.alignment.items() if share is not None
+            (_DRAWN_BY[who], round(share * len(data.pictures)))
+            for who, share in measured.alignment.items()
+            if share is not None
         ),
         components=component_bars(data),
         blocks=block_bars(plan, classes),

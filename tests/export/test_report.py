@@ -112,7 +112,7 @@ def _data() -> ReportData:
         layer_snr_db={choices[0].layer: 44.5, choices[1].layer: 21.0, choices[2].layer: None},
         compression=ParityReport(limits=NO_LIMITS, rows=_rows(0.04, math.inf), pictures=[picture]),
         total=ParityReport(limits=NO_LIMITS, rows=[], pictures=[picture]),
-        alignment={"float_model": 0.9, "stored": None, "artifact": 0.8},
+        alignment={"float_model": 1.0, "stored": None, "artifact": 0.0},
         memory={"unet": MemoryFigures(1, 2**20, 2 * 2**20, 1, 1, 1, 4 * 2**20, 1_000_000)},
         stage_seconds={"load": 1.5},
     )
@@ -265,6 +265,11 @@ def test_a_build_without_budget_and_without_judge_has_a_page(tmp_path: Path) -> 
     page = _page(tmp_path, replace(data, plan=replace(data.plan, budget_bytes=None), measurements=measurements))
     assert "no budget was set" in page
     assert "trained judge" not in page
+
+
+def test_pictures_that_show_their_prompt_are_counted_by_who_drew_them(tmp_path: Path) -> None:
+    page = _page(tmp_path, _data())
+    assert re.search(r"float <b>1 of 1</b>,\s*artifact <b>0 of 1</b>\.", page)
 
 
 def test_saved_data_loads_as_it_was(tmp_path: Path) -> None:
