@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -20,13 +21,13 @@ from ..quant.distill.diffusion import Diffusion
 from ..quant.distill.options import DEVICE_NAMES, Devices, DistillOptions
 from ..quant.distill.steps import FixedIntervals
 from ..quant.distill.tdm import drawn
-from ..quant.distill.trainer import METHODS, Networks, Precision, Task, distill
+from ..quant.distill.trainer import METHODS, Networks, Precision, Task, distill, restored_iteration
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.schedule import SamplerSpec, alphas_cumprod
 from .families import LoadedModel, load
 from .families.evidence import evidence_for, read_prompts
 from .families.steps import STEP_BIASES_FILE
-from .progress import StageProgress
+from .progress import Advance, StageProgress
 from .prompt_states import PromptStates
 from .spec import DEFAULT_GUIDANCE, model_sampling
 from .staging import staged_folders
@@ -99,42 +100,73 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
     accelerator = Accelerator(mixed_precision=request.precision, log_with="tensorboard", project_dir=str(run))
     set_seed(options.seed)
     networks = _networks(model, request, accelerator.device)
-    _claim(run, request, options, model)
+    with accelerator.main_process_first():
+        _claim(run, request, options, model)
     accelerator.init_trackers("log")
-    states = PromptStates(model, accelerator.device)
+    source = _PromptSource(model, prompts, options, accelerator)
     config: Any = model.modules["unet"].config
     shape = (config.in_channels, *[model.image_size_px // model.vae_scale_factor] * 2)
 
-    def conditions_at(iteration: int) -> tuple[Conditions, Conditions]:
-        seed = (options.seed * 1_000_003 + iteration) * 64 + accelerator.process_index
-        chosen = torch.randint(len(prompts), (options.batch,), generator=torch.Generator().manual_seed(seed))
-        conditional = states.conditional([prompts[index] for index in chosen.tolist()])
-        return conditional, states.unconditional(conditional)
-
     def watch(iteration: int) -> None:
-        generator = torch.Generator().manual_seed(options.seed)
-        noise = torch.randn(WATCHED_PROMPTS, *shape, generator=generator).to(accelerator.device)
-        conditions = states.conditional([prompts[index % len(prompts)] for index in range(WATCHED_PROMPTS)])
-        latents = drawn(networks.student, diffusion, schedule.walk(request.steps), noise, conditions)
-        pictures = _decoded(model.modules["vae"], latents)
-        accelerator.get_tracker("tensorboard", unwrap=True).add_images("student", pictures.numpy(), iteration)
+        if accelerator.is_main_process:
+            noise = torch.randn(WATCHED_PROMPTS, *shape, generator=torch.Generator().manual_seed(options.seed))
+            walk = schedule.walk(request.steps)
+            latents = drawn(networks.student, diffusion, walk, noise.to(accelerator.device), source.watched())
+            pictures = _decoded(model.modules["vae"], latents)
+            accelerator.get_tracker("tensorboard", unwrap=True).add_images("student", pictures.numpy(), iteration)
 
-    with progress.stage("distill", options.iterations) as advance:
-        done = 0
-
-        def on_log(iteration: int, values: Mapping[str, float]) -> None:
-            nonlocal done
-            accelerator.log(dict(values), step=iteration)
-            for _ in range(iteration - done):
-                advance()
-            done = iteration
-
-        task = Task(diffusion, schedule, conditions_at, shape, on_log, watch)
+    first = restored_iteration(run)
+    with progress.stage("distill", options.iterations - first) as advance:
+        on_log = _Log(accelerator, progress, advance, first, options.iterations)
+        task = Task(diffusion, schedule, source.conditions_at, shape, on_log, watch)
         distill(networks, task, options, run, accelerator, METHODS[request.method])
     accelerator.end_training()
-    with progress.stage("save"), staged_folders((out,)) as (folder,):
-        _write(folder, model, networks.student, request)
+    if accelerator.is_main_process:
+        with progress.stage("save"), staged_folders((out,)) as (folder,):
+            _write(folder, model, networks.student, request)
     return {"model": str(out), "steps": request.steps, "method": request.method, "run": str(run)}
+
+
+class _PromptSource:
+    """Conditions of randomly chosen prompts; an iteration's choice depends on seed, iteration and process alone."""
+
+    def __init__(
+        self, model: LoadedModel, prompts: Sequence[str], options: DistillOptions, accelerator: Accelerator
+    ) -> None:
+        self._states, self._prompts = PromptStates(model, accelerator.device), prompts
+        self._options, self._process = options, accelerator.process_index
+
+    def conditions_at(self, iteration: int) -> tuple[Conditions, Conditions]:
+        seed = (self._options.seed * 1_000_003 + iteration) * 64 + self._process
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(self._prompts), (self._options.batch,), generator=generator)
+        conditional = self._states.conditional([self._prompts[index] for index in chosen.tolist()])
+        return conditional, self._states.unconditional(conditional)
+
+    def watched(self) -> Conditions:
+        """Conditions of the prompts whose pictures are logged: always the same."""
+        return self._states.conditional([self._prompts[i % len(self._prompts)] for i in range(WATCHED_PROMPTS)])
+
+
+class _Log:
+    """Takes the values of each logged iteration to TensorBoard and to the waiting person."""
+
+    def __init__(
+        self, accelerator: Accelerator, progress: StageProgress, advance: Advance, first: int, iterations: int
+    ) -> None:
+        self._accelerator, self._progress, self._advance = accelerator, progress, advance
+        self._first, self._done, self._iterations, self._started = first, first, iterations, time.monotonic()
+
+    def __call__(self, iteration: int, values: Mapping[str, float]) -> None:
+        self._accelerator.log(dict(values), step=iteration)
+        per_iteration_s = (time.monotonic() - self._started) / (iteration - self._first)
+        left_min = per_iteration_s * (self._iterations - iteration) / 60
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._accelerator.is_main_process:
+            self._progress.note(f"{iteration}/{self._iterations}: {shown}; {left_min:.0f} min left")
+        for _ in range(iteration - self._done):
+            self._advance()
+        self._done = iteration
 
 
 def _refuse(request: DistillRequest, out: Path, overwrite: bool) -> None:

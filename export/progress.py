@@ -48,6 +48,7 @@ class StageProgress:
         if not self._live:
             self._console.print(f"{name:<12} {self.stage_seconds[name]:6.1f} s")
 
-    def say(self, text: str) -> None:
-        """Prints one line of talk."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+    def note(self, text: str) -> None:
+        """Prints one line where no live bar says how far the stage is: into a log file."""
+        if not self._live:
+            self._console.print(text, highlight=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from .trajectory_mse import teacher_trajectory, trajectory_loss
 
 Precision = Literal["no", "bf16", "fp16"]
 ADAM_BETAS, WEIGHT_DECAY = (0.0, 0.95), 1e-2
+CHECKPOINT = "checkpoint"
 FLOOR = 0.1  # of the peak learning rate, at the end
 
 
@@ -87,7 +88,9 @@ def distill(
     student, fake, *prepared = accelerator.prepare(student, fake, *optimisers.values())
     optimisers = dict(zip(optimisers, prepared, strict=True))
     networks = Networks(student, fake, networks.teacher.to(accelerator.device))
-    first = _restored(folder, accelerator)
+    first = restored_iteration(folder)
+    if first:
+        accelerator.load_state(str(folder / CHECKPOINT))
     saved = time.monotonic()
     for index in range(first, options.iterations):
         for optimiser, peak in zip(optimisers.values(), (options.student_lr, options.fake_lr), strict=True):
@@ -176,23 +179,25 @@ METHODS: Mapping[str, Update] = {"tdm": tdm_update, "mse": mse_update}
 
 def _save(folder: Path, accelerator: Accelerator, iteration: int) -> None:
     """A whole checkpoint at `folder/checkpoint`; a kill at any moment leaves this one or the one before."""
-    scratch, final, old = (folder / name for name in ("checkpoint.partial", "checkpoint", "checkpoint.old"))
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch, final, old = (folder / f"{CHECKPOINT}{suffix}" for suffix in (".partial", "", ".old"))
+    if accelerator.is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(scratch), safe_serialization=True)
-    (scratch / "iteration").write_text(str(iteration))
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.replace(old)
-    scratch.replace(final)
-    shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (scratch / "iteration").write_text(str(iteration))
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.replace(old)
+        scratch.replace(final)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
-def _restored(folder: Path, accelerator: Accelerator) -> int:
-    """The iteration to go on from: 0, or that of the checkpoint, which is then loaded."""
-    final, old = folder / "checkpoint", folder / "checkpoint.old"
+def restored_iteration(folder: Path) -> int:
+    """The iteration that a run in this folder goes on from: 0 without a checkpoint."""
+    final, old = folder / CHECKPOINT, folder / f"{CHECKPOINT}.old"
     if not final.exists() and old.exists():
         old.replace(final)
-    if not final.exists():
-        return 0
-    accelerator.load_state(str(final))
-    return int((final / "iteration").read_text())
+    return int((final / "iteration").read_text()) if final.exists() else 0
