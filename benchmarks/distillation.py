@@ -26,9 +26,11 @@ from turbopocket.pocket.evaluate import first_noise, frechet_distance, write_jso
 from turbopocket.pocket.judge import Judge, alignment, features, load_judge
 from turbopocket.pocket.render import render
 from turbopocket.pocket.scenes import sample_scenes
+from turbopocket.quant.distill.denoiser import Denoiser
 from turbopocket.quant.distill.diffusion import Diffusion
 from turbopocket.quant.distill.options import DEVICE_NAMES, DistillOptions
 from turbopocket.quant.distill.steps import FixedIntervals
+from turbopocket.quant.distill.tdm import guided_clean_and_noise
 from turbopocket.quant.distill.trajectory_mse import network_evaluations
 from turbopocket.runtimes.schedule import SamplerSpec, alphas_cumprod
 
@@ -61,6 +63,7 @@ class Painter:
         spec = SamplerSpec.from_scheduler_config(self.model.scheduler_config, 1, 1.0)
         self.diffusion = Diffusion(torch.from_numpy(alphas_cumprod(spec)), spec.prediction_type)
         self.walk = FixedIntervals(self.diffusion.train_timesteps, [steps]).walk(steps)
+        self.denoiser = Denoiser(self.model.modules["unet"], step_condition=False)
         self.states, self.guidance = PromptStates(self.model, torch.device("cpu")), guidance
 
     @torch.no_grad()
@@ -71,25 +74,16 @@ class Painter:
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         conditions = self.states.conditional(prompts)
-        away_from = self.states.unconditional(conditions) if self.guidance > 1 else None
+        away_from = self.states.unconditional(conditions)
         x_t = first_noise(seeds)
         for step in self.walk:
             start_N, end_N = (torch.full((len(x_t),), each) for each in (step.start, step.end))
-            output = self._ask(x_t, start_N, conditions)
-            if away_from is not None:
-                away = self._ask(x_t, start_N, away_from)
-                output = away + self.guidance * (output - away)
-            x_t = self.diffusion.mixed(*self.diffusion.clean_and_noise(x_t, output, start_N), end_N)
+            asked = x_t, start_N, conditions, away_from, self.guidance
+            x_t = self.diffusion.mixed(*guided_clean_and_noise(self.denoiser, self.diffusion, *asked), end_N)
         vae: Any = self.model.modules["vae"]
         sample = vae.decode(x_t / vae.config.scaling_factor).sample
         pictures: Tensor = ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return pictures
-
-    def _ask(self, x_t: Tensor, start_N: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        added = {name: value for name, value in conditions.items() if name != "encoder_hidden_states"}
-        unet: Any = self.model.modules["unet"]
-        output: Tensor = unet(x_t, start_N, conditions["encoder_hidden_states"], added_cond_kwargs=added).sample
-        return output
 
 
 def measured(painter: Painter, judge: Judge, frechet_pictures: int) -> Figures:

@@ -20,9 +20,9 @@ from .steps import Step
 
 LEAST_TAU = 20
 TAU_MARGIN = 10
-"""tau stays this far below the step's start, as in the released code: there the two scores say nothing."""
+"""tau stays this far below the step's start, as in the released code."""
 SNR_CAP = 5.0
-HUBER_C = 0.00054  # times the root of the latents' size; paper, section 4
+HUBER_C = 0.00054  # times the root of the latents' size, as in the paper
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def importance(point: Point) -> Tensor:
     return torch.exp(0.5 * (fresh_N - mixed_N))
 
 
-def guided_clean(
+def guided_clean_and_noise(
     teacher: Denoiser,
     diffusion: Diffusion,
     x_t: Tensor,
@@ -122,30 +122,22 @@ def guided_clean(
     conditions: Conditions,
     unconditional: Conditions,
     guidance: float,
-) -> Tensor:
-    """The teacher's clean estimate with classifier-free guidance."""
+) -> tuple[Tensor, Tensor]:
+    """The teacher's (x_0, eps) with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)."""
     output = teacher(x_t, timesteps_N, conditions, 1)
     if guidance > 1:
         away = teacher(x_t, timesteps_N, unconditional, 1)
         output = away + guidance * (output - away)
-    x_0, _ = diffusion.clean_and_noise(x_t, output, timesteps_N)
-    return x_0
+    return diffusion.clean_and_noise(x_t, output, timesteps_N)
 
 
 def student_loss(point: Point, teacher_x_0: Tensor, fake_x_0: Tensor, devices: Devices) -> Tensor:
     """The surrogate whose gradient moves the student's x_0 from what the fake score sees to what the teacher sees."""
     direction = teacher_x_0 - fake_x_0
-    target = (point.x_0 + direction).detach()
     if devices.huber:
         c = HUBER_C * point.x_0[0].numel() ** 0.5
-        distances_N = ((point.x_0 - target).square().flatten(1).sum(1) + c * c).sqrt() - c
+        distances_N = ((point.x_0 - (point.x_0 + direction).detach()).square().flatten(1).sum(1) + c * c).sqrt() - c
         return distances_N.mean()
     scale_N = (point.x_0.detach() - teacher_x_0).abs().flatten(1).mean(1).clamp(min=1e-6)
-    errors_N = 0.5 * (point.x_0 - (point.x_0 + direction / _like(scale_N, direction)).detach()).square().flatten(
-        1
-    ).mean(1)
-    return errors_N.mean()
-
-
-def _like(values_N: Tensor, tensor: Tensor) -> Tensor:
-    return values_N.reshape(-1, *[1] * (tensor.ndim - 1))
+    target = (point.x_0 + direction / scale_N.reshape(-1, *[1] * (direction.ndim - 1))).detach()
+    return 0.5 * (point.x_0 - target).square().mean()

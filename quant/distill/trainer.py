@@ -20,7 +20,7 @@ from .denoiser import Conditions, Denoiser
 from .diffusion import Diffusion
 from .options import DistillOptions
 from .steps import StepSchedule
-from .tdm import fake_loss, guided_clean, student_loss, student_point
+from .tdm import fake_loss, guided_clean_and_noise, student_loss, student_point
 from .trajectory_mse import teacher_trajectory, trajectory_loss
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -147,7 +147,7 @@ def tdm_update(
     with accelerator.autocast():
         with torch.no_grad():
             asked = point.x_tau, point.tau_N, conditions
-            real = guided_clean(networks.teacher, diffusion, *asked, batch.unconditional, options.guidance)
+            real, _ = guided_clean_and_noise(networks.teacher, diffusion, *asked, batch.unconditional, options.guidance)
             fake_output = networks.fake(*asked, len(walk))
             fake, _ = diffusion.clean_and_noise(point.x_tau, fake_output, point.tau_N)
         loss = student_loss(point, real, fake, devices)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .denoiser import Conditions, Denoiser
 from .diffusion import Diffusion
 from .steps import Step
-from .tdm import solver_step
+from .tdm import guided_clean_and_noise, solver_step
 
 TEACHER_STEPS = 20
 
@@ -32,11 +32,8 @@ def teacher_trajectory(
         knots = torch.linspace(step.start, step.end, per_step + 1).round().int().tolist()
         for start, end in pairwise(knots):
             start_N, end_N = (torch.full((len(x_t),), each, device=x_t.device) for each in (start, end))
-            output = teacher(x_t, start_N, conditions, 1)
-            if guidance > 1:
-                away = teacher(x_t, start_N, unconditional, 1)
-                output = away + guidance * (output - away)
-            x_t = diffusion.mixed(*diffusion.clean_and_noise(x_t, output, start_N), end_N)
+            asked = x_t, start_N, conditions, unconditional, guidance
+            x_t = diffusion.mixed(*guided_clean_and_noise(teacher, diffusion, *asked), end_N)
         states.append(x_t)
     return states
 
