@@ -146,11 +146,10 @@ def ablate(teacher: str, options: DistillOptions, folder: Path) -> dict[str, Any
 
 def mse_iterations(options: DistillOptions) -> int:
     """How many iterations of regression cost as many network evaluations as the options' iterations of TDM."""
-    walks = [FixedIntervals(1000, [count]).walk(count) for count in range(1, 5)]
-    tdm, mse = (
-        float(np.mean(costs)) for costs in zip(*(network_evaluations(walk, 2.0) for walk in walks), strict=True)
-    )
-    return round(options.iterations * tdm / mse)
+    schedule = FixedIntervals(1000, range(1, 5))
+    costs = np.array([network_evaluations(schedule.walk(count), guidance=2.0) for count in schedule.counts])
+    tdm, mse = schedule.odds @ costs
+    return round(options.iterations * float(tdm / mse))
 
 
 def main() -> None:

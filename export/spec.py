@@ -10,6 +10,7 @@ from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import ComponentSpec, FileEntry, ImageSpec, Manifest
 from ..runtimes.schedule import SCHEDULER_CLASSES, SamplerSpec
 from .families import LoadedModel
+from .families.steps import is_student
 from .recipe import Recipe, SamplerSection
 
 DEFAULT_STEPS = 30
@@ -35,6 +36,7 @@ def pipeline_manifest(model: LoadedModel, recipe: Recipe, components: Mapping[st
         components=dict(components),
         tokenizers=tokenizers,
         sampler=sampler_spec(model, recipe.sampler),
+        only_these_steps=is_student(model.folder / "unet"),
         image=image_spec(model),
         force_zeros_for_empty_prompt=bool(model.pipeline_config.get("force_zeros_for_empty_prompt", False)),
         tools={name: metadata.version(name) for name in TOOLS},

@@ -95,6 +95,8 @@ class Manifest(_Record):
     components: dict[str, ComponentSpec]
     tokenizers: dict[str, RelativePath]
     sampler: SamplerSpec
+    only_these_steps: bool = False
+    """Whether the weights are those of a student for exactly the sampler's steps."""
     image: ImageSpec
     force_zeros_for_empty_prompt: bool
     tools: dict[str, str]

@@ -33,8 +33,9 @@ def generate(
 ) -> NDArray[np.uint8]:
     """The picture [H, W, 3], the same for every runtime that computes right: noise comes from numpy's PCG64.
 
-    `steps` and `guidance` default to the manifest's. Raises TurbopocketError for an empty prompt, and
-    `NotFinite` when the runtime computes nonsense; warns `PromptCut` for a prompt that is too long.
+    `steps` and `guidance` default to the manifest's. Raises TurbopocketError for an empty prompt, and for steps
+    that a student's artifact was not built for; `NotFinite` when the runtime computes nonsense. Warns `PromptCut` for
+    a prompt that is too long.
     """
     noise = seeded_noise(seed)
     picture = draw(runner, manifest, tokenizers, prompt, noise, steps, guidance, negative_prompt)
@@ -56,6 +57,12 @@ def draw(
     """The picture [H, W, 3] in 0..1; `noise` gives the initial latents, then what single steps need."""
     if not prompt.strip():
         raise TurbopocketError("the prompt is empty: say what the picture should show")
+    built_for = manifest.sampler.steps
+    if manifest.only_these_steps and steps not in (None, built_for):
+        raise TurbopocketError(
+            f"{manifest.name} was distilled, and this artifact built for {built_for} steps; {steps} were asked",
+            hint=f"build another with --steps {steps}",
+        )
     scale = manifest.sampler.guidance_scale if guidance is None else guidance
     sampler = make_sampler(manifest.sampler, steps)
     conditions = [condition(runner, manifest, tokenizers, prompt)]

@@ -15,13 +15,18 @@ STEP_BIASES_FILE = "step_biases.safetensors"
 """In the UNet's folder: for each step count, as a decimal name, the bias of `time_embedding.linear_2`."""
 
 
+def is_student(folder: Path) -> bool:
+    """Whether the UNet in the folder was distilled for several step counts."""
+    return (folder / STEP_BIASES_FILE).is_file()
+
+
 def tell_steps(unet: nn.Module, folder: Path, steps: int) -> None:
     """Sets the UNet for walks of `steps` steps, if it is a student of several counts; else does nothing.
 
     Raises TurbopocketError when the student was not trained for that count, or its file is broken.
     """
     file = folder / STEP_BIASES_FILE
-    if not file.is_file():
+    if not is_student(folder):
         return
     try:
         biases = load_file(file)

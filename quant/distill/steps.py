@@ -31,7 +31,9 @@ class StepSchedule(Protocol):
 
 
 class FixedIntervals:
-    """TDM's schedule: K steps of equal length over all training timesteps, K drawn evenly from `counts`.
+    """TDM's schedule: K steps of equal length over all training timesteps, K drawn from `counts` with odds of 1 / K.
+
+    The odds are ours: the fewer the steps, the more is left to learn, and each of them is met more often.
 
     Timesteps are those of diffusers' DDIM with trailing spacing, so the shipped scheduler config says them whole
     (six and seven steps, which do not divide 1000, end one timestep short of clean, as they do there).
@@ -42,6 +44,8 @@ class FixedIntervals:
         if not counts or not all(1 <= count <= MAX_STEPS for count in counts):
             raise QuantError(f"step counts {list(counts)}: allowed are 1 to {MAX_STEPS}")
         self.train_timesteps, self.counts = train_timesteps, tuple(counts)
+        shares = [1 / count for count in self.counts]
+        self.odds = tuple(share / sum(shares) for share in shares)
 
     def walk(self, count: int) -> tuple[Step, ...]:
         """Returns the steps of the walk in `count` steps."""
@@ -51,5 +55,4 @@ class FixedIntervals:
 
     def draw(self, generator: torch.Generator) -> tuple[Step, ...]:
         """Returns the walk for a count drawn from `counts`."""
-        index = int(torch.randint(len(self.counts), (), generator=generator))
-        return self.walk(self.counts[index])
+        return self.walk(self.counts[int(torch.multinomial(torch.tensor(self.odds), 1, generator=generator))])

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..errors import QuantError
 from .denoiser import Conditions, Denoiser
 from .diffusion import Diffusion
 from .options import DistillOptions
@@ -90,7 +91,7 @@ def distill(
     networks = Networks(student, fake, networks.teacher.to(accelerator.device))
     first = restored_iteration(folder)
     if first:
-        accelerator.load_state(str(folder / CHECKPOINT))
+        _restore(accelerator, folder / CHECKPOINT)
     saved = time.monotonic()
     for index in range(first, options.iterations):
         for optimiser, peak in zip(optimisers.values(), (options.student_lr, options.fake_lr), strict=True):
@@ -195,9 +196,28 @@ def _save(folder: Path, accelerator: Accelerator, iteration: int) -> None:
     accelerator.wait_for_everyone()
 
 
+def _restore(accelerator: Accelerator, checkpoint: Path) -> None:
+    try:
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:  # of accelerate, torch, safetensors, pickle: no common base
+        first_line = str(error).strip().split("\n")[0]
+        raise _damaged(checkpoint, first_line) from error
+
+
+def _damaged(checkpoint: Path, why: str) -> QuantError:
+    return QuantError(
+        f"checkpoint {checkpoint} is damaged: {why}", hint=f"remove {checkpoint.parent}; the run then starts again"
+    )
+
+
 def restored_iteration(folder: Path) -> int:
-    """The iteration that a run in this folder goes on from: 0 without a checkpoint."""
+    """The iteration that a run in this folder goes on from: 0 without a checkpoint. QuantError for a damaged one."""
     final, old = folder / CHECKPOINT, folder / f"{CHECKPOINT}.old"
     if not final.exists() and old.exists():
         old.replace(final)
-    return int((final / "iteration").read_text()) if final.exists() else 0
+    if not final.exists():
+        return 0
+    try:
+        return int((final / "iteration").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(final, str(error)) from error

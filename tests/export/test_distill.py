@@ -50,22 +50,26 @@ def test_the_students_weights_moved_and_the_rest_did_not(student: Path, tiny_sdx
         assert (student / part).read_bytes() == (tiny_sdxl / part).read_bytes()
 
 
-def test_the_exported_pipeline_asks_at_exactly_the_distilled_timesteps(
-    student: Path, tmp_path: Path, recipe_values: dict[str, Any]
-) -> None:
+@pytest.fixture(scope="module")
+def artifact(student: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     from turbopocket.export.build import build
     from turbopocket.export.progress import StageProgress
     from turbopocket.export.recipe import make_recipe
+
+    recipe = make_recipe({**recipe_values, "sampler": {}, "model": {"source": str(student)}}, "test")
+    out = tmp_path_factory.mktemp("built") / "art"
+    return build(recipe, out, overwrite=False, progress=StageProgress(quiet=True)).folder
+
+
+def test_the_exported_pipeline_asks_at_exactly_the_distilled_timesteps(artifact: Path) -> None:
     from turbopocket.runtimes.manifest import load_manifest
     from turbopocket.runtimes.runner import open_runner
     from turbopocket.runtimes.text_to_image import generate
     from turbopocket.runtimes.tokenizer import open_tokenizers
 
-    recipe = make_recipe({**recipe_values, "sampler": {}, "model": {"source": str(student)}}, "test")
-    built = build(recipe, tmp_path / "art", overwrite=False, progress=StageProgress(quiet=True))
-    manifest = load_manifest(built.folder)
+    manifest = load_manifest(artifact)
     wanted = [float(step.start) for step in FixedIntervals(1000, [4]).walk(4)]
-    runner, asked = open_runner(built.folder, manifest), []
+    runner, asked = open_runner(artifact, manifest), []
 
     class Listening:
         def run(self, component: str, inputs: Any) -> Any:
@@ -73,8 +77,18 @@ def test_the_exported_pipeline_asks_at_exactly_the_distilled_timesteps(
                 asked.append(float(inputs["timestep"]))
             return runner.run(component, inputs)
 
-    generate(Listening(), manifest, open_tokenizers(built.folder, manifest), "a red circle", seed=0)
+    generate(Listening(), manifest, open_tokenizers(artifact, manifest), "a red circle", seed=0)
     assert asked == manifest.sampler.timesteps == wanted
+
+
+def test_a_students_artifact_draws_in_the_steps_it_was_built_for_and_no_others(
+    artifact: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    assert turbopocket("generate", artifact, "a red circle", "--steps", 4, "-o", tmp_path / "a.png").code == 0
+    ran = turbopocket("generate", artifact, "a red circle", "--steps", 2, "-o", tmp_path / "b.png")
+    assert ran.code == 1
+    assert "built for 4 steps; 2 were asked" in ran.err
+    assert not (tmp_path / "b.png").exists()
 
 
 def test_fewer_steps_set_the_students_bias_and_untrained_ones_are_refused(student: Path) -> None:
@@ -139,6 +153,21 @@ def test_a_stopped_run_of_the_same_request_goes_on_and_another_request_is_refuse
     assert "holds another run: options" in other.err
     assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 0
     assert (out / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("file", ["iteration", "model.safetensors", "optimizer.bin"])
+def test_a_damaged_checkpoint_is_one_clear_error(
+    file: str, tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        patch.setattr("turbopocket.export.distill._write", interrupted)
+        assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 130
+    (tmp_path / "student.run" / "checkpoint" / file).write_bytes(b"cut")
+    ran = turbopocket("distill", tiny_sd, *SHORT, "--out", out)
+    assert ran.code == 1
+    assert "checkpoint is damaged" in ran.err
+    assert not out.exists()
 
 
 def interrupted(*_: Any) -> None:
