@@ -15,12 +15,12 @@ from ..quant.formats import LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
 from ..quant.sensitivity import estimate_from_shapes, load_choices
 from ..runtimes.errors import TurbopocketError
-from .components import component_name, components_of, group_name, layers_of, shapes_of
+from .components import component_name, group_name, layers_of, shapes_of
 from .families import load_shapes
 from .graph import Component
-from .lower import onnx as target
 from .lower.onnx_form import Kind
 from .recipe import Recipe
+from .targets import Target, open_target
 from .units import format_bytes
 
 GRAPH_BYTES_PER_LAYER = 1500
@@ -32,7 +32,7 @@ CURVE_POINTS = 17
 
 
 def candidate_formats(
-    shapes: Mapping[str, tuple[int, ...]], formats: Sequence[str], pins: Mapping[str, str]
+    target: Target, shapes: Mapping[str, tuple[int, ...]], formats: Sequence[str], pins: Mapping[str, str]
 ) -> dict[str, list[LayerFormat]]:
     """Returns, for each layer, the wanted formats, and those it is pinned to, that the target can store for its shape.
 
@@ -73,10 +73,11 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
 
     With `measured` (a build's choices.json) losses are measured ones, else every weight counts alike.
     """
+    target = open_target(recipe.target)
     model = load_shapes(recipe.model.source)
-    components = components_of(model)
+    components = target.components(model)
     shapes = shapes_of(layers_of(components))
-    formats = candidate_formats(shapes, recipe.compress.formats, recipe.compress.pin)
+    formats = candidate_formats(target, shapes, recipe.compress.formats, recipe.compress.pin)
     choices = estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)
     fixed = estimated_fixed_bytes(components, len(shapes))
     pins = recipe.compress.pin

@@ -17,16 +17,13 @@ from ..quant.sensitivity import measure, save_choices
 from ..runtimes.errors import ParityFailed
 from ..runtimes.manifest import Manifest, write_manifest
 from ..runtimes.memory import MemoryFigures
-from ..runtimes.memory import measure as measure_memory
-from ..runtimes.runner import open_runner
 from ..runtimes.tokenizer import open_tokenizers
 from .budget import candidate_formats, curve, parameter_count
-from .components import component_name, components_of, layers_of, shapes_of
+from .components import component_name, layers_of, shapes_of
 from .families import LoadedModel, load
 from .families.evidence import Evidence, evidence_for, read_prompts
 from .graph import Component
-from .lower import onnx as target
-from .parity import GAP_STEPS, Gaps, Session, measure_gaps, torch_runner
+from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
 from .probe import make_probe
 from .progress import StageProgress
 from .recipe import Recipe
@@ -40,9 +37,9 @@ from .results import (
     layer_snr_db,
     tradeoff_points,
 )
-from .side_files import write_side_files
 from .spec import pipeline_manifest
 from .staging import refuse_occupied, report_folder, staged_folders
+from .targets import Target, Traced, open_target
 
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
@@ -56,10 +53,11 @@ class Workbench:
     """What all stages of one build share: the float model as graphs, and what it draws with."""
 
     recipe: Recipe
+    target: Target
     model: LoadedModel
     evidence: Evidence
     components: Sequence[Component]
-    traced: Mapping[str, target.TracedGraph]
+    traced: Mapping[str, Traced]
     layers: Mapping[str, nn.Module]
     draft: Manifest
     progress: StageProgress
@@ -75,7 +73,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
     refuse_occupied(out, overwrite)
     bench = _workbench(recipe, progress)
     with staged_folders((out, report_folder(out))) as (artifact, report):
-        write_side_files(bench.model, bench.traced, artifact)
+        bench.target.write_side_files(bench.model, bench.traced, artifact)
         session = _session(bench, artifact)
         stats = _calibrate(bench, session)
         choices = _measure(bench, session, stats)
@@ -113,9 +111,10 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
 
 
 def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
+    target = open_target(recipe.target)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
-        components = components_of(model)
+        components = target.components(model)
     traced = {}
     with progress.stage("trace", len(components)) as advance:
         for component in components:
@@ -125,8 +124,8 @@ def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
     used = {name for graph in traced.values() for name in graph.layers}
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
     specs = {name: target.component_spec(graph) for name, graph in traced.items()}
-    draft = pipeline_manifest(model, recipe, specs)
-    return Workbench(recipe, model, evidence_for(model), components, traced, layers, draft, progress)
+    draft = pipeline_manifest(model, recipe, specs, target.tools)
+    return Workbench(recipe, target, model, evidence_for(model), components, traced, layers, draft, progress)
 
 
 def _session(bench: Workbench, artifact: Path) -> Session:
@@ -158,7 +157,7 @@ def _calibrate(bench: Workbench, session: Session) -> dict[str, LayerStats]:
 def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]) -> dict[str, LayerChoices]:
     """Predicted loss of each layer in each format the target can store."""
     compression = bench.recipe.compress
-    formats = candidate_formats(shapes_of(bench.layers), compression.formats, compression.pin)
+    formats = candidate_formats(bench.target, shapes_of(bench.layers), compression.formats, compression.pin)
     prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
     choices: dict[str, LayerChoices] = {}
     with bench.progress.stage("measure", len(bench.layers)) as advance:
@@ -176,8 +175,10 @@ def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path)
     How much graph a layer needs depends on its format, so the first pass counts the graphs at most; each later
     one counts what the formats of the pass before it need, and the best plan that truly fits is kept.
     """
-    compression = bench.recipe.compress
-    small = folder_bytes(artifact) + expected_manifest_bytes(bench.draft, list(choices), artifact)
+    compression, target = bench.recipe.compress, bench.target
+    to_come = [path for spec in bench.draft.components.values() for path in target.files(spec)]
+    small = folder_bytes(artifact)
+    small += expected_manifest_bytes(bench.draft, list(choices), to_come, target.runtime_names, artifact)
     fixed = small + sum(target.fixed_bytes(graph) for graph in bench.traced.values())
     fitting: list[Plan] = []
     for _ in range(PLANNING_PASSES):
@@ -195,22 +196,20 @@ def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path)
 
 
 def _lower(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path) -> None:
-    wanted = bench.recipe.target
-    options = target.OnnxOptions(wanted.accuracy_level, wanted.prepacked)
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for graph in bench.traced.values():
-            target.lower(graph, {name: weights[name] for name in graph.layers}, artifact, options)
+            bench.target.lower(graph, {name: weights[name] for name in graph.layers}, artifact)
             advance()
 
 
 def _compare(bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
-    runner = open_runner(artifact, bench.draft)
-    limit = bench.recipe.parity.max_lowering_error
-    with bench.progress.stage("compare", GAP_STEPS) as advance:
-        gaps = measure_gaps(bench.components, weights, runner, session, limit, bench.evidence, advance)
-    if gaps.lowering.failure is not None:
-        raise ParityFailed(f"onnx against PyTorch with the same stored weights: {gaps.lowering.failure}")
+    limit = bench.recipe.parity.max_lowering_error or bench.target.max_lowering_error
+    runtimes = bench.target.runtimes(artifact, bench.draft, limit)
+    with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
+        gaps = measure_gaps(bench.components, weights, runtimes, session, bench.evidence, advance)
+    if gaps.failure is not None:
+        raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")
     return gaps
 
 
@@ -218,9 +217,9 @@ def _memory(bench: Workbench, artifact: Path) -> dict[str, MemoryFigures]:
     with bench.progress.stage("memory", len(bench.traced)) as advance:
         figures = {}
         for name in bench.traced:
-            figures[name] = measure_memory(artifact, name)
+            figures[name] = bench.target.memory(artifact, name)
             advance()
-    return figures
+    return {name: each for name, each in figures.items() if each is not None}
 
 
 def _require_budget(built_bytes: int, decided: Plan, prepacked: bool) -> None:

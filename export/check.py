@@ -9,17 +9,16 @@ from rich.console import Console
 
 from ..quant.compress import load_weights
 from ..runtimes.manifest import Manifest, load_manifest, verify
-from ..runtimes.runner import open_runner
 from ..runtimes.tokenizer import open_tokenizers
 from .build import WEIGHTS_FILE
-from .components import components_of
 from .families import load
 from .families.evidence import evidence_for
-from .parity import GAP_STEPS, Gaps, Session, measure_gaps
+from .parity import Gaps, Session, gap_steps, measure_gaps
 from .progress import StageProgress
 from .recipe import parse_recipe
 from .results import parity_summary, parity_table
 from .staging import report_folder
+from .targets import open_target
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Checked:
     @property
     def failure(self) -> str | None:
         """One sentence on the first thing that is wrong, None when everything that could be checked is right."""
-        return self.gaps.lowering.failure if self.gaps else None
+        return self.gaps.failure if self.gaps else None
 
     def summary(self) -> dict[str, Any]:
         """Returns the outcome as JSON values."""
@@ -72,9 +71,8 @@ def check(artifact: Path, progress: StageProgress) -> Checked:
         evidence = evidence_for(model)
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
-    with progress.stage("compare", GAP_STEPS) as advance:
-        runner = open_runner(artifact, manifest)
-        limit = recipe.parity.max_lowering_error
-        weights = load_weights(stored)
-        gaps = measure_gaps(components_of(model), weights, runner, session, limit, evidence, advance)
+    target = open_target(recipe.target)
+    runtimes = target.runtimes(artifact, manifest, recipe.parity.max_lowering_error or target.max_lowering_error)
+    with progress.stage("compare", gap_steps(runtimes)) as advance:
+        gaps = measure_gaps(target.components(model), load_weights(stored), runtimes, session, evidence, advance)
     return Checked(manifest, gaps, None)

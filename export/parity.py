@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from ..quant.compress import decompressed
 from ..quant.formats import CompressedTensor
-from ..runtimes.compare import Recorder, compare, compare_call, compare_pictures
+from ..runtimes.compare import compare, compare_call, compare_pictures, record
 from ..runtimes.manifest import Manifest
 from ..runtimes.parity import Limits, ParityReport, ParityRow
 from ..runtimes.reference import PyTorchRunner, TorchComponent
-from ..runtimes.runner import LayerRunner
+from ..runtimes.runner import LayerRunner, Runner
 from ..runtimes.text_to_image import generate
 from ..runtimes.tokenizer import Tokenizer
 from .families.evidence import Evidence
@@ -23,7 +23,6 @@ from .graph import Component
 Picture = NDArray[np.uint8]
 KINDS = ("float_model", "stored", "artifact")
 NO_LIMITS = Limits(max_relative_error=math.inf)
-GAP_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,34 @@ class Pictures:
 
 
 @dataclass(frozen=True)
+class Runtime:
+    """One way to run the artifact: its runner, and what must hold for it."""
+
+    runner: LayerRunner
+    limits: Limits
+
+
+@dataclass(frozen=True)
 class Gaps:
     """Three comparisons and the pictures under them.
 
     `compression`: float PyTorch against PyTorch with the stored weights; it has no limit, it is what the budget
-    costs. `lowering`: PyTorch with the stored weights against the artifact; it must pass. `total`: pictures of
-    float PyTorch against those of the artifact. `alignment` has a share per set of pictures, or None.
+    costs. `lowering`, by runtime: PyTorch with the stored weights against the artifact; each must pass. `total`:
+    pictures of float PyTorch against those of the artifact in its first runtime. `alignment` has a share per set of
+    pictures, or None.
     """
 
     compression: ParityReport
-    lowering: ParityReport
+    lowering: dict[str, ParityReport]
     total: ParityReport
     pictures: Pictures
     alignment: dict[str, float | None]
+
+    @property
+    def failure(self) -> str | None:
+        """One sentence on the first runtime that does not compute what PyTorch computes; None when all do."""
+        failures = {name: report.failure for name, report in self.lowering.items()}
+        return next((f"{name}: {failure}" for name, failure in failures.items() if failure), None)
 
 
 def torch_runner(components: Sequence[Component]) -> PyTorchRunner:
@@ -75,7 +89,7 @@ class Session:
     prompts: Sequence[str]
     seed: int
 
-    def draw(self, runner: LayerRunner | Recorder, index: int) -> Picture:
+    def draw(self, runner: Runner, index: int) -> Picture:
         """Returns picture `index`: its prompt, from the noise of seed + index."""
         return generate(runner, self.manifest, self.tokenizers, self.prompts[index], self.seed + index)
 
@@ -83,50 +97,54 @@ class Session:
 def measure_gaps(
     components: Sequence[Component],
     weights: Mapping[str, CompressedTensor],
-    artifact: LayerRunner,
+    runtimes: Mapping[str, Runtime],
     session: Session,
-    max_lowering_error: float,
     evidence: Evidence,
     advance: Callable[[], None],
 ) -> Gaps:
     """Draws every prompt with the float model, with the stored weights and with the artifact, and compares.
 
-    The modules hold the float weights before and after. `advance` is called after each of the GAP_STEPS steps.
+    The modules hold the float weights before and after. `advance` is called `gap_steps(runtimes)` times.
     """
     torch = torch_runner(components)
-    indices = range(len(session.prompts))
-    recorders = [Recorder(torch) for _ in indices]
-    float_pictures = [session.draw(recorder, index) for index, recorder in zip(indices, recorders, strict=True)]
+    shared = session.manifest, session.tokenizers
+    floats = record(torch, *shared, session.prompts, session.seed)
     advance()
+    lowering: dict[str, ParityReport] = {}
+    drawn: dict[str, list[Picture]] = {}
     with decompressed({component.name: component.module.model for component in components}, weights):
-        stored = [session.draw(torch, index) for index in indices]
+        stored = record(torch, *shared, session.prompts, session.seed)
         rows = [
             compare_call(torch, call, index, NO_LIMITS)
-            for index, recorder in zip(indices, recorders, strict=True)
-            for call in recorder.calls
+            for index, recording in enumerate(floats)
+            for call in recording.calls
         ]
         advance()
-        lowering = compare(
-            torch,
-            artifact,
-            session.manifest,
-            session.tokenizers,
-            session.prompts,
-            session.seed,
-            Limits(max_relative_error=max_lowering_error),
-            evidence.feature_distance,
-        )
-        advance()
-    drawn = [session.draw(artifact, index) for index in indices]
-    advance()
-    pictures = Pictures(float_pictures, stored, drawn)
+        for name, runtime in runtimes.items():
+            asked = torch, stored, runtime.runner, *shared, runtime.limits, evidence.feature_distance
+            lowering[name], found = compare(*asked)
+            drawn[name] = [_shown(picture, stored[0].picture) for picture in found]
+            advance()
+    pictures = Pictures(
+        [each.picture for each in floats], [each.picture for each in stored], next(iter(drawn.values()))
+    )
     return Gaps(
-        compression=_report(rows, session, stored, float_pictures, evidence),
+        compression=_report(rows, session, pictures.stored, pictures.float_model, evidence),
         lowering=lowering,
-        total=_report([], session, drawn, float_pictures, evidence),
+        total=_report([], session, pictures.artifact, pictures.float_model, evidence),
         pictures=pictures,
         alignment={name: evidence.alignment(getattr(pictures, name), session.prompts) for name in KINDS},
     )
+
+
+def gap_steps(runtimes: Mapping[str, Runtime]) -> int:
+    """How many steps `measure_gaps` tells of."""
+    return 2 + len(runtimes)
+
+
+def _shown(picture: Picture | None, like: Picture) -> Picture:
+    """The picture; black when it was not finite, as a phone would show it."""
+    return np.zeros_like(like) if picture is None else picture
 
 
 def _report(

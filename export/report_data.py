@@ -5,8 +5,9 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
+from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..quant.errors import QuantError
@@ -23,6 +24,7 @@ PICTURES = "pictures"
 PROMPTS = "prompts.json"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 T = TypeVar("T")
+_REPORTS = TypeAdapter(Annotated[dict[str, ParityReport], MinLen(1)])
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,16 @@ class Measurements(BaseModel):
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows. `parity` is the lowering gap: stored weights in PyTorch against the artifact."""
+    """Everything a report shows.
+
+    `parity` is the lowering gap by runtime, the one that drew the pictures first: stored weights in PyTorch against
+    the artifact.
+    """
 
     manifest: Manifest
     plan: Plan
     tradeoff: tuple[TradeoffPoint, ...]
-    parity: ParityReport
+    parity: dict[str, ParityReport]
     measurements: Measurements
     pictures: tuple[DrawnPicture, ...]
 
@@ -86,7 +92,7 @@ class ReportData:
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
         texts = {
             TRADEOFF: json.dumps([asdict(point) for point in self.tradeoff], indent=1),
-            PARITY: self.parity.to_json(),
+            PARITY: _REPORTS.dump_json(self.parity, indent=1).decode(),
             MEASUREMENTS: self.measurements.model_dump_json(indent=1),
             f"{PICTURES}/{PROMPTS}": json.dumps([drawn.prompt for drawn in self.pictures], indent=1),
         }
@@ -105,7 +111,7 @@ class ReportData:
             manifest=manifest,
             plan=_load_plan(folder / PLAN),
             tradeoff=_parsed(folder / TRADEOFF, TypeAdapter(tuple[TradeoffPoint, ...])),
-            parity=_parsed(folder / PARITY, TypeAdapter(ParityReport)),
+            parity=_parsed(folder / PARITY, _REPORTS),
             measurements=_parsed(folder / MEASUREMENTS, TypeAdapter(Measurements)),
             pictures=tuple(_load_picture(folder, index, prompt) for index, prompt in enumerate(prompts)),
         )

@@ -15,7 +15,7 @@ from .report_charts import layer_chart, timestep_chart, tradeoff_chart
 from .report_data import ReportData
 
 _DRAWN_BY = {"float_model": "float", "stored": "stored weights", "artifact": "artifact"}
-TARGET_NAMES = {"onnx": "ONNX Runtime"}
+TARGET_NAMES = {"onnx": "ONNX Runtime", "coreml": "Core ML"}
 _FORMAT_COLOURS = 6
 _BLOCK = re.compile(r"(.+?\.(?:\w*_blocks\.\d+|mid_block))\.")
 """A U-shaped network's blocks: `unet.down_blocks.1`, `vae_decoder.mid_block`."""
@@ -61,16 +61,38 @@ class GapRow:
     component: str
     timestep: float | None
     compression_error: float | None
-    lowering_error: float
+    lowering: tuple["Lowering", ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every runtime is within its limit."""
+        return all(each.passed for each in self.lowering)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One runtime's largest error there, and its limit."""
+
+    error: float
     limit: float
-    passed: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the limit."""
+        return self.error <= self.limit
 
 
 @dataclass(frozen=True)
 class PageView:
-    """Everything on the page that is not in ReportData as it is; `alignment` counts pictures, by who drew."""
+    """Everything on the page that is not in ReportData as it is.
+
+    `alignment` counts pictures, by who drew; `runtimes` are (name, limit); `worst` is the first runtime's worst call.
+    """
 
     target_name: str
+    parity_failure: str | None
+    worst: ParityRow | None
+    runtimes: tuple[tuple[str, float], ...]
     budget_percent: float | None
     over_budget: bool
     fp16_bytes: int
@@ -91,9 +113,15 @@ def page_view(data: ReportData) -> PageView:
     """Returns what the template shows of `data`."""
     measured, plan = data.measurements, data.plan
     classes = format_classes(plan)
-    compression, lowering = _worst(measured.compression.rows), _worst(data.parity.rows)
+    compression = _worst(measured.compression.rows)
+    lowering = {name: _worst(report.rows) for name, report in data.parity.items()}
+    first, main = next(iter(lowering.values())), next(iter(data.parity.values()))
+    failures = [f"{name}: {report.failure}" for name, report in data.parity.items() if not report.passed]
     return PageView(
         target_name=TARGET_NAMES[data.manifest.target],
+        parity_failure=next(iter(failures), None),
+        worst=main.worst,
+        runtimes=tuple((name, report.limits.max_relative_error) for name, report in data.parity.items()),
         over_budget=plan.budget_bytes is not None and measured.artifact_bytes > plan.budget_bytes,
         budget_percent=100 * measured.artifact_bytes / plan.budget_bytes if plan.budget_bytes else None,
         fp16_bytes=2 * measured.parameters,
@@ -108,11 +136,9 @@ def page_view(data: ReportData) -> PageView:
         formats=format_rows(plan, classes),
         format_classes=classes,
         gaps=gap_rows(compression, lowering),
-        has_timesteps=any(timestep is not None for _, timestep in lowering),
+        has_timesteps=any(timestep is not None for _, timestep in first),
         layer_chart=layer_chart(plan, measured.layer_snr_db, classes),
-        timestep_chart=timestep_chart(
-            _by_timestep(compression), _by_timestep(lowering), data.parity.limits.max_relative_error
-        ),
+        timestep_chart=timestep_chart(_by_timestep(compression), _by_timestep(first), main.limits.max_relative_error),
         tradeoff_chart=tradeoff_chart(data.tradeoff, plan),
     )
 
@@ -193,12 +219,13 @@ def _worst(rows: Iterable[ParityRow]) -> Calls:
     return worst
 
 
-def gap_rows(compression: Calls, lowering: Calls) -> tuple[GapRow, ...]:
-    """Returns the two gaps side by side, in the order in which the pipeline calls its components."""
+def gap_rows(compression: Calls, lowering: Mapping[str, Calls]) -> tuple[GapRow, ...]:
+    """Returns both gaps side by side, in the order in which the pipeline calls its components."""
     rows = []
-    for key, row in lowering.items():
+    for key in next(iter(lowering.values())):
         compressed = compression[key].relative_error if key in compression else None
-        rows.append(GapRow(*key, compressed, row.relative_error, row.max_relative_error, row.passed))
+        found = [calls[key] for calls in lowering.values()]
+        rows.append(GapRow(*key, compressed, tuple(Lowering(r.relative_error, r.max_relative_error) for r in found)))
     return tuple(rows)
 
 

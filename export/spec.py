@@ -2,7 +2,7 @@
 """What a manifest says before there are files: the pipeline's constants, from the model and the recipe."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -16,11 +16,13 @@ from .recipe import Recipe, SamplerSection
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
 """What the SDXL model card draws with; a model folder's own `sampling.json` comes first, a recipe before that."""
-TOOLS = ("turbopocket", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy")
+TOOLS = ("turbopocket", "torch", "diffusers", "transformers", "numpy")
 _NO_HASH = "0" * 64
 
 
-def pipeline_manifest(model: LoadedModel, recipe: Recipe, components: Mapping[str, ComponentSpec]) -> Manifest:
+def pipeline_manifest(
+    model: LoadedModel, recipe: Recipe, components: Mapping[str, ComponentSpec], tools: Sequence[str]
+) -> Manifest:
     """Returns the manifest of an artifact still to be made: every constant in place, every file of unknown content.
 
     Float PyTorch runs under it exactly as the artifact will, so both see the same steps and the same noise.
@@ -39,7 +41,7 @@ def pipeline_manifest(model: LoadedModel, recipe: Recipe, components: Mapping[st
         only_these_steps=is_student(model.folder / "unet"),
         image=image_spec(model),
         force_zeros_for_empty_prompt=bool(model.pipeline_config.get("force_zeros_for_empty_prompt", False)),
-        tools={name: metadata.version(name) for name in TOOLS},
+        tools={name: metadata.version(name) for name in (*TOOLS, *tools)},
         recipe=recipe.to_toml(),
     )
 

@@ -30,12 +30,14 @@ __all__ = [
     "Picture",
     "PictureRow",
     "Recorder",
+    "Recording",
     "Reference",
     "compare",
     "compare_call",
     "compare_pictures",
     "first_divergence",
     "locate_divergence",
+    "record",
 ]
 
 Picture = NDArray[np.uint8]
@@ -79,38 +81,59 @@ class Recorder:
         return outputs
 
 
+@dataclass(frozen=True)
+class Recording:
+    """One picture of the reference, and every call that led to it."""
+
+    prompt: str
+    seed: int
+    picture: Picture
+    calls: list[Call]
+
+
+def record(
+    reference: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], prompts: Sequence[str], seed: int
+) -> list[Recording]:
+    """One recording per prompt, drawn by the reference from seed, seed + 1, …"""
+    recordings = []
+    for index, prompt in enumerate(prompts):
+        recorder = Recorder(reference)
+        picture = generate(recorder, manifest, tokenizers, prompt, seed + index)
+        recordings.append(Recording(prompt, seed + index, picture, recorder.calls))
+    return recordings
+
+
 def compare(
     reference: Reference,
+    recordings: Sequence[Recording],
     candidate: LayerRunner,
     manifest: Manifest,
     tokenizers: Mapping[str, Tokenizer],
-    prompts: Sequence[str],
-    seed: int,
     limits: Limits,
     feature_distance: FeatureDistance | None = None,
-) -> ParityReport:
-    """The report on one picture per prompt, drawn by both runners from seed, seed + 1, …
+) -> tuple[ParityReport, list[Picture | None]]:
+    """The report on the reference's recordings, and the candidate's own pictures (None where they are not finite).
 
     When calls fail, the first of them is opened up to name the first diverging layer.
     """
     rows: list[ParityRow] = []
     pictures: list[PictureRow] = []
+    drawn: list[Picture | None] = []
     divergence: Divergence | None = None
     failed = False
-    for index, prompt in enumerate(prompts):
-        recorder = Recorder(reference)
-        expected = generate(recorder, manifest, tokenizers, prompt, seed + index)
-        for call in recorder.calls:
+    for index, recording in enumerate(recordings):
+        for call in recording.calls:
             rows.append(compare_call(candidate, call, index, limits))
             if not failed and not rows[-1].passed:
                 failed = True
                 divergence = locate_divergence(reference, candidate, call, limits.max_relative_error)
         try:
-            found: Picture | None = generate(candidate, manifest, tokenizers, prompt, seed + index)
+            drawn.append(generate(candidate, manifest, tokenizers, recording.prompt, recording.seed))
         except NotFinite:
-            found = None
-        pictures.append(compare_pictures(found, expected, index, prompt, seed + index, feature_distance))
-    return ParityReport(limits=limits, rows=rows, pictures=pictures, first_divergence=divergence)
+            drawn.append(None)
+        about = index, recording.prompt, recording.seed
+        pictures.append(compare_pictures(drawn[-1], recording.picture, *about, feature_distance))
+    return ParityReport(limits=limits, rows=rows, pictures=pictures, first_divergence=divergence), drawn
 
 
 def compare_call(candidate: Runner, call: Call, picture: int, limits: Limits) -> ParityRow:

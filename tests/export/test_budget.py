@@ -4,13 +4,14 @@
 import pytest
 
 from turbopocket.export.budget import candidate_formats
+from turbopocket.export.targets import Onnx
 from turbopocket.runtimes.errors import TurbopocketError
 
 SHAPES = {"unet.conv_in": (64, 4, 3, 3), "unet.mid.to_q": (64, 64), "unet.mid.to_k": (64, 96)}
 
 
 def test_pin_widens_only_the_layers_it_matches() -> None:
-    found = candidate_formats(SHAPES, ["int8-g32"], {"unet.conv_*": "fp16"})
+    found = candidate_formats(Onnx(), SHAPES, ["int8-g32"], {"unet.conv_*": "fp16"})
     assert {name: [str(each) for each in formats] for name, formats in found.items()} == {
         "unet.conv_in": ["fp16"],
         "unet.mid.to_q": ["int8-g32"],
@@ -20,4 +21,4 @@ def test_pin_widens_only_the_layers_it_matches() -> None:
 
 def test_layer_without_any_format_is_named_with_every_reason() -> None:
     with pytest.raises(TurbopocketError, match=r"unet.conv_in: no format left .*multiple of .*32"):
-        candidate_formats(SHAPES, ["int8-g32"], {})
+        candidate_formats(Onnx(), SHAPES, ["int8-g32"], {})

@@ -37,11 +37,11 @@ def test_files_match_the_manifest(built: Any) -> None:
 
 
 def test_lowering_gap_is_rounding_and_compression_gap_is_not(built: Any) -> None:
-    lowering = [row.relative_error for row in built.gaps.lowering.rows]
+    lowering = [row.relative_error for row in built.gaps.lowering["onnxruntime"].rows]
     compression = [row.relative_error for row in built.gaps.compression.rows]
     assert max(lowering) <= 1e-4
     assert max(compression) > 1e-3
-    assert {row.component for row in built.gaps.lowering.rows} == {
+    assert {row.component for row in built.gaps.lowering["onnxruntime"].rows} == {
         "text_encoder",
         "text_encoder_2",
         "unet",

@@ -120,7 +120,7 @@ def _data() -> ReportData:
         manifest=_manifest(),
         plan=plan,
         tradeoff=tuple(TradeoffPoint(10**6 * size, 10**6 * size, 10.0**-size) for size in (2, 3, 4)),
-        parity=ParityReport(limits=Limits(), rows=_rows(2e-6, 1e-4), pictures=[picture]),
+        parity={"onnxruntime": ParityReport(limits=Limits(), rows=_rows(2e-6, 1e-4), pictures=[picture])},
         measurements=measurements,
         pictures=(DrawnPicture(PROMPT, _png(10), _png(20), _png(30)),),
     )
@@ -131,7 +131,8 @@ def _failed(data: ReportData) -> ReportData:
         component="unet", timestep=499.0, layer="conv_in", relative_error=math.inf, max_abs_error=math.inf
     )
     rows = [*_rows(2e-6, 1e-4), _row("unet", 499.0, 0.25, 1e-4)]
-    return replace(data, parity=ParityReport(limits=Limits(), rows=rows, pictures=[], first_divergence=first))
+    failed = ParityReport(limits=Limits(), rows=rows, pictures=[], first_divergence=first)
+    return replace(data, parity={"onnxruntime": failed})
 
 
 def _page(folder: Path, data: ReportData) -> str:
@@ -245,14 +246,28 @@ def test_both_gaps_stand_in_one_row_and_the_worst_picture_counts() -> None:
         ("unet", 999.0),
         ("unet", 499.0),
     ]
-    assert [row.lowering_error for row in rows] == [2e-6, 2e-6, 0.25]
+    assert [row.lowering[0].error for row in rows] == [2e-6, 2e-6, 0.25]
     assert [row.compression_error for row in rows] == [0.04] * 3
     assert [row.passed for row in rows] == [True, True, False]
 
 
+def test_each_runtime_has_a_column_and_the_one_that_fails_is_named(tmp_path: Path) -> None:
+    data = _data()
+    passed = data.parity["onnxruntime"]
+    slow = ParityReport(limits=Limits(max_relative_error=0.1), rows=_rows(0.5, 0.1), pictures=[])
+    failed = replace(data, parity={"fp32": passed, "acc16": slow})
+    rows = page_view(failed).gaps
+    assert [[each.error for each in row.lowering] for row in rows] == [[2e-6, 0.5]] * 3
+    assert not any(row.passed for row in rows)
+    page = _page(tmp_path, failed)
+    assert "lowering gap, fp32" in page
+    assert "lowering gap, acc16" in page
+    assert "acc16: text_encoder: relative error 0.5 is over 0.1" in page
+
+
 def test_errors_of_zero_and_infinity_can_be_plotted(tmp_path: Path) -> None:
     rows = [_row("unet", 999.0, 0.0, 1e-4), _row("unet", 499.0, math.inf, 1e-4)]
-    page = _page(tmp_path, replace(_data(), parity=ParityReport(limits=Limits(), rows=rows, pictures=[])))
+    page = _page(tmp_path, replace(_data(), parity={"x86": ParityReport(limits=Limits(), rows=rows, pictures=[])}))
     assert "timestep 999: lowering gap 0" in page
     assert "timestep 499: lowering gap ∞" in page
     assert not re.search(r'="(nan|inf|-inf)', page)

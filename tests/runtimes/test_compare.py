@@ -20,6 +20,7 @@ from turbopocket.runtimes.compare import (
     compare_call,
     compare_pictures,
     first_divergence,
+    record,
 )
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.reference import PyTorchRunner
@@ -70,16 +71,9 @@ class Faulty:
 
 
 def report_of(model: TinyModel, candidate: Any, **options: Any) -> ParityReport:
-    return compare(
-        model.runner,
-        candidate,
-        model.manifest,
-        model.tokenizers,
-        ["a red circle", "blue cat"],
-        0,
-        LIMITS,
-        **options,
-    )
+    drawing = model.manifest, model.tokenizers
+    recordings = record(model.runner, *drawing, ["a red circle", "blue cat"], 0)
+    return compare(model.runner, recordings, candidate, *drawing, LIMITS, **options)[0]
 
 
 def test_reference_passes_against_itself(model: TinyModel) -> None:
