@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test check bench bench-quality train-pocket test-optimum clean
+.PHONY: setup demo test check bench bench-quality bench-distill train-pocket distill-pocket distill-baseline test-optimum clean
 
 setup: .venv/.installed
 
@@ -51,6 +51,21 @@ test-optimum: setup
 
 train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all
+
+# The shipped student, then the baseline it has to beat: regression for as many network evaluations.
+DISTILL := $(RUN) distill pocket --steps 4 --batch 32 --precision bf16
+distill-pocket distill-baseline bench-distill: export OMP_NUM_THREADS = 1
+distill-pocket: setup
+	$(DISTILL) --iterations 2000 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
+
+distill-baseline: setup
+	$(DISTILL) --method mse --iterations 411 --student-lr 3e-4 --out build/pocket-mse
+
+# Students beside their teacher, and TDM with each of its devices off: about three hours on two cores.
+bench-distill: distill-pocket distill-baseline
+	$(BIN)/python benchmarks/distillation.py students build/pocket-turbo build/pocket-mse
+	$(BIN)/python benchmarks/distillation.py ablations
+	$(BIN)/python benchmarks/readme_tables.py
 
 clean:
 	rm -rf build dist *.egg-info

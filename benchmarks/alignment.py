@@ -47,9 +47,10 @@ def draw_batch(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequen
     x_t = np.concatenate([noise(shape) for noise in noises]) * np.float32(sampler.init_noise_sigma)
     for index, timestep in enumerate(sampler.timesteps):
         asked = {"sample": sampler.scale_model_input(x_t, index), "timestep": np.array(timestep, np.float32)}
-        towards = runner.run("unet", asked | conditional)["out_sample"]
-        away = runner.run("unet", asked | away_from)["out_sample"]
-        guided = away + np.float32(scale) * (towards - away)
+        guided = runner.run("unet", asked | conditional)["out_sample"]
+        if scale > 1:
+            away = runner.run("unet", asked | away_from)["out_sample"]
+            guided = away + np.float32(scale) * (guided - away)
         x_t = sampler.step(index, x_t, guided, lambda shape: np.concatenate([n((1, *shape[1:])) for n in noises]))
     latents = x_t / np.float32(image.vae_scaling_factor)
     sample = runner.run("vae_decoder", {"latent_sample": latents})["sample"]

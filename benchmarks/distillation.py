@@ -2,7 +2,7 @@
 """Few-step students of `pocket` against their teacher: alignment, Frechet distance, diversity; and TDM's ablations.
 
     python benchmarks/distillation.py students build/pocket-turbo build/pocket-mse
-    python benchmarks/distillation.py ablations --iterations 400
+    python benchmarks/distillation.py ablations
 
 Everyone draws prompt i of the test split from the noise of seed i. Networks are PyTorch's, in float32.
 """
@@ -10,12 +10,13 @@ Everyone draws prompt i of the test split from the noise of seed i. Networks are
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from picture_rows import write_rows
 from torch import Tensor
 
 from turbopocket.export.distill import DistillRequest, devices_without, distil
@@ -38,6 +39,9 @@ RESULTS = Path(__file__).parent / "results"
 PROMPTS = 500
 BATCH = 100
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 25, 8
+PRECISION = "bf16"
+DOCS = Path(__file__).parents[1] / "docs"
+SHOWN_PROMPTS = [scene.caption for scene in sample_scenes("test", 6, 0)]
 
 
 @dataclass(frozen=True)
@@ -111,36 +115,45 @@ def diversity(painter: Painter, judge: Judge) -> float:
 def compare_students(teacher: str, tdm: str, mse: str | None, frechet_pictures: int) -> dict[str, Any]:
     """Teacher at 20, 4, 2 and 1 guided steps; students at 4, 2 and 1 without guidance."""
     judge, own = load_judge(), json.loads((load(teacher).folder / "sampling.json").read_text())
-    results = {}
+    results, rows = {}, {}
     wanted = [("teacher", teacher, steps, own["guidance_scale"]) for steps in (20, 4, 2, 1)]
     wanted += [("tdm", tdm, steps, 1.0) for steps in (4, 2, 1)]
     wanted += [("mse", mse, steps, 1.0) for steps in (4, 2, 1)] if mse else []
     for name, source, steps, guidance in wanted:
         painter = Painter(source, steps, guidance, step_biases=name != "teacher")
         results[f"{name} {steps}"] = asdict(measured(painter, judge, frechet_pictures if steps in (20, 4) else 0))
+        rows[f"{name}, {steps} steps"] = shown(painter)
         print(name, steps, results[f"{name} {steps}"], flush=True)
+    write_rows(rows, SHOWN_PROMPTS, DOCS / "students.png")
     return results
+
+
+def shown(painter: Painter) -> Tensor:
+    """The same test prompts for every model, the first ones of the split."""
+    return painter.draw(SHOWN_PROMPTS, range(len(SHOWN_PROMPTS)))
 
 
 def ablate(teacher: str, options: DistillOptions, folder: Path) -> dict[str, Any]:
     """All devices, each one off, and regression for as many network evaluations: one run each, equal compute."""
-    judge, results = load_judge(), {}
+    judge, results, rows = load_judge(), {}, {}
     runs: list[tuple[str, str, list[str]]] = [("all devices", "tdm", [])]
     runs += [(f"without {name}", "tdm", [name]) for name in DEVICE_NAMES]
     for title, method, without in [*runs, ("mse", "mse", [])]:
         iterations = options.iterations if method == "tdm" else mse_iterations(options)
-        chosen = DistillOptions(
-            **{**vars(options), "iterations": iterations, "devices": devices_without(without)},
-        )
         out = folder / title.replace(" ", "-")
         if not out.is_dir():
-            distil(DistillRequest(teacher, 4, method, chosen), out, False, StageProgress())
-        results[title] = {
-            str(steps): asdict(measured(Painter(str(out), steps, 1.0, step_biases=True), judge, 0))
-            for steps in (4, 2, 1)
-        }
-        results[title]["iterations"] = iterations
+            chosen = replace(options, iterations=iterations, devices=devices_without(without))
+            request = DistillRequest(teacher, 4, method, chosen, precision=PRECISION)
+            distil(request, out, False, StageProgress())
+        results[title] = {"iterations": iterations}
+        for steps in (4, 2, 1):
+            painter = Painter(str(out), steps, 1.0, step_biases=True)
+            results[title][str(steps)] = asdict(measured(painter, judge, 0))
+            rows[f"{title}, {steps} steps"] = shown(painter)
         print(title, results[title], flush=True)
+    write_rows(
+        {name: row for name, row in rows.items() if "2 steps" not in name}, SHOWN_PROMPTS, DOCS / "ablations.png"
+    )
     return results
 
 
@@ -159,20 +172,23 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", help="students: the TDM student, then the MSE student")
     parser.add_argument("--teacher", default="pocket")
     parser.add_argument("--frechet-pictures", type=int, default=5000)
-    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--student-lr", type=float, default=2e-5)
-    parser.add_argument("--fake-lr", type=float, default=1e-4)
+    parser.add_argument("--student-lr", type=float, default=1.5e-4)
+    parser.add_argument("--fake-lr", type=float, default=6e-4)
     parser.add_argument("--runs", type=Path, default=Path("build/ablations"), help="where the ablations are kept")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    rates = {"student_lr": asked.student_lr, "fake_lr": asked.fake_lr}
     if asked.what == "students":
         results = compare_students(asked.teacher, *[*asked.folders, None][:2], asked.frechet_pictures)
     else:
-        rates = {"student_lr": asked.student_lr, "fake_lr": asked.fake_lr}
         options = DistillOptions(asked.iterations, batch=asked.batch, **rates)
         results = ablate(asked.teacher, options, asked.runs)
-    write_json(asked.out or RESULTS / f"distillation_{asked.what}.json", {"prompts": PROMPTS, "results": results})
+    about = {"prompts": PROMPTS, "split": "test"}
+    if asked.what == "ablations":
+        about |= {"batch": asked.batch, **rates, "precision": PRECISION}
+    write_json(asked.out or RESULTS / f"distillation_{asked.what}.json", {**about, "results": results})
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def distill(
         Path | None, typer.Option(help="Text file, one prompt a line; default: the model's own.")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Train LoRA matrices of this rank, not all weights.")] = None,
-    student_lr: Annotated[float, typer.Option(help="Peak learning rate of the student.")] = 2e-5,
-    fake_lr: Annotated[float, typer.Option(help="Peak learning rate of the fake score; above the student's.")] = 1e-4,
+    student_lr: Annotated[float, typer.Option(help="Peak learning rate of the student.")] = 4e-6,
+    fake_lr: Annotated[float, typer.Option(help="Peak learning rate of the fake score; above the student's.")] = 2e-5,
     without: Annotated[list[str] | None, typer.Option(help="Switch off one of TDM's devices, for ablations.")] = None,
     precision: Annotated[str, typer.Option(help="Arithmetic: no (float32), bf16 or fp16.")] = "no",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
