@@ -56,10 +56,10 @@ train-pocket: setup
 DISTILL := $(RUN) distill pocket --steps 4 --batch 32 --precision bf16
 distill-pocket distill-baseline bench-distill: export OMP_NUM_THREADS = 1
 distill-pocket: setup
-	$(DISTILL) --iterations 2000 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
+	$(DISTILL) --iterations 1000 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
 
 distill-baseline: setup
-	$(DISTILL) --method mse --iterations 411 --student-lr 3e-4 --out build/pocket-mse
+	$(DISTILL) --method mse --iterations 205 --student-lr 3e-4 --out build/pocket-mse
 
 # Students beside their teacher, and TDM with each of its devices off: about three hours on two cores.
 bench-distill: distill-pocket distill-baseline

@@ -35,6 +35,7 @@ from .staging import staged_folders
 PROMPTS = 20_000
 WATCHED_PROMPTS = 4
 RUN_FILE = "run.json"
+LEAST_HORIZON = 100
 BYTES_PER_TRAINED = 16  # weight, gradient, two moments; fp32
 """Of student and of fake score; the teacher and what LoRA shares hold 4."""
 
@@ -44,7 +45,9 @@ class DistillRequest:
     """What the user asks for, beside the options of the method.
 
     `guidance` None is what the teacher ships with, `lora_rank` None trains all weights. `prompts` is a text file,
-    one a line; without it, the model's own.
+    one a line; without it, the model's own. The student's walks start at training timestep `horizon` - 1 from pure
+    noise: the teacher's last timesteps hold next to no signal, and what a network says there is multiplied by its
+    inverse (the released code of TDM starts at 800 of 1000, or at 900).
     """
 
     source: str
@@ -54,6 +57,7 @@ class DistillRequest:
     guidance: float | None = None
     prompts: Path | None = None
     lora_rank: int | None = None
+    horizon: int = 800
     precision: str = "no"
     gradient_checkpointing: bool = False
 
@@ -94,7 +98,7 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
         prompts = _prompts(model, request)
     own = model_sampling(model).get("guidance_scale", DEFAULT_GUIDANCE)
     options = replace(request.options, guidance=own if request.guidance is None else request.guidance)
-    diffusion = _diffusion(model)
+    diffusion = _diffusion(model, request.horizon)
     schedule = FixedIntervals(diffusion.train_timesteps, range(1, request.steps + 1))
     run = run_folder(out)
     accelerator = Accelerator(mixed_precision=request.precision, log_with="tensorboard", project_dir=str(run))
@@ -188,9 +192,24 @@ def _prompts(model: LoadedModel, request: DistillRequest) -> list[str]:
     return read_prompts(request.prompts)
 
 
-def _diffusion(model: LoadedModel) -> Diffusion:
+def _diffusion(model: LoadedModel, horizon: int) -> Diffusion:
+    """The teacher's process up to the horizon. Raises TurbopocketError for a horizon that it does not have."""
     spec = SamplerSpec.from_scheduler_config(model.scheduler_config, 1, 1.0)
-    return Diffusion(torch.from_numpy(alphas_cumprod(spec)), spec.prediction_type)
+    if not LEAST_HORIZON <= horizon <= spec.num_train_timesteps:
+        raise TurbopocketError(
+            f"horizon {horizon}: this teacher has {spec.num_train_timesteps} timesteps, "
+            f"at least {LEAST_HORIZON} are needed"
+        )
+    return Diffusion(torch.from_numpy(alphas_cumprod(spec))[:horizon], spec.prediction_type)
+
+
+def _beta_end(spec: SamplerSpec, horizon: int) -> float:
+    """The last beta of the schedule's first `horizon` timesteps, which are a schedule of the same kind."""
+    share = (horizon - 1) / (spec.num_train_timesteps - 1)
+    if spec.beta_schedule == "linear":
+        return spec.beta_start + share * (spec.beta_end - spec.beta_start)
+    first, last = spec.beta_start**0.5, spec.beta_end**0.5
+    return (first + share * (last - first)) ** 2
 
 
 def _claim(run: Path, request: DistillRequest, options: DistillOptions, model: LoadedModel) -> None:
@@ -201,6 +220,7 @@ def _claim(run: Path, request: DistillRequest, options: DistillOptions, model: L
         "steps": request.steps,
         "method": request.method,
         "lora_rank": request.lora_rank,
+        "horizon": request.horizon,
         "options": asdict(options),
     }
     file = run / RUN_FILE
@@ -283,9 +303,9 @@ def _write(folder: Path, model: LoadedModel, student: Denoiser, request: Distill
     spec = SamplerSpec.from_scheduler_config(model.scheduler_config, 1, 1.0)
     scheduler = {
         "_class_name": "DDIMScheduler",
-        "num_train_timesteps": spec.num_train_timesteps,
+        "num_train_timesteps": request.horizon,
         "beta_start": spec.beta_start,
-        "beta_end": spec.beta_end,
+        "beta_end": _beta_end(spec, request.horizon),
         "beta_schedule": spec.beta_schedule,
         "prediction_type": spec.prediction_type,
         "timestep_spacing": "trailing",

@@ -4,20 +4,15 @@
 B batch, I input channels, H W input size, Y X output size, K columns of the matrix view, N input vectors.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import QuantError
-from .files import write_whole
 
 # Floats of input vectors in one pass: a 512 x 512 convolution unfolded whole would be gigabytes.
 CHUNK_FLOATS = 2**23
@@ -25,14 +20,15 @@ CHUNK_FLOATS = 2**23
 
 @dataclass(frozen=True)
 class LayerStats:
-    """`hessian_KK` = E[x xᵀ] (float32) over the `count` input vectors one layer saw; `absmax` = max |x|.
+    """`hessian_KK` = E[x xᵀ] (float32) over the `count` input vectors one layer saw.
 
-    For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with W the matrix view of the weight.
+    `largest_output` is the largest magnitude in what it gave. For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with
+    W the matrix view of the weight.
     """
 
     hessian_KK: Tensor
     count: int
-    absmax: float
+    largest_output: float
 
 
 def compressible_layers(component: str, module: nn.Module) -> dict[str, nn.Module]:
@@ -64,7 +60,7 @@ def calibrate(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> di
     }
     with ExitStack() as hooks, torch.no_grad():
         for moment in moments.values():
-            handle = moment.layer.register_forward_pre_hook(moment.observe)
+            handle = moment.layer.register_forward_hook(moment.observe)
             hooks.callback(handle.remove)
         run()
     stats = {name: moment.stats() for name, moment in moments.items()}
@@ -84,15 +80,16 @@ class _Moments:
         self.waiting: list[Tensor] = []
         self.waiting_rows = 0
         self.count = 0
-        self.absmax = 0.0
+        self.largest_output = 0.0
 
-    def observe(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Adds the input of one call."""
+    def observe(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Adds the input and the range of one call."""
         x = inputs[0].detach().to(device="cpu", dtype=torch.float32)
-        largest = float(x.abs().max()) if x.numel() else 0.0
-        if not largest < float("inf"):
-            raise QuantError(f"{self.name}: an input is NaN or infinite while calibrating")
-        self.absmax = max(self.absmax, largest)
+        for what, values in (("input", x), ("output", output)):
+            if not torch.isfinite(values).all():
+                raise QuantError(f"{self.name}: an {what} is NaN or infinite while calibrating")
+        if output.numel():
+            self.largest_output = max(self.largest_output, float(output.detach().abs().max()))
         for x_NK in input_vectors(self.layer, x, self.columns):
             self.waiting.append(x_NK.clone())  # the model may write into its tensors before they are summed
             self.waiting_rows += len(x_NK)
@@ -117,7 +114,7 @@ class _Moments:
             return None
         hessian_KK = (self.sum_KK / self.count).to(torch.float32)
         self.sum_KK = None
-        return LayerStats(hessian_KK, self.count, self.absmax)
+        return LayerStats(hessian_KK, self.count, self.largest_output)
 
 
 def input_vectors(layer: nn.Module, x: Tensor, columns: int) -> Iterator[Tensor]:
@@ -148,24 +145,3 @@ def _patches(layer: nn.Conv2d, x_BIHW: Tensor) -> Tensor:
         (batch, out_y, out_x, kh, kw, channels),
         (image, line * stride_y, pixel * stride_x, line * step_y, pixel * step_x, 1),
     )
-
-
-def save_stats(path: Path, stats: Mapping[str, LayerStats]) -> None:
-    """Writes one float32 Hessian per layer as safetensors; counts and ranges are in the file's metadata."""
-    numbers = {name: {"count": layer.count, "absmax": layer.absmax} for name, layer in stats.items()}
-    tensors = {name: layer.hessian_KK.contiguous() for name, layer in stats.items()}
-    with write_whole(path) as partial:
-        save_file(tensors, partial, metadata={"layer_stats": json.dumps(numbers)})
-
-
-def load_stats(path: Path) -> dict[str, LayerStats]:
-    """The statistics saved at `path`; QuantError naming the file when it holds something else."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            numbers = json.loads((file.metadata() or {})["layer_stats"])
-            return {
-                name: LayerStats(file.get_tensor(name), entry["count"], entry["absmax"])
-                for name, entry in numbers.items()
-            }
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise QuantError(f"{path}: not a file of layer statistics: {error}") from error

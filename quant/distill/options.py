@@ -40,6 +40,7 @@ class DistillOptions:
         guidance: the teacher's classifier-free guidance scale; 1 or less asks it once.
         student_lr, fake_lr: the fake score must be the faster learner (five times, in the released code).
         warmup_iterations: of both learning rates, which then fall along half a cosine to a tenth.
+        ema_decay: of the average of the student's weights, which is what the run ends with.
         max_gradient_norm: both networks' gradients are clipped to it.
     """
 
@@ -50,6 +51,7 @@ class DistillOptions:
     fake_lr: float = 2e-5
     warmup_iterations: int = 50
     max_gradient_norm: float = 1.0
+    ema_decay: float = 0.98
     devices: Devices = Devices()
     seed: int = 0
     checkpoint_every_s: float = 300.0

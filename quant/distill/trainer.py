@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ..errors import QuantError
@@ -80,7 +81,11 @@ Update = Callable[
 def distill(
     networks: Networks, task: Task, options: DistillOptions, folder: Path, accelerator: Accelerator, update: Update
 ) -> None:
-    """Trains `networks.student` in place, going on from `folder/checkpoint` where one lies."""
+    """Trains `networks.student` in place, going on from `folder/checkpoint` where one lies.
+
+    At the end it holds the exponential moving average of its weights: a step from almost pure noise multiplies an
+    error of the network by the inverse of the signal's share (15 at timestep 999), so it needs calm weights.
+    """
     student, fake = networks.student, networks.fake
     optimisers = {
         "student": _adamw(student, options.student_lr),
@@ -89,6 +94,8 @@ def distill(
     student, fake, *prepared = accelerator.prepare(student, fake, *optimisers.values())
     optimisers = dict(zip(optimisers, prepared, strict=True))
     networks = Networks(student, fake, networks.teacher.to(accelerator.device))
+    averaged = EMAModel(_trained(student), decay=options.ema_decay)
+    accelerator.register_for_checkpointing(averaged)
     first = restored_iteration(folder)
     if first:
         _restore(accelerator, folder / CHECKPOINT)
@@ -100,6 +107,7 @@ def distill(
         seed = (options.seed * 1_000_003 + index) * 64 + accelerator.process_index
         batch = Batch(*task.conditions_at(index), torch.Generator().manual_seed(seed))
         values = update(networks, task, options, batch, accelerator, optimisers)
+        averaged.step(_trained(student))
         last = index + 1 == options.iterations
         if (index + 1) % options.log_every == 0 or last:
             task.on_log(index + 1, {name: float(value) for name, value in values.items()})
@@ -107,6 +115,7 @@ def distill(
             _save(folder, accelerator, index + 1)
             task.on_checkpoint(index + 1)
             saved = time.monotonic()
+    averaged.copy_to(_trained(student))
 
 
 def learning_rate_share(iteration: int, options: DistillOptions) -> float:
@@ -117,9 +126,12 @@ def learning_rate_share(iteration: int, options: DistillOptions) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (iteration - options.warmup_iterations) / rest))
 
 
+def _trained(network: Denoiser) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
 def _adamw(network: Denoiser, lr: float) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, betas=ADAM_BETAS, weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(_trained(network), lr=lr, betas=ADAM_BETAS, weight_decay=WEIGHT_DECAY)
 
 
 def _step(network: Denoiser, loss: Tensor, optimiser: Any, options: DistillOptions, accelerator: Accelerator) -> None:

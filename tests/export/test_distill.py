@@ -39,8 +39,15 @@ def test_diffusers_opens_the_student_with_the_distilled_timesteps(student: Path)
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(student)
     pipeline.scheduler.set_timesteps(4)
-    assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert pipeline.scheduler.timesteps.tolist() == [799, 599, 399, 199]
     assert json.loads((student / "sampling.json").read_text()) == {"steps": 4, "guidance_scale": 1.0}
+
+
+def test_the_students_noise_schedule_is_the_teachers_up_to_the_horizon(student: Path, tiny_sdxl: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    ours, teachers = (DDIMScheduler.from_pretrained(folder, subfolder="scheduler") for folder in (student, tiny_sdxl))
+    assert torch.allclose(ours.alphas_cumprod, teachers.alphas_cumprod[:800], rtol=1e-5)
 
 
 def test_the_students_weights_moved_and_the_rest_did_not(student: Path, tiny_sdxl: Path) -> None:
@@ -68,7 +75,7 @@ def test_the_exported_pipeline_asks_at_exactly_the_distilled_timesteps(artifact:
     from turbopocket.runtimes.tokenizer import open_tokenizers
 
     manifest = load_manifest(artifact)
-    wanted = [float(step.start) for step in FixedIntervals(1000, [4]).walk(4)]
+    wanted = [float(step.start) for step in FixedIntervals(800, [4]).walk(4)]
     runner, asked = open_runner(artifact, manifest), []
 
     class Listening:
@@ -183,6 +190,8 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "iterations": (("--iterations", 0), "1 or more is needed"),
     "learning rate": (("--student-lr", 2), "between 0 and 1"),
     "rank": (("--lora-rank", 0), "1 or more is needed"),
+    "horizon of no length": (("--horizon", 0), "this teacher has 1000 timesteps, at least 100 are needed"),
+    "horizon beyond the teacher": (("--horizon", 1001), "this teacher has 1000 timesteps"),
 }
 
 

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hessians against the outputs of real layers: what they predict is what PyTorch computes."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.quant.calibrate import calibrate, compressible_layers, load_stats, save_stats
+from turbopocket.quant.calibrate import calibrate, compressible_layers
 from turbopocket.quant.errors import QuantError
 from turbopocket.quant.formats import matrix_view
 
@@ -45,7 +43,7 @@ def test_hessian_reproduces_the_energy_of_the_layers_output(
     predicted = float(torch.trace(weight_OK @ stats.hessian_KK @ weight_OK.T)) * stats.count
     assert predicted == pytest.approx(energy, rel=1e-4)
     assert stats.count == sum(output.numel() // 5 for output in outputs)
-    assert stats.absmax == pytest.approx(max(float(x.abs().max()), 3 * float(x[0].abs().max())))
+    assert stats.largest_output == max(float(output.detach().abs().max()) for output in outputs)
 
 
 def test_hessian_is_the_mean_over_all_calls_not_the_last_one() -> None:
@@ -80,21 +78,4 @@ def test_hooks_are_gone_afterwards_even_after_an_error(denoiser: nn.Module, late
     latents[1, 2, 3, 4] = float("nan")
     with pytest.raises(QuantError, match=r"unet\.conv_in: an input is NaN or infinite"):
         calibrate({"unet": denoiser}, lambda: denoiser(latents))
-    assert not any(layer._forward_pre_hooks for layer in denoiser.modules())
-
-
-def test_saved_statistics_load_as_the_same(denoiser: nn.Module, latents: Tensor, tmp_path: Path) -> None:
-    stats = calibrate({"unet": denoiser}, lambda: denoiser(latents))
-    save_stats(tmp_path / "stats.safetensors", stats)
-    loaded = load_stats(tmp_path / "stats.safetensors")
-    assert list(loaded) == list(stats)
-    for name, layer in stats.items():
-        assert torch.equal(loaded[name].hessian_KK, layer.hessian_KK)
-        assert (loaded[name].count, loaded[name].absmax) == (layer.count, layer.absmax)
-
-
-def test_file_that_holds_no_statistics_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "stats.safetensors"
-    path.write_bytes(b"not safetensors at all")
-    with pytest.raises(QuantError, match=r"stats\.safetensors: not a file of layer statistics"):
-        load_stats(path)
+    assert not any(layer._forward_hooks for layer in denoiser.modules())
