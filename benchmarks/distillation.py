@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", help="students: the TDM student, then the MSE student")
     parser.add_argument("--teacher", default="pocket")
     parser.add_argument("--frechet-pictures", type=int, default=5000)
-    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--student-lr", type=float, default=1.5e-4)
     parser.add_argument("--fake-lr", type=float, default=6e-4)

@@ -31,7 +31,7 @@ def mse_codes(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -
     """
     importance_Gg = None
     if hessian_KK is not None:
-        importance_Gg = column_importance(checked_hessian(hessian_KK, weight_OK.shape[1]), grid)
+        importance_Gg = column_importance(checked_hessian(hessian_KK, weight_OK.shape[1])).reshape(-1, grid.group)
     rows = max(1, CHUNK_WEIGHTS // weight_OK.shape[1])
     chunks = [best_scale(chunk, grid, importance_Gg) for chunk in grid.grouped(weight_OK).split(rows)]
     scale_OG = torch.cat([scale for scale, _ in chunks])
@@ -40,12 +40,11 @@ def mse_codes(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -
     return as_codes(nearest_steps(grid.grouped(weight_OK), scale_OG, zero_OG, grid), scale_OG, zero_OG, grid)
 
 
-def column_importance(hessian_KK: Tensor, grid: Grid) -> Tensor:
-    """[G, g]: the Hessian's diagonal, with a floor of 1 % of its mean so that no column is free to clip."""
+def column_importance(hessian_KK: Tensor) -> Tensor:
+    """[K]: the Hessian's diagonal, with a floor of 1 % of its mean so that no column is free to clip."""
     diagonal_K = hessian_KK.diagonal().to(torch.float32).clamp(min=0.0)
     mean = diagonal_K.mean()
-    floored_K = diagonal_K.clamp(min=0.01 * float(mean)) if mean > 0 else torch.ones_like(diagonal_K)
-    return floored_K.reshape(-1, grid.group)
+    return diagonal_K.clamp(min=0.01 * float(mean)) if mean > 0 else torch.ones_like(diagonal_K)
 
 
 def best_scale(weight_OGg: Tensor, grid: Grid, importance_Gg: Tensor | None) -> tuple[Tensor, Tensor | None]:

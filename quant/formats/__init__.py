@@ -4,17 +4,21 @@
 from ..errors import QuantError
 from .affine import Affine
 from .base import CompressedTensor, LayerFormat, PartSpec, from_matrix_view, matrix_shape, matrix_view
+from .codebook import Codebook
 from .dense import Dense
+from .palette import Palette
 
-FORMATS: tuple[type[LayerFormat], ...] = (Dense, Affine)
+FORMATS: tuple[type[LayerFormat], ...] = (Dense, Affine, Palette, Codebook)
 """Every kind of format: the planner, the contract tests and `parse_format` know formats only through this."""
 
 __all__ = [
     "FORMATS",
     "Affine",
+    "Codebook",
     "CompressedTensor",
     "Dense",
     "LayerFormat",
+    "Palette",
     "PartSpec",
     "from_matrix_view",
     "matrix_shape",

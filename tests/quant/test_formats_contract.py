@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every weight format promises, tried on concrete values of every class in FORMATS."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,26 +12,35 @@ from turbopocket.quant.fit import ABSMAX, FITS, Fit
 from turbopocket.quant.formats import (
     FORMATS,
     Affine,
+    Codebook,
     CompressedTensor,
     Dense,
     LayerFormat,
+    Palette,
     from_matrix_view,
     matrix_view,
     parse_format,
 )
+from turbopocket.quant.formats.bits import pack
 
 VALUES: list[LayerFormat] = [
     Dense(16),
     Dense(32),
     *(Affine(bits, group, symmetric) for bits in (4, 8) for group in (None, 5, 32) for symmetric in (True, False)),
+    *(Palette(bits, rows) for bits in (1, 2, 3, 4, 6, 8) for rows in (None, 2)),
+    *(Codebook(bits, 2) for bits in (1, 2, 3, 4, 6, 8)),
+    *(Codebook(bits, length, rows=rows) for bits, length in ((3, 4), (8, 8)) for rows in (None, 2)),
+    *(Codebook(bits, 4, along_outputs=True, rows=rows) for bits in (3, 8) for rows in (None, 4)),
 ]
-SHAPES = [(7, 15), (4, 64), (3, 5, 3, 3), (5, 32, 1, 1), (2, 160, 3, 2), (1, 1)]
+SHAPES = [(7, 15), (4, 64), (3, 5, 3, 3), (5, 32, 1, 1), (2, 160, 3, 2), (8, 24, 3, 3), (1, 1)]
 FITTING = [
     pytest.param(value, shape, id=f"{value}-{shape}")
     for value in VALUES
     for shape in SHAPES
     if value.fits(shape) is None
 ]
+ROUNDED = [each for each in FITTING if isinstance(each.values[0], Dense | Affine)]
+TABLES = [each for each in FITTING if isinstance(each.values[0], Palette | Codebook)]
 AFFINE = [pytest.param(value, id=str(value)) for value in VALUES if isinstance(value, Affine)]
 
 
@@ -42,7 +53,13 @@ def test_name_parses_back_to_the_same_value(value: LayerFormat) -> None:
     assert parse_format(str(value)) == value
 
 
-@pytest.mark.parametrize("text", ["int4", "int5-row", "int4-g0", "int4-g032", "int4-row ", "fp8", "INT8-row", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("int4", "int5-row", "int4-g0", "int4-g032", "int4-row ", "fp8", "INT8-row", ""),
+        *("lut5", "lut4-r0", "lut4-r016", "lut4-g16", "vq8", "vq5-d4", "vq8-d3", "vq8-d4-r8-out", "vq8-d16"),
+    ],
+)
 def test_unknown_name_is_refused_with_the_legal_names(text: str) -> None:
     with pytest.raises(QuantError, match=r"is not a weight format: known are fp16, fp32, int4-row"):
         parse_format(text)
@@ -71,7 +88,7 @@ def half_step_bound(value: LayerFormat, compressed: CompressedTensor) -> Tensor:
 
 
 @pytest.mark.parametrize("magnitude", [1e-9, 1e-4, 1.0, 3e3])
-@pytest.mark.parametrize(("value", "shape"), FITTING)
+@pytest.mark.parametrize(("value", "shape"), ROUNDED)
 def test_round_trip_error_is_within_half_a_step(value: LayerFormat, shape: tuple[int, ...], magnitude: float) -> None:
     weight = torch.randn(shape) * magnitude
     compressed = value.compress(weight, ABSMAX)
@@ -79,12 +96,27 @@ def test_round_trip_error_is_within_half_a_step(value: LayerFormat, shape: tuple
     assert (error_OK <= half_step_bound(value, compressed) * 1.0001).all()
 
 
+@pytest.mark.parametrize("magnitude", [1e-9, 1e-4, 1.0, 3e3])
+@pytest.mark.parametrize(("value", "shape"), TABLES)
+def test_tables_lose_less_than_the_weight_itself(
+    value: Palette | Codebook, shape: tuple[int, ...], magnitude: float
+) -> None:
+    weight = torch.randn(shape) * magnitude
+    compressed = value.compress(weight, ABSMAX)
+    assert all(torch.isfinite(part).all() for part in compressed.parts.values())
+    error = (value.decompress(compressed) - weight).square().sum()
+    # Numbers under fp16's smallest can come back as zeros.
+    assert error <= (1.001 if magnitude < 1e-7 else 0.9) * weight.square().sum()
+
+
 @pytest.mark.parametrize("fit", FITS, ids=str)
 @pytest.mark.parametrize("value", VALUES, ids=str)
 def test_zeros_come_back_as_zeros(value: LayerFormat, fit: Fit) -> None:
-    weight = torch.randn(6, 160)
-    weight[2] = 0.0
-    assert not value.decompress(value.compress(weight, fit, torch.eye(160)))[2].any()
+    weight = torch.randn(8, 160)
+    weight[2:4] = 0.0
+    if isinstance(value, Palette) and value.rows is None:
+        weight = torch.zeros(8, 160)  # one table for all rows need not hold a zero
+    assert not value.decompress(value.compress(weight, fit, torch.eye(160)))[2:4].any()
 
 
 @pytest.mark.parametrize("value", VALUES, ids=str)
@@ -96,10 +128,10 @@ def test_weight_that_is_not_finite_is_refused(value: LayerFormat, bad: float) ->
         value.compress(weight, ABSMAX)
 
 
-@pytest.mark.parametrize("value", [Dense(16), Affine(4), Affine(8, 5, False)], ids=str)
+@pytest.mark.parametrize("value", [Dense(16), Affine(4), Affine(8, 5, False), Palette(4), Codebook(4, 2)], ids=str)
 def test_weight_beyond_fp16_is_refused_with_its_size(value: LayerFormat) -> None:
     with pytest.raises(QuantError, match=r"1e\+08|[0-9]{6}.*65504|65504"):
-        value.compress(torch.full((2, 5), 1e8), ABSMAX)
+        value.compress(torch.full((2, 10), 1e8), ABSMAX)
 
 
 def test_group_that_does_not_divide_is_refused_with_both_numbers() -> None:
@@ -110,6 +142,40 @@ def test_group_that_does_not_divide_is_refused_with_both_numbers() -> None:
         value.nbytes((8, 320))
     with pytest.raises(QuantError, match=reason.replace("64", "96")):
         value.compress(torch.zeros(8, 320), ABSMAX)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("lut4-r16", (24, 32), "24 output channels are not a multiple of 16 per table in lut4-r16"),
+        ("vq8-d4-r16", (24, 32), "24 output channels are not a multiple of 16 per table in vq8-d4-r16"),
+        ("vq8-d4", (8, 6, 3, 3), "6 input channels are not a multiple of vector length 4 in vq8-d4"),
+        ("vq8-d4-out", (6, 8), "6 output channels are not a multiple of vector length 4 in vq8-d4-out"),
+        (
+            "vq8-d4-out-r2",
+            (8, 8),
+            "2 output channels per codebook are not a multiple of vector length 4 in vq8-d4-out-r2",
+        ),
+        ("lut4", (4,), "lut4 stores Linear [O, I] and Conv2d [O, I, kh, kw] weights, not shape [4]"),
+    ],
+)
+def test_shape_that_tables_do_not_fit_is_refused_with_numbers(name: str, shape: tuple[int, ...], reason: str) -> None:
+    assert parse_format(name).fits(shape) == reason
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Palette(5),
+        lambda: Palette(4, 0),
+        lambda: Codebook(7, 4),
+        lambda: Codebook(8, 3),
+        lambda: Codebook(8, 4, rows=0),
+    ],
+)
+def test_table_that_does_not_exist_is_refused(make: Callable[[], LayerFormat]) -> None:
+    with pytest.raises(QuantError, match=r"a code has 1, 2, 3, 4, 6 or 8 bits|at least 1 output|2, 4 or 8 weights"):
+        make()
 
 
 def test_group_never_spans_two_taps_of_a_convolution() -> None:
@@ -137,6 +203,43 @@ def test_unpacked_codes_scale_and_zero_rebuild_the_weight(value: Affine) -> None
     rebuilt = (steps_OGg * scale_OG.float().unsqueeze(-1)).reshape(3, 160)
     assert torch.equal(rebuilt, value.decompress(compressed))
     assert codes_OK.dtype == (torch.int8 if value.symmetric else torch.uint8)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_unpacked_codes_and_table_rebuild_the_weight(rows: int | None) -> None:
+    compressed = Palette(3, rows).compress(torch.randn(6, 5, 3, 3), ABSMAX)
+    codes_OK, table_GP = Palette(3, rows).unpack(compressed)
+    assert (codes_OK.dtype, tuple(codes_OK.shape)) == (torch.uint8, (6, 45))
+    assert (table_GP.dtype, tuple(table_GP.shape)) == (torch.float16, (6 // (rows or 6), 8))
+    rebuilt = [[float(table_GP[row // (rows or 6), int(code)]) for code in codes_OK[row]] for row in range(6)]
+    assert torch.equal(torch.tensor(rebuilt), matrix_view(Palette(3, rows).decompress(compressed)))
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("along_outputs", [False, True])
+def test_unpacked_codes_codebook_and_scale_rebuild_the_weight(along_outputs: bool, rows: int | None) -> None:
+    value = Codebook(6, 4, along_outputs, rows)
+    compressed = value.compress(torch.randn(8, 12, 3, 3), ABSMAX)
+    codes_RC, codebook_GPD, scale_O = value.unpack(compressed)
+    assert (codes_RC.dtype, tuple(codes_RC.shape)) == (torch.uint8, (2, 108) if along_outputs else (8, 27))
+    assert (codebook_GPD.dtype, tuple(codebook_GPD.shape)) == (torch.float16, (8 // (rows or 8), 64, 4))
+    rebuilt = torch.empty(8, 108)
+    for row in range(8):
+        for column in range(108):
+            code = int(codes_RC[row // 4, column] if along_outputs else codes_RC[row, column // 4])
+            place = row % 4 if along_outputs else column % 4
+            rebuilt[row, column] = codebook_GPD[row // (rows or 8), code, place].float() * scale_O[row].float()
+    assert torch.equal(rebuilt, matrix_view(value.decompress(compressed)))
+
+
+def test_vectors_along_outputs_are_vectors_along_inputs_of_the_transpose() -> None:
+    across, along = Codebook(4, 4), Codebook(4, 4, along_outputs=True)
+    codes_OC = torch.randint(0, 16, (16, 6), dtype=torch.uint8)
+    codebook = torch.randn(1, 16, 4).to(torch.float16)
+    parts = {"codebook": codebook, "scale": torch.ones(16, dtype=torch.float16), "codes": pack(codes_OC, 4)}
+    weight_OK = across.decompress(CompressedTensor(across, (16, 24), parts))
+    parts = {**parts, "scale": torch.ones(24, dtype=torch.float16), "codes": pack(codes_OC.T.contiguous(), 4)}
+    assert torch.equal(along.decompress(CompressedTensor(along, (24, 16), parts)), weight_OK.T)
 
 
 @pytest.mark.parametrize(("value", "low", "high"), [(Affine(4), -8, 7), (Affine(8), -127, 127)], ids=str)
