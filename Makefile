@@ -17,7 +17,7 @@ setup: .venv/.installed
 # One thread: for layers this small PyTorch's threads wait for each other longer than they work.
 demo: export OMP_NUM_THREADS = 1
 demo: setup
-	$(RUN) build pocket --recipe demo --out build/demo --overwrite
+	$(RUN) build --recipe demo --out build/demo --overwrite
 	$(RUN) generate build/demo "a large red circle left of a small blue square on a white background" --seed 7 --out build/demo.png
 	@echo "picture   build/demo.png"
 
@@ -36,8 +36,8 @@ bench: setup
 # The README's quality table: 500 test prompts in ONNX Runtime, int8 and about 4 bits, against float PyTorch.
 bench-quality: export OMP_NUM_THREADS = 1
 bench-quality: setup
-	$(RUN) build pocket --formats int8-row,int8-g32,fp16 --budget 14MB --out build/int8 --overwrite
-	$(RUN) build pocket --recipe demo --out build/demo --overwrite
+	$(RUN) build --formats int8-row,int8-g32,fp16 --budget 14MB --out build/int8 --overwrite
+	$(RUN) build --recipe demo --out build/demo --overwrite
 	$(BIN)/python benchmarks/alignment.py build/int8 build/demo
 	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
 	$(BIN)/python benchmarks/readme_tables.py
@@ -56,10 +56,10 @@ train-pocket: setup
 DISTILL := $(RUN) distill pocket --steps 4 --batch 32 --precision bf16
 distill-pocket distill-baseline bench-distill: export OMP_NUM_THREADS = 1
 distill-pocket: setup
-	$(DISTILL) --iterations 1000 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
+	$(DISTILL) --iterations 800 --guidance 2 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
 
 distill-baseline: setup
-	$(DISTILL) --method mse --iterations 205 --student-lr 3e-4 --out build/pocket-mse
+	$(DISTILL) --method mse --iterations 163 --student-lr 3e-4 --out build/pocket-mse
 
 # Students beside their teacher, and TDM with each of its devices off: about three hours on two cores.
 bench-distill: distill-pocket distill-baseline

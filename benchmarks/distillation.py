@@ -30,7 +30,7 @@ from turbopocket.pocket.scenes import sample_scenes
 from turbopocket.quant.distill.denoiser import Denoiser
 from turbopocket.quant.distill.diffusion import Diffusion
 from turbopocket.quant.distill.options import DEVICE_NAMES, DistillOptions
-from turbopocket.quant.distill.steps import FixedIntervals
+from turbopocket.quant.distill.steps import FixedIntervals, even_walk
 from turbopocket.quant.distill.tdm import guided_clean_and_noise
 from turbopocket.quant.distill.trajectory_mse import network_evaluations
 from turbopocket.runtimes.schedule import SamplerSpec, alphas_cumprod
@@ -66,7 +66,7 @@ class Painter:
         self.model = load(source, steps=steps if step_biases else None)
         spec = SamplerSpec.from_scheduler_config(self.model.scheduler_config, 1, 1.0)
         self.diffusion = Diffusion(torch.from_numpy(alphas_cumprod(spec)), spec.prediction_type)
-        self.walk = FixedIntervals(self.diffusion.train_timesteps, [steps]).walk(steps)
+        self.walk = even_walk(self.diffusion.train_timesteps, steps)
         self.denoiser = Denoiser(self.model.modules["unet"], step_condition=False)
         self.states, self.guidance = PromptStates(self.model, torch.device("cpu")), guidance
 
@@ -113,7 +113,7 @@ def diversity(painter: Painter, judge: Judge) -> float:
 
 
 def compare_students(teacher: str, tdm: str, mse: str | None, frechet_pictures: int) -> dict[str, Any]:
-    """Teacher at 20, 4, 2 and 1 guided steps; students at 4, 2 and 1 without guidance."""
+    """Teacher at 20, 4, 2 and 1 guided steps; students at 4, 2 and 1 without guidance; Frechet distances at 4."""
     judge, own = load_judge(), json.loads((load(teacher).folder / "sampling.json").read_text())
     results, rows = {}, {}
     wanted = [("teacher", teacher, steps, own["guidance_scale"]) for steps in (20, 4, 2, 1)]
@@ -121,7 +121,7 @@ def compare_students(teacher: str, tdm: str, mse: str | None, frechet_pictures: 
     wanted += [("mse", mse, steps, 1.0) for steps in (4, 2, 1)] if mse else []
     for name, source, steps, guidance in wanted:
         painter = Painter(source, steps, guidance, step_biases=name != "teacher")
-        results[f"{name} {steps}"] = asdict(measured(painter, judge, frechet_pictures if steps in (20, 4) else 0))
+        results[f"{name} {steps}"] = asdict(measured(painter, judge, frechet_pictures if steps == 4 else 0))
         rows[f"{name}, {steps} steps"] = shown(painter)
         print(name, steps, results[f"{name} {steps}"], flush=True)
     write_rows(rows, SHOWN_PROMPTS, DOCS / "students.png")
@@ -148,7 +148,7 @@ def ablate(teacher: str, options: DistillOptions, folder: Path) -> dict[str, Any
         results[title] = {"iterations": iterations}
         for steps in (4, 2, 1):
             painter = Painter(str(out), steps, 1.0, step_biases=True)
-            results[title][str(steps)] = asdict(measured(painter, judge, 0))
+            results[title][str(steps)] = asdict(measured(painter, judge, PROMPTS))
             rows[f"{title}, {steps} steps"] = shown(painter)
         print(title, results[title], flush=True)
     write_rows(
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", help="students: the TDM student, then the MSE student")
     parser.add_argument("--teacher", default="pocket")
     parser.add_argument("--frechet-pictures", type=int, default=5000)
-    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--iterations", type=int, default=120)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--student-lr", type=float, default=1.5e-4)
     parser.add_argument("--fake-lr", type=float, default=6e-4)

@@ -54,37 +54,17 @@ def memory() -> str:
 
 def pocket() -> str:
     """What the float model reaches, per attribute."""
-    row = _load("alignment")["results"]["float"]
+    measured = _load("alignment")
+    row = measured["results"]["float"]
     shares = {"all attributes": row["alignment"], **row["by_label"]}
-    return _table(["float model, test split", "right"], [[k, f"{100 * v:.1f} %"] for k, v in shares.items()])
-
-
-def students() -> str:
-    """Few-step students beside their teacher."""
-    names = {"teacher": "teacher, guided", "tdm": "TDM, no guidance", "mse": "trajectory MSE, no guidance"}
-    rows = []
-    for key, row in _load("distillation_students")["results"].items():
-        name, steps = key.split()
-        frechet = "" if row["frechet"] is None else f"{row['frechet']:.2f}"
-        rows.append([names[name], steps, f"{100 * row['alignment']:.1f} %", frechet, f"{row['diversity']:.2f}"])
-    return _table(["drawn by", "steps", "alignment", "Fréchet distance", "diversity"], rows)
-
-
-def ablations() -> str:
-    """TDM with each of its devices off, and regression at equal compute."""
-    rows = []
-    for name, row in _load("distillation_ablations")["results"].items():
-        shares = [f"{100 * row[steps]['alignment']:.1f} %" for steps in ("4", "2", "1")]
-        rows.append([name.replace("_", " "), *shares, f"{row['4']['diversity']:.2f}"])
-    return _table(["run", "4 steps", "2 steps", "1 step", "diversity, 4 steps"], rows)
+    title = f"float `{measured['model']}`, {measured['steps']} steps, test split"
+    return _table([title, "right"], [[k, f"{100 * v:.1f} %"] for k, v in shares.items()])
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "memory": memory,
     "pocket": pocket,
-    "students": students,
-    "ablations": ablations,
 }
 
 

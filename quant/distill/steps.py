@@ -30,13 +30,20 @@ class StepSchedule(Protocol):
         ...
 
 
-class FixedIntervals:
-    """TDM's schedule: K steps of equal length over all training timesteps, K drawn from `counts` with odds of 1 / K.
+def even_walk(train_timesteps: int, count: int) -> tuple[Step, ...]:
+    """`count` steps of equal length over all training timesteps, where diffusers' DDIM with trailing spacing goes."""
+    length = train_timesteps // count
+    starts = [round(train_timesteps * (1 - index / count)) - 1 for index in range(count)]
+    return tuple(Step(start, start - length) for start in starts)
 
-    The odds are ours: the fewer the steps, the more is left to learn, and each of them is met more often.
+
+class FixedIntervals:
+    """TDM's schedule: K steps of equal length over all training timesteps, K drawn from `counts`.
+
+    Odds fall with the root of K, which is ours: the fewer the steps, the more each of them has to learn.
 
     Timesteps are those of diffusers' DDIM with trailing spacing, so the shipped scheduler config says them whole
-    (six and seven steps, which do not divide 1000, end one timestep short of clean, as they do there).
+    (counts that do not divide them end a little short of clean, as they do there).
     QuantError for a count outside 1 to 8.
     """
 
@@ -44,14 +51,12 @@ class FixedIntervals:
         if not counts or not all(1 <= count <= MAX_STEPS for count in counts):
             raise QuantError(f"step counts {list(counts)}: allowed are 1 to {MAX_STEPS}")
         self.train_timesteps, self.counts = train_timesteps, tuple(counts)
-        shares = [1 / count for count in self.counts]
+        shares = [count**-0.5 for count in self.counts]
         self.odds = tuple(share / sum(shares) for share in shares)
 
     def walk(self, count: int) -> tuple[Step, ...]:
         """Returns the steps of the walk in `count` steps."""
-        length = self.train_timesteps // count
-        starts = [round(self.train_timesteps * (1 - index / count)) - 1 for index in range(count)]
-        return tuple(Step(start, start - length) for start in starts)
+        return even_walk(self.train_timesteps, count)
 
     def draw(self, generator: torch.Generator) -> tuple[Step, ...]:
         """Returns the walk for a count drawn from `counts`."""
