@@ -18,9 +18,9 @@ from ..runtimes.errors import TurbopocketError
 from .components import component_name, group_name, layers_of, shapes_of
 from .families import load_shapes
 from .graph import Component
-from .lower.onnx_form import Kind
 from .recipe import Recipe
-from .targets import Target, open_target
+from .target import Kind, Target
+from .targets import open_target
 from .units import format_bytes
 
 GRAPH_BYTES_PER_LAYER = 1500

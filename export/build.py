@@ -11,7 +11,7 @@ from ..quant.calibrate import LayerStats, calibrate
 from ..quant.compress import compress, save_weights
 from ..quant.errors import OverBudget
 from ..quant.fit import MSE, parse_fit
-from ..quant.formats import CompressedTensor, parse_format
+from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
 from ..quant.sensitivity import measure, save_choices
 from ..runtimes.errors import ParityFailed
@@ -37,9 +37,10 @@ from .results import (
     layer_snr_db,
     tradeoff_points,
 )
-from .spec import pipeline_manifest
+from .spec import pipeline_manifest, sampler_spec
 from .staging import refuse_occupied, report_folder, staged_folders
-from .targets import Target, Traced, open_target
+from .target import Target, Traced
+from .targets import open_target
 
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
@@ -59,6 +60,7 @@ class Workbench:
     components: Sequence[Component]
     traced: Mapping[str, Traced]
     layers: Mapping[str, nn.Module]
+    formats: Mapping[str, Sequence[LayerFormat]]
     draft: Manifest
     progress: StageProgress
 
@@ -76,16 +78,18 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         bench.target.write_side_files(bench.model, bench.traced, artifact)
         session = _session(bench, artifact)
         stats = _calibrate(bench, session)
+        bench = _fitted(bench, stats)
         choices = _measure(bench, session, stats)
         decided = _plan(bench, choices, artifact)
         with progress.stage("compress"):
             weights = compress(bench.layers, decided, parse_fit(recipe.compress.fit), stats)
-        _lower(bench, weights, artifact)
+        bench = _lowered(bench, weights, artifact)
         gaps = _compare(bench, session, weights, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
+        unverified = bench.target.inspect(artifact, manifest)
         built_bytes = folder_bytes(artifact)
-        _require_budget(built_bytes, decided, recipe.target.prepacked)
+        _require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
         save_choices(report / CHOICES_FILE, choices)
         save_weights(report / WEIGHTS_FILE, weights)
         data = ReportData(
@@ -107,13 +111,13 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         )
         data.save(report)
         page = write_report(report, data)
-    return Built(out, report_folder(out) / page.name, built_bytes, decided, gaps, progress.stage_seconds)
+    return Built(out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, progress.stage_seconds)
 
 
 def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
-    target = open_target(recipe.target)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
+        target = open_target(recipe.target, sampler_spec(model, recipe.sampler).guidance_scale > 1)
         components = target.components(model)
     traced = {}
     with progress.stage("trace", len(components)) as advance:
@@ -123,9 +127,10 @@ def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
     # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
     used = {name for graph in traced.values() for name in graph.layers}
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
+    formats = candidate_formats(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
     specs = {name: target.component_spec(graph) for name, graph in traced.items()}
     draft = pipeline_manifest(model, recipe, specs, target.tools)
-    return Workbench(recipe, target, model, evidence_for(model), components, traced, layers, draft, progress)
+    return Workbench(recipe, target, model, evidence_for(model), components, traced, layers, formats, draft, progress)
 
 
 def _session(bench: Workbench, artifact: Path) -> Session:
@@ -154,17 +159,23 @@ def _calibrate(bench: Workbench, session: Session) -> dict[str, LayerStats]:
         return calibrate(modules, draw_all)
 
 
+def _fitted(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
+    """Graphs that hold the ranges which calibration saw."""
+    largest = {name: layer.largest_output for name, layer in stats.items()}
+    components = {component.name: component for component in bench.components}
+    traced = {name: bench.target.fitted(graph, components[name], largest) for name, graph in bench.traced.items()}
+    return replace(bench, traced=traced)
+
+
 def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]) -> dict[str, LayerChoices]:
     """Predicted loss of each layer in each format the target can store."""
-    compression = bench.recipe.compress
-    formats = candidate_formats(bench.target, shapes_of(bench.layers), compression.formats, compression.pin)
     prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
     choices: dict[str, LayerChoices] = {}
     with bench.progress.stage("measure", len(bench.layers)) as advance:
         probe = make_probe(replace(session, prompts=prompts), torch_runner(bench.components), PROBE_STEPS)
         for name, layer in bench.layers.items():
             outputs = probe.outputs_after(component_name(name))
-            choices |= measure({name: layer}, stats, {name: formats[name]}, outputs, MSE)
+            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, MSE)
             advance()
     return choices
 
@@ -195,11 +206,14 @@ def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path)
     return min(fitting, key=lambda fit: (fit.predicted_loss, fit.total_bytes))
 
 
-def _lower(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path) -> None:
+def _lowered(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path) -> Workbench:
+    """Writes the components; the draft then says what their files are."""
+    specs = {}
     with bench.progress.stage("lower", len(bench.traced)) as advance:
-        for graph in bench.traced.values():
-            bench.target.lower(graph, {name: weights[name] for name in graph.layers}, artifact)
+        for name, graph in bench.traced.items():
+            specs[name] = bench.target.lower(graph, {layer: weights[layer] for layer in graph.layers}, artifact)
             advance()
+    return replace(bench, draft=bench.draft.model_copy(update={"components": specs}))
 
 
 def _compare(bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
@@ -228,5 +242,5 @@ def _require_budget(built_bytes: int, decided: Plan, prepacked: bool) -> None:
         raise OverBudget(
             f"the files came to {built_bytes:,} bytes, {built_bytes - decided.budget_bytes:,} over the budget of "
             f"{decided.budget_bytes:,} bytes; planned were {decided.total_bytes:,}",
-            hint="prepacked weights are not in the plan: switch target.prepacked off" if prepacked else None,
+            hint="prepacked weights are not in the plan: switch target.onnx.prepacked off" if prepacked else None,
         )

@@ -16,18 +16,22 @@ from .families.evidence import evidence_for
 from .parity import Gaps, Session, gap_steps, measure_gaps
 from .progress import StageProgress
 from .recipe import parse_recipe
-from .results import parity_summary, parity_table
+from .results import parity_summary, parity_table, show_unverified
 from .staging import report_folder
 from .targets import open_target
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found. `gaps` is None when only the files could be checked; `why_not` then says why."""
+    """What a check found. `gaps` is None when only the files could be checked; `why_not` then says why.
+
+    `unverified` lists what only a device can tell.
+    """
 
     manifest: Manifest
     gaps: Gaps | None
     why_not: str | None
+    unverified: tuple[str, ...]
 
     @property
     def failure(self) -> str | None:
@@ -42,6 +46,7 @@ class Checked:
             "files_verified": True,
             "parity": parity_summary(self.gaps) if self.gaps else None,
             "parity_not_measured": self.why_not,
+            "not_verified_on_device": list(self.unverified),
         }
 
     def show(self, console: Console) -> None:
@@ -51,6 +56,7 @@ class Checked:
             console.print(f"parity was not measured: {self.why_not}", highlight=False, soft_wrap=True)
         else:
             console.print(parity_table(self.gaps))
+        show_unverified(self.unverified, console)
 
 
 def check(artifact: Path, progress: StageProgress) -> Checked:
@@ -60,19 +66,21 @@ def check(artifact: Path, progress: StageProgress) -> Checked:
     model; without the former only the files are checked. Raises TurbopocketError for files that do not match.
     """
     manifest = load_manifest(artifact)
+    recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
+    target = open_target(recipe.target)
     with progress.stage("verify"):
         verify(artifact, manifest)
+        unverified = target.inspect(artifact, manifest)
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
     if not stored.is_file():
-        return Checked(manifest, None, f"{stored} is not there; it is made by `build`, beside the artifact")
-    recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
+        why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
+        return Checked(manifest, None, why_not, unverified)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
         evidence = evidence_for(model)
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
-    target = open_target(recipe.target)
     runtimes = target.runtimes(artifact, manifest, recipe.parity.max_lowering_error or target.max_lowering_error)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
         gaps = measure_gaps(target.components(model), load_weights(stored), runtimes, session, evidence, advance)
-    return Checked(manifest, gaps, None)
+    return Checked(manifest, gaps, None, unverified)

@@ -21,7 +21,11 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: what a build asks 
 app.add_typer(recipe_app, name="recipe")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Source = Annotated[str, typer.Argument(help="A bundled name (pocket), a diffusers folder, or a hub id.")]
+SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, or a hub id."
+Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
+OptionalSource = Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket.")]
+TargetName = Annotated[str | None, typer.Option("--target", help="What the phone runs: onnx or coreml.")]
+Deployment = Annotated[str | None, typer.Option(help="Oldest system for Core ML packages: iOS17, iOS18 or iOS26.")]
 Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
@@ -37,12 +41,10 @@ def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
         show(Console())
 
 
-def _recipe(name: str | None, source: str | None, overrides: dict[str, dict[str, Any]], seed: int | None) -> Any:
+def _recipe(name: str | None, overrides: dict[str, Any]) -> Any:
     from .recipe import Recipe, load_recipe, with_overrides
 
-    recipe = load_recipe(name) if name else Recipe()
-    overrides.setdefault("model", {})["source"] = source
-    return with_overrides(recipe, overrides, seed)
+    return with_overrides(load_recipe(name) if name else Recipe(), overrides)
 
 
 def _pins(pins: list[str] | None) -> dict[str, str] | None:
@@ -57,9 +59,10 @@ def _pins(pins: list[str] | None) -> dict[str, str] | None:
 
 @app.command()
 def build(
-    source: Source,
     out: Annotated[Path, typer.Option(help="The artifact folder to make.")],
-    target: Annotated[str | None, typer.Option(help="What the phone runs: onnx.")] = None,
+    source: OptionalSource = None,
+    target: TargetName = None,
+    deployment: Deployment = None,
     budget: Budget = None,
     recipe: RecipeFile = None,
     formats: Formats = None,
@@ -74,25 +77,27 @@ def build(
     """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
     from .build import build as run_build
     from .progress import StageProgress
-    from .results import parity_table
+    from .results import parity_table, show_unverified
     from .units import format_bytes
 
-    overrides: dict[str, dict[str, Any]] = {
-        "model": {"lora": lora or None},
-        "target": {"name": target},
-        "compress": {
-            "budget": budget,
-            "formats": formats and formats.split(","),
-            "fit": fit,
-            "pin": _pins(pin),
-        },
-        "sampler": {"steps": steps},
+    overrides = {
+        "model.source": source,
+        "model.lora": lora or None,
+        "target.name": target,
+        "target.coreml.deployment": deployment,
+        "compress.budget": budget,
+        "compress.formats": formats and formats.split(","),
+        "compress.fit": fit,
+        "compress.pin": _pins(pin),
+        "sampler.steps": steps,
+        "seed": seed,
     }
-    built = run_build(_recipe(recipe, source, overrides, seed), out, overwrite, StageProgress(quiet=as_json))
+    built = run_build(_recipe(recipe, overrides), out, overwrite, StageProgress(quiet=as_json))
 
     def show(console: Console) -> None:
         allowed = f" of {format_bytes(built.plan.budget_bytes)} allowed" if built.plan.budget_bytes else ""
         console.print(parity_table(built.gaps))
+        show_unverified(built.unverified, console)
         console.print(
             f"bytes     {format_bytes(built.total_bytes)}{allowed} (plan: {format_bytes(built.plan.total_bytes)})"
         )
@@ -117,6 +122,7 @@ def distill(
     lora_rank: Annotated[int | None, typer.Option(help="Train LoRA matrices of this rank, not all weights.")] = None,
     student_lr: Annotated[float, typer.Option(help="Peak learning rate of the student.")] = 4e-6,
     fake_lr: Annotated[float, typer.Option(help="Peak learning rate of the fake score; above the student's.")] = 2e-5,
+    horizon: Annotated[int, typer.Option(help="Walks start at this training timestep less one.")] = 800,
     without: Annotated[list[str] | None, typer.Option(help="Switch off one of TDM's devices, for ablations.")] = None,
     precision: Annotated[str, typer.Option(help="Arithmetic: no (float32), bf16 or fp16.")] = "no",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
@@ -134,7 +140,7 @@ def distill(
         devices=devices_without(without or []), seed=seed,
     )  # fmt: skip
     request = DistillRequest(
-        source, steps, method, options, guidance, prompts, lora_rank, precision, gradient_checkpointing
+        source, steps, method, options, guidance, prompts, lora_rank, horizon, precision, gradient_checkpointing
     )
     summary = distil(request, out, overwrite, StageProgress(quiet=as_json))
     _emit(summary, as_json, lambda console: console.print(f"model     {summary['model']}", soft_wrap=True))
@@ -142,7 +148,9 @@ def distill(
 
 @app.command()
 def plan(
-    source: Source,
+    source: OptionalSource = None,
+    target: TargetName = None,
+    deployment: Deployment = None,
     budget: Budget = None,
     recipe: RecipeFile = None,
     formats: Formats = None,
@@ -153,8 +161,15 @@ def plan(
     """Says in seconds what fits a budget, from the model's configs alone: no weights are read."""
     from .budget import plan_source, show_plan
 
-    overrides = {"compress": {"budget": budget, "formats": formats and formats.split(","), "pin": _pins(pin)}}
-    summary = plan_source(_recipe(recipe, source, overrides, None), measured)
+    overrides = {
+        "model.source": source,
+        "target.name": target,
+        "target.coreml.deployment": deployment,
+        "compress.budget": budget,
+        "compress.formats": formats and formats.split(","),
+        "compress.pin": _pins(pin),
+    }
+    summary = plan_source(_recipe(recipe, overrides), measured)
     _emit(summary, as_json, lambda console: show_plan(summary, console))
 
 

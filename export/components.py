@@ -11,14 +11,17 @@ from .families import LoadedModel
 from .graph import Component, text_encoder_component, unet_component, vae_decoder_component
 
 
-def components_of(model: LoadedModel) -> list[Component]:
-    """Returns the graphs in the order in which drawing runs them; they share the model's modules."""
+def components_of(model: LoadedModel, all_states: bool = True) -> list[Component]:
+    """Returns the graphs in the order in which drawing runs them; they share the model's modules.
+
+    Without `all_states` text encoders give only the hidden states that a pipeline reads.
+    """
     side = model.image_size_px // model.vae_scale_factor
     encoders = {name: module for name, module in model.modules.items() if name.startswith("text_encoder")}
     configs: list[Any] = [module.config for module in encoders.values()]
     tokens = min(config.max_position_embeddings for config in configs)
     return [
-        *(text_encoder_component(module, name) for name, module in encoders.items()),
+        *(text_encoder_component(module, name, all_states) for name, module in encoders.items()),
         unet_component(model.modules["unet"], (side, side), tokens),
         vae_decoder_component(model.modules["vae"], (side, side)),
     ]

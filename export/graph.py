@@ -50,11 +50,21 @@ class Component:
         return f"{self.name}."
 
 
+PENULTIMATE = "hidden_embeds"
+"""Apple's name of the hidden state that SDXL reads: the one before the last layer."""
+
+
 class _TextEncoder(ComponentModule):
+    def __init__(self, component: str, model: nn.Module, all_states: bool) -> None:
+        super().__init__(component, model)
+        self.all_states = all_states
+
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         # Positions are computed, not read from the model's buffer, which may be on the meta device.
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         encoded = self.model(input_ids, position_ids=positions, output_hidden_states=True)
+        if not self.all_states:
+            return encoded.hidden_states[-2], encoded.last_hidden_state, encoded[self.pooled_name]
         if self.has_projection:
             return encoded.text_embeds, encoded.last_hidden_state, *encoded.hidden_states
         return encoded.last_hidden_state, encoded.pooler_output, *encoded.hidden_states
@@ -63,19 +73,31 @@ class _TextEncoder(ComponentModule):
     def has_projection(self) -> bool:
         return hasattr(self.model, "text_projection")
 
+    @property
+    def pooled_name(self) -> str:
+        return "text_embeds" if self.has_projection else "pooler_output"
 
-def text_encoder_component(clip_model: nn.Module, name: str = "text_encoder") -> Component:
+
+def text_encoder_component(clip_model: nn.Module, name: str = "text_encoder", all_states: bool = True) -> Component:
     """`input_ids` [B, T] int64 to `last_hidden_state` [B, T, D], `pooler_output` [B, D] (CLIPTextModel) or to
     `text_embeds` [B, P], `last_hidden_state` (CLIPTextModelWithProjection), then `hidden_states.0` … `.L` for L layers.
+
+    Without `all_states`: `hidden_embeds` (the state before the last layer), `last_hidden_state`, and the pooled one.
     """
-    module = _TextEncoder(name, clip_model)
+    module = _TextEncoder(name, clip_model, all_states)
     config = module.model.config
-    pooled = ("text_embeds", "last_hidden_state") if module.has_projection else ("last_hidden_state", "pooler_output")
+    states = tuple(f"hidden_states.{index}" for index in range(config.num_hidden_layers + 1))
+    if not all_states:
+        names: tuple[str, ...] = (PENULTIMATE, "last_hidden_state", module.pooled_name)
+    elif module.has_projection:
+        names = (module.pooled_name, "last_hidden_state", *states)
+    else:
+        names = ("last_hidden_state", module.pooled_name, *states)
     return Component(
         name=name,
         module=module,
         example_inputs={"input_ids": torch.zeros(EXAMPLE_BATCH, config.max_position_embeddings, dtype=torch.int64)},
-        output_names=(*pooled, *(f"hidden_states.{index}" for index in range(config.num_hidden_layers + 1))),
+        output_names=names,
     )
 
 

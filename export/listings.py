@@ -2,6 +2,7 @@
 """What can be asked for: weight formats on each target, and models."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from rich.console import Console
@@ -12,8 +13,8 @@ from .budget import parameter_count
 from .components import components_of
 from .families import FAMILIES, load_shapes
 from .families.source import BUNDLED
-from .lower.onnx_form import Kind
-from .lower.onnx_stores import STORES, storable
+from .target import Kind
+from .targets import TARGETS
 from .units import format_bytes
 
 SAMPLE_FORMATS = (
@@ -35,13 +36,13 @@ def format_rows() -> list[dict[str, Any]]:
     rows = []
     for name in SAMPLE_FORMATS:
         form = parse_format(name)
-        for layer, kind, shape in SAMPLE_LAYERS:
-            reason = storable(form, kind, shape)
-            stored_as = STORES[type(form), kind].summary if reason is None else None
+        for target, (layer, kind, shape) in product(TARGETS, SAMPLE_LAYERS):
+            reason = target.storable(form, kind, shape)
+            stored_as = target.stored_as(form, kind) if reason is None else None
             rows.append(
                 {
                     "format": name,
-                    "target": "onnx",
+                    "target": target.name,
                     "layer": layer,
                     "shape": list(shape),
                     "bytes": None if reason else form.nbytes(shape),

@@ -33,14 +33,36 @@ class ModelSection(_Section):
     """LoRA files merged into the weights before compression."""
 
 
-class TargetSection(_Section):
-    """What the phone runs."""
+class OnnxSection(_Section):
+    """How ONNX Runtime is to run it."""
 
-    name: Literal["onnx"] = "onnx"
     accuracy_level: Literal[0, 1, 4] = 1
     """ONNX Runtime's MatMulNBits compute: 1 multiplies in fp32, 4 quantizes activations to int8 (faster on ARM)."""
     prepacked: bool = False
     """Save weights in the layout of this machine's CPU kernels: less memory, but only for the same kind of CPU."""
+
+
+class CoreMLSection(_Section):
+    """What Core ML packages are to need."""
+
+    deployment: Literal["iOS17", "iOS18", "iOS26"] = "iOS18"
+    """The oldest system that reads them."""
+    max_package: str = "1GiB"
+    """A UNet of more bytes becomes two packages, which are loaded one after the other."""
+
+    @field_validator("max_package")
+    @classmethod
+    def _max_package_has_a_unit(cls, value: str) -> str:
+        parse_bytes(value, "max_package")
+        return value
+
+
+class TargetSection(_Section):
+    """What the phone runs; of the sections for single targets, the named one's counts."""
+
+    name: Literal["onnx", "coreml"] = "onnx"
+    onnx: OnnxSection = OnnxSection()
+    coreml: CoreMLSection = CoreMLSection()
 
 
 class CompressSection(_Section):
@@ -91,7 +113,7 @@ class ParitySection(_Section):
     max_lowering_error: float | None = Field(default=None, gt=0)
     """Largest ||runtime - PyTorch|| / ||PyTorch||, both with the stored weights, per component and timestep.
 
-    Without it what the target is held to: 1e-4 for onnx.
+    Without it what the target is held to: 1e-4 for onnx, 1e-3 for coreml, whose programs compute with fp16 constants.
     """
 
 
@@ -162,13 +184,16 @@ def make_recipe(values: Mapping[str, Any], name: str) -> Recipe:
     return recipe
 
 
-def with_overrides(recipe: Recipe, overrides: Mapping[str, Mapping[str, Any]], seed: int | None) -> Recipe:
-    """Returns `recipe` with the command line's values, given as section -> key -> value (None leaves as is)."""
+def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """Returns `recipe` with the command line's values, by dotted key; None leaves a key as it is."""
     values = recipe.model_dump()
-    for section, entries in overrides.items():
-        values[section] |= {key: value for key, value in entries.items() if value is not None}
-    if seed is not None:
-        values["seed"] = seed
+    for dotted, value in overrides.items():
+        *path, key = dotted.split(".")
+        section = values
+        for part in path:
+            section = section[part]
+        if value is not None:
+            section[key] = value
     return make_recipe(values, "command line")
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -36,6 +38,7 @@ class Built:
     total_bytes: int
     plan: Plan
     gaps: Gaps
+    unverified: tuple[str, ...]
     stage_seconds: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
@@ -47,16 +50,17 @@ class Built:
             "planned_bytes": self.plan.total_bytes,
             "total_bytes": self.total_bytes,
             "parity": parity_summary(self.gaps),
+            "not_verified_on_device": list(self.unverified),
             "stage_seconds": {name: round(seconds, 1) for name, seconds in self.stage_seconds.items()},
         }
 
 
 def parity_table(gaps: Gaps) -> Table:
     """Returns both gaps per component and runtime, for a terminal."""
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=SIMPLE_HEAD)  # fits a terminal of 80 columns
     for column in ("component", "runtime"):
-        table.add_column(column)
-    for column in ("compression gap", "lowering gap", "SNR", "limit", "verdict"):
+        table.add_column(column, no_wrap=True)
+    for column in ("compression", "lowering", "SNR", "limit", "verdict"):
         table.add_column(column, justify="right")
     compression = worst_errors(gaps.compression)
     for name in worst_errors(next(iter(gaps.lowering.values()))):
@@ -66,6 +70,12 @@ def parity_table(gaps: Gaps) -> Table:
             snr = f"{-20 * math.log10(error):.1f} dB" if error > 0 else "exact"
             table.add_row(name, runtime, f"{compression[name]:.2e}", f"{error:.2e}", snr, f"{limit:.0e}", verdict)
     return table
+
+
+def show_unverified(unverified: Sequence[str], console: Console) -> None:
+    """Prints what only a device can tell, if anything."""
+    if unverified:
+        console.print(f"not verified on device: {'; '.join(unverified)}", highlight=False)
 
 
 def worst_errors(report: ParityReport) -> dict[str, float]:

@@ -3,10 +3,11 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtimes.errors import TurbopocketError
 from .families import LoadedModel, tokenizer_json
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -23,15 +24,33 @@ def write_side_files(model: LoadedModel, components: Mapping[str, Any], folder: 
     for component in components:
         config = model.modules[CONFIG_OWNERS.get(component, component)].config
         _write_json(folder / component / "config.json", _plain(config))
+    _write_tokenizers(model, folder, TOKENIZER_FILES)
+    _write_json(folder / "scheduler" / "scheduler_config.json", dict(model.scheduler_config))
+    _write_json(folder / "model_index.json", _model_index(model, components))
+
+
+def _write_tokenizers(model: LoadedModel, folder: Path, also: Sequence[str]) -> None:
     for encoder, source in model.tokenizers.items():
         target = folder / encoder.replace("text_encoder", "tokenizer")
         target.mkdir(parents=True, exist_ok=True)
         (target / "tokenizer.json").write_bytes(tokenizer_json(source))
-        for name in TOKENIZER_FILES:
+        for name in also:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
-    _write_json(folder / "scheduler" / "scheduler_config.json", dict(model.scheduler_config))
-    _write_json(folder / "model_index.json", _model_index(model, components))
+
+
+def write_swift_files(model: LoadedModel, folder: Path) -> None:
+    """Writes the first tokenizer's vocab.json and merges.txt where Apple's Swift package looks for them, and every
+    tokenizer.json for our readers.
+
+    Raises TurbopocketError when the model has no vocab.json and merges.txt.
+    """
+    _write_tokenizers(model, folder, ())
+    for name in ("vocab.json", "merges.txt"):
+        source = model.tokenizers["text_encoder"] / name
+        if not source.is_file():
+            raise TurbopocketError(f"{source} is missing: the Swift package reads it")
+        shutil.copyfile(source, folder / name)
 
 
 def _model_index(model: LoadedModel, components: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,21 +9,21 @@ UNIT_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB"
 _BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, name: str = "budget") -> int:
     """Returns the number of bytes that `text` names, such as "8MB" (8,000,000) or "1.5GiB".
 
-    Raises TurbopocketError when there is no number, no unit, an unknown unit, or the budget is zero.
+    Raises TurbopocketError, in which it is called `name`, for no number, no unit, an unknown unit, or zero.
     """
     match = _BUDGET.fullmatch(text)
     units = {unit.lower(): count for unit, count in UNIT_BYTES.items()}
     if match is None or match[2].lower() not in units:
         raise TurbopocketError(
-            f"budget {text!r} is not a number with a unit; the units are {', '.join(UNIT_BYTES)}",
+            f"{name} {text!r} is not a number with a unit; the units are {', '.join(UNIT_BYTES)}",
             hint="write it like 8MB or 1.3GB",
         )
     count = int(float(match[1]) * units[match[2].lower()])
     if count <= 0:
-        raise TurbopocketError(f"budget {text!r} is {count} bytes; it must be more than zero")
+        raise TurbopocketError(f"{name} {text!r} is {count} bytes; it must be more than zero")
     return count
 
 

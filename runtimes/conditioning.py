@@ -14,6 +14,8 @@ from .runner import Arrays, Runner, component_spec
 from .tokenizer import Tokenizer
 
 _HIDDEN_STATES = "hidden_states."
+_PENULTIMATE = "hidden_embeds"
+"""Its name where a graph gives no other hidden state but the last."""
 
 
 class PromptCut(UserWarning):
@@ -79,6 +81,8 @@ def _output(component: str, outputs: Arrays, name: str) -> NDArray[np.float32]:
 
 def _penultimate(component: str, outputs: Arrays) -> NDArray[np.float32]:
     """The state before the last layer, which SDXL was trained on; states count from the embedding up."""
+    if _PENULTIMATE in outputs:
+        return _output(component, outputs, _PENULTIMATE)
     count = sum(name.startswith(_HIDDEN_STATES) for name in outputs)
     return _output(component, outputs, f"{_HIDDEN_STATES}{count - 2}")
 

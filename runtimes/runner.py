@@ -36,6 +36,10 @@ def open_runner(folder: Path, manifest: Manifest) -> LayerRunner:
             from .onnx import OnnxRunner
 
             return OnnxRunner(folder, manifest)
+        case "coreml":
+            from .coreml.runner import CoreMLRunner, has_apples_runtime
+
+            return CoreMLRunner(folder, manifest, None if has_apples_runtime() else "fp32")
 
 
 def component_spec(manifest: Manifest, component: str) -> ComponentSpec:

@@ -4,7 +4,7 @@
 import pytest
 
 from turbopocket.export.budget import candidate_formats
-from turbopocket.export.targets import Onnx
+from turbopocket.export.target_onnx import Onnx
 from turbopocket.runtimes.errors import TurbopocketError
 
 SHAPES = {"unet.conv_in": (64, 4, 3, 3), "unet.mid.to_q": (64, 64), "unet.mid.to_k": (64, 96)}

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from turbopocket.export import listings
+from turbopocket.export.targets import TARGETS
 from turbopocket.quant.formats import FORMATS, parse_format
 
 
@@ -18,7 +19,7 @@ def _shown(show: object, rows: object) -> str:
 
 def test_every_format_has_an_answer_for_every_layer_and_never_both() -> None:
     rows = listings.format_rows()
-    assert len(rows) == len(listings.SAMPLE_FORMATS) * len(listings.SAMPLE_LAYERS)
+    assert len(rows) == len(listings.SAMPLE_FORMATS) * len(listings.SAMPLE_LAYERS) * len(TARGETS)
     for row in rows:
         assert (row["stored_as"] is None) == (row["bytes"] is None) == (row["reason"] is not None)
         if row["bytes"] is not None:
@@ -31,9 +32,18 @@ def test_every_kind_of_format_is_listed() -> None:
 
 def test_a_no_comes_with_its_numbers() -> None:
     rows = listings.format_rows()
-    (row,) = [row for row in rows if row["format"] == "int4-g32" and row["shape"] == [320, 4, 3, 3]]
-    assert row["stored_as"] is None
-    assert row["reason"] == "4 input channels are not a multiple of group 32 in int4-g32"
+    for target in TARGETS:
+        asked = (target.name, "int4-g32", [320, 4, 3, 3])
+        (row,) = [row for row in rows if (row["target"], row["format"], row["shape"]) == asked]
+        assert row["stored_as"] is None
+        assert row["reason"] == "4 input channels are not a multiple of group 32 in int4-g32"
+
+
+def test_codebooks_are_for_core_ml_and_not_for_onnx() -> None:
+    rows = [row for row in listings.format_rows() if row["format"] == "vq8-d4" and row["shape"] == [640, 640]]
+    told = {row["target"]: (row["stored_as"], row["reason"]) for row in rows}
+    assert told["coreml"] == ("constexpr_lut_to_dense, mul", None)
+    assert told["onnx"] == (None, "ONNX has no compressed linear for vq8-d4")
 
 
 def test_formats_are_shown_with_their_operators_and_every_reason() -> None:

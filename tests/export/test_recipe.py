@@ -55,7 +55,9 @@ def test_unreadable_recipes_are_refused(tmp_path: Path) -> None:
 
 def test_override_replaces_one_value_and_none_leaves_it() -> None:
     base = make_recipe({"compress": {"budget": "8MB", "fit": "mse"}, "seed": 5}, "test")
-    changed = with_overrides(base, {"compress": {"budget": "7MB", "fit": None}}, None)
+    wanted = {"compress.budget": "7MB", "compress.fit": None, "target.coreml.deployment": "iOS17"}
+    changed = with_overrides(base, wanted)
+    assert changed.target.coreml.deployment == "iOS17"
     assert (changed.compress.budget_bytes, changed.compress.fit, changed.seed) == (7_000_000, "mse", 5)
 
 

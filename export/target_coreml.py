@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Core ML packages, as a target: Apple's names and folder, checked by our evaluator where there is no Mac."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..quant.formats import CompressedTensor, LayerFormat
+from ..runtimes.coreml.evaluator import Mode
+from ..runtimes.coreml.interface import loop_spec
+from ..runtimes.coreml.lint import UNVERIFIED, lint
+from ..runtimes.coreml.runner import CoreMLRunner, has_apples_runtime
+from ..runtimes.errors import TurbopocketError
+from ..runtimes.manifest import ComponentSpec, Manifest
+from ..runtimes.parity import Limits
+from .components import components_of
+from .families import LoadedModel
+from .graph import Component
+from .lower import coreml
+from .lower.coreml_precision import HEADROOM, LARGEST_FP16
+from .lower.coreml_stores import STORES
+from .parity import Runtime
+from .side_files import write_swift_files
+from .target import Kind, Target
+
+FP16_ERROR, ACC16_ERROR = 0.1, 1.0
+"""Where every result is rounded to fp16, as devices do, no figure is right; these only tell rounding from ruin. `acc16`
+is more pessimistic than any device is known to be: small numbers lose their digits in a LayerNorm's squares."""
+
+
+@dataclass(frozen=True)
+class CoreML(Target):
+    """Core ML on an Apple device."""
+
+    options: coreml.CoreMLOptions = coreml.DEFAULTS
+
+    name = "coreml"
+    tools = ("coremltools",)
+    max_lowering_error = 1e-3
+    runtime_names = ("coreml fp32", "coreml fp16", "coreml acc16")
+
+    def components(self, model: LoadedModel) -> list[Component]:
+        return components_of(model, all_states=False)
+
+    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
+        return coreml.storable(format, kind, shape, self.options.deployment)
+
+    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
+        return STORES[type(format)].summary
+
+    def trace(self, component: Component) -> coreml.TracedProgram:
+        return coreml.trace(component, self.options)
+
+    def fitted(
+        self, traced: coreml.TracedProgram, component: Component, largest_outputs: Mapping[str, float]
+    ) -> coreml.TracedProgram:
+        """Converted once more when fp16 can not hold what a layer of the component gives."""
+        largest = {name: value for name, value in largest_outputs.items() if name in traced.layers}
+        if max(largest.values(), default=0.0) <= LARGEST_FP16 / HEADROOM:
+            return traced
+        return coreml.trace(component, replace(self.options, largest=largest))
+
+    def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
+        return loop_spec(traced.component, coreml.component_spec(traced))
+
+    def fixed_bytes(self, traced: coreml.TracedProgram) -> int:
+        return coreml.fixed_bytes(traced)
+
+    def lowered_bytes(self, traced: coreml.TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
+        return coreml.lowered_bytes(traced, formats)
+
+    def lower(
+        self, traced: coreml.TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path
+    ) -> ComponentSpec:
+        return loop_spec(traced.component, coreml.lower(traced, weights, folder))
+
+    def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
+        write_swift_files(model, folder)
+
+    def files(self, spec: ComponentSpec) -> list[str]:
+        return coreml.package_files(spec)
+
+    def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+        modes: tuple[tuple[Mode, float], ...] = (
+            ("fp32", max_lowering_error),
+            ("fp16", max(FP16_ERROR, max_lowering_error)),
+            ("acc16", max(ACC16_ERROR, max_lowering_error)),
+        )
+        found = {
+            name: Runtime(CoreMLRunner(folder, manifest, mode), Limits(max_relative_error=limit))
+            for name, (mode, limit) in zip(self.runtime_names, modes, strict=True)
+        }
+        if has_apples_runtime():
+            limits = Limits(max_relative_error=FP16_ERROR)
+            found["coreml on this Mac"] = Runtime(CoreMLRunner(folder, manifest, None), limits)
+        return found
+
+    def inspect(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
+        packages = {file.path.split("/", 1)[0] for file in manifest.files if ".mlpackage/" in file.path}
+        reports = [lint(folder / package) for package in sorted(packages)]
+        for report in reports:
+            if not report.passed:
+                raise TurbopocketError(f"{report.package.name}: {report.errors[0]}")
+        return UNVERIFIED
+
+    def memory(self, folder: Path, component: str) -> None:
+        """Only a device can tell."""

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX files for ONNX Runtime, as a target."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..quant.formats import CompressedTensor, LayerFormat
+from ..runtimes.manifest import ComponentSpec, Manifest
+from ..runtimes.memory import MemoryFigures
+from ..runtimes.memory import measure as measure_memory
+from ..runtimes.parity import Limits
+from ..runtimes.runner import open_runner
+from .components import components_of
+from .families import LoadedModel
+from .graph import Component
+from .lower import onnx
+from .lower.onnx_stores import STORES
+from .parity import Runtime
+from .side_files import write_side_files
+from .target import Kind, Target
+
+
+@dataclass(frozen=True)
+class Onnx(Target):
+    """ONNX Runtime."""
+
+    options: onnx.OnnxOptions = onnx.DEFAULTS
+    name = "onnx"
+    tools = ("onnx", "onnxruntime")
+    max_lowering_error = 1e-4
+    runtime_names = ("onnxruntime",)
+
+    def components(self, model: LoadedModel) -> list[Component]:
+        return components_of(model)
+
+    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
+        return onnx.storable(format, kind, shape)
+
+    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
+        return STORES[type(format), kind].summary
+
+    def trace(self, component: Component) -> onnx.TracedGraph:
+        return onnx.trace(component)
+
+    def component_spec(self, traced: onnx.TracedGraph) -> ComponentSpec:
+        return onnx.component_spec(traced)
+
+    def fixed_bytes(self, traced: onnx.TracedGraph) -> int:
+        return onnx.fixed_bytes(traced)
+
+    def lowered_bytes(self, traced: onnx.TracedGraph, formats: Mapping[str, LayerFormat]) -> int:
+        return onnx.lowered_bytes(traced, formats)
+
+    def lower(self, traced: onnx.TracedGraph, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
+        return onnx.lower(traced, weights, folder, self.options)
+
+    def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
+        write_side_files(model, components, folder)
+
+    def files(self, spec: ComponentSpec) -> list[str]:
+        return [spec.file, f"{spec.file}.data"]
+
+    def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+        return {
+            self.runtime_names[0]: Runtime(open_runner(folder, manifest), Limits(max_relative_error=max_lowering_error))
+        }
+
+    def memory(self, folder: Path, component: str) -> MemoryFigures:
+        return measure_memory(folder, component)

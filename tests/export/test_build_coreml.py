@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A build for Core ML, end to end: packages, parity in three arithmetics, drawing from the packages alone."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from turbopocket.export.build import build
+from turbopocket.export.progress import StageProgress
+from turbopocket.export.recipe import make_recipe
+from turbopocket.export.results import Built
+from turbopocket.runtimes.manifest import file_entries, load_manifest, write_manifest
+
+pytest.importorskip("coremltools")
+
+FORMATS = ["fp16", "int8-row", "int4-g8", "lut4", "lut2", "vq6-d4"]
+
+
+def recipe_of(values: dict[str, Any], model: Path, **compress: Any) -> Any:
+    wanted = {"target": {"name": "coreml"}, "compress": {"formats": FORMATS} | compress}
+    return make_recipe({**values, **wanted, "model": {"source": str(model)}}, "test")
+
+
+@pytest.fixture(scope="module")
+def built(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    out = tmp_path_factory.mktemp("coreml") / "art"
+    recipe = recipe_of(recipe_values, tiny_sdxl, budget="1700kB")
+    return build(recipe, out, overwrite=False, progress=StageProgress(quiet=True))
+
+
+def test_the_folder_is_the_one_that_the_swift_package_reads(built: Built) -> None:
+    names = {path.name for path in built.folder.iterdir()}
+    packages = {f"{name}.mlpackage" for name in ("TextEncoder", "TextEncoder2", "Unet", "VAEDecoder")}
+    assert names == packages | {"vocab.json", "merges.txt", "tokenizer", "tokenizer_2", "manifest.json"}
+
+
+def test_all_three_arithmetics_are_in_the_parity_table(built: Built) -> None:
+    assert list(built.gaps.lowering) == ["coreml fp32", "coreml fp16", "coreml acc16"]
+    exact, halves, pessimistic = built.gaps.lowering.values()
+    assert exact.passed
+    assert exact.worst is not None
+    assert exact.worst.relative_error < 1e-3  # 60 dB
+    assert {row.component for row in exact.rows} == {"text_encoder", "text_encoder_2", "unet", "vae_decoder"}
+    worst = [max(row.relative_error for row in report.rows) for report in (exact, halves, pessimistic)]
+    assert worst == sorted(worst)
+
+
+def test_the_plan_says_the_bytes(built: Built) -> None:
+    assert built.total_bytes <= built.plan.total_bytes <= 1_700_000
+    assert built.total_bytes == pytest.approx(built.plan.total_bytes, rel=0.01)
+    used = {choice.format for choice in built.plan.choices}
+    assert len(used) >= 3
+
+
+def test_a_picture_is_drawn_from_the_packages_alone(
+    built: Built, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    from PIL import Image
+
+    ran = turbopocket("generate", built.folder, built.gaps.total.pictures[0].prompt, "-o", tmp_path / "a.png")
+    assert ran.code == 0, ran.err
+    drawn = np.asarray(Image.open(tmp_path / "a.png"))
+    assert np.array_equal(drawn, built.gaps.pictures.artifact[0])
+
+
+def test_check_passes_and_finds_a_changed_weight_and_names_its_layer(
+    built: Built, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    whole = turbopocket("check", built.folder)
+    assert whole.code == 0
+    assert "not verified on device: that Apple's compiler accepts it" in whole.out
+    art = tmp_path / "art"
+    shutil.copytree(built.folder, art)
+    shutil.copytree(built.report.parent, tmp_path / "art.report")
+    weights = art / "VAEDecoder.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    content = bytearray(weights.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 0x55 for byte in content[middle : middle + 64])
+    weights.write_bytes(content)
+    changed = turbopocket("check", art)
+    assert changed.code == 1
+    assert "weight.bin was changed" in changed.err
+    manifest = load_manifest(art)
+    write_manifest(art, manifest.model_copy(update={"files": file_entries(art)}))
+    ran = turbopocket("check", art)
+    assert ran.code == 3
+    assert "coreml fp32: vae_decoder: relative error" in ran.err
+    assert "the first layer to diverge is vae_decoder." in ran.err
+
+
+def test_guidance_gives_the_unet_two_items(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    from turbopocket.runtimes.coreml.program import Program
+
+    values = {**recipe_values, "sampler": {"steps": 1, "guidance": 3.0}}
+    out = build(
+        recipe_of(values, tiny_sdxl, formats=["fp16"]),
+        tmp_path / "art",
+        overwrite=False,
+        progress=StageProgress(quiet=True),
+    )
+    sample = next(spec for spec in Program.open(out.folder / "Unet.mlpackage").inputs if spec.name == "sample")
+    assert sample.shape[0] == 2
+    assert out.gaps.failure is None
+
+
+def test_formats_that_the_system_can_not_read_are_refused(
+    tiny_sdxl: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    ran = turbopocket(
+        *("build", tiny_sdxl, "--target", "coreml", "--deployment", "iOS17"),
+        *("--formats", "int4-g8", "--out", tmp_path / "art"),
+    )
+    assert ran.code == 1
+    assert "iOS17" in ran.err
+    assert not (tmp_path / "art").exists()
+
+
+def test_without_coremltools_the_message_says_what_to_install(
+    tiny_sdxl: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    real = importlib.import_module
+
+    def absent(name: str, package: str | None = None) -> Any:
+        if name.startswith("coremltools"):
+            raise ImportError(name)
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    ran = turbopocket("build", tiny_sdxl, "--target", "coreml", "--out", tmp_path / "art")
+    assert ran.code == 1
+    assert "pip install 'turbopocket[coreml]'" in ran.err
+    assert not (tmp_path / "art").exists()
