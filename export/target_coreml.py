@@ -38,7 +38,7 @@ class CoreML(Target):
     name = "coreml"
     tools = ("coremltools",)
     max_lowering_error = 1e-3
-    runtime_names = ("coreml fp32", "coreml fp16", "coreml acc16")
+    runtime_names = ("evaluator fp32", "evaluator fp16", "evaluator acc16")
 
     def components(self, model: LoadedModel) -> list[Component]:
         return components_of(model, all_states=False)
@@ -93,7 +93,7 @@ class CoreML(Target):
         }
         if has_apples_runtime():
             limits = Limits(max_relative_error=FP16_ERROR)
-            found["coreml on this Mac"] = Runtime(CoreMLRunner(folder, manifest, None), limits)
+            found["Core ML on this Mac"] = Runtime(CoreMLRunner(folder, manifest, None), limits)
         return found
 
     def inspect(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def test_the_folder_is_the_one_that_the_swift_package_reads(built: Built) -> Non
 
 
 def test_all_three_arithmetics_are_in_the_parity_table(built: Built) -> None:
-    assert list(built.gaps.lowering) == ["coreml fp32", "coreml fp16", "coreml acc16"]
+    assert list(built.gaps.lowering) == ["evaluator fp32", "evaluator fp16", "evaluator acc16"]
     exact, halves, pessimistic = built.gaps.lowering.values()
     assert exact.passed
     assert exact.worst is not None
@@ -88,7 +88,7 @@ def test_check_passes_and_finds_a_changed_weight_and_names_its_layer(
     write_manifest(art, manifest.model_copy(update={"files": file_entries(art)}))
     ran = turbopocket("check", art)
     assert ran.code == 3
-    assert "coreml fp32: vae_decoder: relative error" in ran.err
+    assert "evaluator fp32: vae_decoder: relative error" in ran.err
     assert "the first layer to diverge is vae_decoder." in ran.err
 
 
