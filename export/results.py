@@ -57,17 +57,17 @@ class Built:
 
 def parity_table(gaps: Gaps) -> Table:
     """Returns both gaps per component and runtime, for a terminal."""
-    table = Table(header_style="bold", box=SIMPLE_HEAD)  # fits a terminal of 80 columns
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)  # fits a terminal of 80 columns
     for column in ("component", "runtime"):
         table.add_column(column, no_wrap=True)
-    for column in ("compression", "lowering", "SNR", "limit", "verdict"):
-        table.add_column(column, justify="right")
+    for column in ("compression", "lowering", "SNR dB", "limit", "verdict"):
+        table.add_column(column, justify="right", no_wrap=True)
     compression = worst_errors(gaps.compression)
     for name in worst_errors(next(iter(gaps.lowering.values()))):
         for runtime, report in gaps.lowering.items():
             error, limit = worst_errors(report)[name], report.limits.max_relative_error
             verdict = "passed" if error <= limit else "failed"
-            snr = f"{-20 * math.log10(error):.1f} dB" if error > 0 else "exact"
+            snr = f"{-20 * math.log10(error):.1f}" if error > 0 else "exact"
             table.add_row(name, runtime, f"{compression[name]:.2e}", f"{error:.2e}", snr, f"{limit:.0e}", verdict)
     return table
 
