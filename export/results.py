@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -57,7 +56,7 @@ class Built:
 
 def parity_table(gaps: Gaps) -> Table:
     """Returns both gaps per component and runtime, for a terminal."""
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)  # fits a terminal of 80 columns
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))  # fits a terminal of 80 columns
     for column in ("component", "runtime"):
         table.add_column(column, no_wrap=True)
     for column in ("compression", "lowering", "SNR dB", "limit", "verdict"):
