@@ -2,7 +2,11 @@
 """`turbopocket distill` on tiny checkpoints: what the new folder holds, that it builds, and what is refused."""
 
 import json
-from collections.abc import Callable
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +185,57 @@ def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+TWELVE_ITERATIONS = """
+from pathlib import Path
+from turbopocket.export.distill import DistillRequest, distil
+from turbopocket.export.progress import StageProgress
+from turbopocket.quant.distill.options import DistillOptions
+
+options = DistillOptions(12, batch=2, student_lr=1e-3, fake_lr=1e-3, log_every=1, checkpoint_every_s=0)
+distil(DistillRequest(teacher, 4, "tdm", options, 2.0), Path(out), False, StageProgress())
+"""
+
+
+def losses_of(lines: Iterable[str], stop_at: int | None = None) -> dict[str, str]:
+    """By iteration ("3/12"), the losses that a run printed, up to and with iteration `stop_at`."""
+    found: dict[str, str] = {}
+    for line in lines:
+        shown = re.match(r"(\d+)/12: (.*?);", line.strip())
+        if shown:
+            found[f"{shown[1]}/12"] = shown[2]
+            if int(shown[1]) == stop_at:
+                break
+    return found
+
+
+@pytest.mark.parametrize("killed_at", [random.SystemRandom().randint(2, 10)], ids=["random_step"])
+def test_a_run_killed_at_a_random_step_ends_as_the_run_that_was_left_alone(
+    killed_at: int, tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", f"teacher, out = {str(tiny_sd)!r}, {str(killed)!r}\n{TWELVE_ITERATIONS}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        found = losses_of(process.stderr or (), stop_at=killed_at)
+        process.kill()
+    assert not killed.exists()
+    assert len(found) == killed_at
+    curves = []
+    for out in (killed, whole):
+        capsys.readouterr()
+        exec(TWELVE_ITERATIONS, {"teacher": str(tiny_sd), "out": str(out)})
+        curves.append(losses_of(capsys.readouterr().err.splitlines()))
+    assert len(curves[0]) < 12, f"killed at {killed_at}, and began from nothing"
+    assert found | curves[0] == curves[1], f"killed at {killed_at}"
+    for name, values in unet_of(whole).items():
+        assert torch.equal(values, unet_of(killed)[name]), f"{name}, killed at {killed_at}"
+
+
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "no steps": (("--steps", 0), "allowed are 1 to 8"),
     "nine steps": (("--steps", 9), "allowed are 1 to 8"),
     "method": (("--method", "magic"), "known are tdm, mse"),
     "device": (("--without", "hub"), "known are separate_intervals, importance_weight"),
-    "precision": (("--precision", "int8"), "known are no, bf16, fp16"),
+    "precision": (("--precision", "int8"), "known are auto, no, bf16, fp16"),
     "iterations": (("--iterations", 0), "1 or more is needed"),
     "learning rate": (("--student-lr", 2), "between 0 and 1"),
     "rank": (("--lora-rank", 0), "1 or more is needed"),
