@@ -53,10 +53,10 @@ train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all
 
 # The shipped student, then the baseline it has to beat: regression for as many network evaluations.
-DISTILL := $(RUN) distill pocket --steps 4 --batch 32 --precision bf16
+DISTILL := $(RUN) distill pocket --steps 4 --batch 32 --guidance 2
 distill-pocket distill-baseline bench-distill: export OMP_NUM_THREADS = 1
 distill-pocket: setup
-	$(DISTILL) --iterations 800 --guidance 2 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
+	$(DISTILL) --iterations 800 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
 
 distill-baseline: setup
 	$(DISTILL) --method mse --iterations 163 --student-lr 3e-4 --out build/pocket-mse

@@ -19,7 +19,7 @@ import torch
 from picture_rows import write_rows
 from torch import Tensor
 
-from turbopocket.export.distill import DistillRequest, devices_without, distil
+from turbopocket.export.distill import DistillRequest, devices_without, distil, fastest_precision
 from turbopocket.export.families import load
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.prompt_states import PromptStates
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 PROMPTS = 500
 BATCH = 100
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 25, 8
-PRECISION = "bf16"
+GUIDANCE = 2.0  # of the teacher in all ablations, as for the shipped student
 DOCS = Path(__file__).parents[1] / "docs"
 SHOWN_PROMPTS = [scene.caption for scene in sample_scenes("test", 6, 0)]
 
@@ -143,7 +143,7 @@ def ablate(teacher: str, options: DistillOptions, folder: Path) -> dict[str, Any
         out = folder / title.replace(" ", "-")
         if not out.is_dir():
             chosen = replace(options, iterations=iterations, devices=devices_without(without))
-            request = DistillRequest(teacher, 4, method, chosen, precision=PRECISION)
+            request = DistillRequest(teacher, 4, method, chosen, guidance=GUIDANCE)
             distil(request, out, False, StageProgress())
         results[title] = {"iterations": iterations}
         for steps in (4, 2, 1):
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="pocket")
     parser.add_argument("--frechet-pictures", type=int, default=5000)
     parser.add_argument("--iterations", type=int, default=120)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--student-lr", type=float, default=1.5e-4)
     parser.add_argument("--fake-lr", type=float, default=6e-4)
     parser.add_argument("--runs", type=Path, default=Path("build/ablations"), help="where the ablations are kept")
@@ -187,7 +187,7 @@ def main() -> None:
         results = ablate(asked.teacher, options, asked.runs)
     about = {"prompts": PROMPTS, "split": "test"}
     if asked.what == "ablations":
-        about |= {"batch": asked.batch, **rates, "precision": PRECISION}
+        about |= {"batch": asked.batch, **rates, "guidance": GUIDANCE, "precision": fastest_precision()}
     write_json(asked.out or RESULTS / f"distillation_{asked.what}.json", {**about, "results": results})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's tables from the measured JSON; `--check` fails when they differ.
+"""Writes the tables of README.md and docs/distillation.md from the measured JSON; `--check` fails when they differ.
 
 python benchmarks/readme_tables.py [--check]
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/distillation.md")
 
 
 def _load(name: str) -> Any:
@@ -53,18 +54,60 @@ def memory() -> str:
 
 
 def pocket() -> str:
-    """What the float model reaches, per attribute."""
-    measured = _load("alignment")
-    row = measured["results"]["float"]
-    shares = {"all attributes": row["alignment"], **row["by_label"]}
-    title = f"float `{measured['model']}`, {measured['steps']} steps, test split"
+    """What the teacher reaches, per attribute."""
+    measured = _load("pocket_float")
+    shares = {"all attributes": measured["test"]["alignment"], **measured["test"]["by_label"]}
+    title = f"float `pocket`, {measured['steps']} steps, test split"
     return _table([title, "right"], [[k, f"{100 * v:.1f} %"] for k, v in shares.items()])
+
+
+def _percent(figures: dict[str, Any]) -> str:
+    return f"{100 * figures['alignment']:.1f} %"
+
+
+STUDENT_TITLES = {
+    "teacher": "teacher `pocket`, guidance 2.5",
+    "tdm": "`pocket-turbo` (TDM), no guidance",
+    "mse": "regression at equal compute, no guidance",
+}
+
+
+def students() -> str:
+    """Teacher and students by number of steps."""
+    measured = _load("distillation_students")["results"]
+    rows = []
+    for name, title in STUDENT_TITLES.items():
+        aligned = [_percent(measured[f"{name} {steps}"]) for steps in (4, 2, 1)]
+        most = measured.get(f"{name} 20")
+        at_four = measured[f"{name} 4"]
+        figures = [f"{at_four['frechet']:.2f}", f"{at_four['diversity']:.1f}"]
+        rows.append([title, _percent(most) if most else "", *aligned, *figures])
+    header = ["alignment in", "20 steps", "4", "2", "1", "Fréchet at 4", "diversity at 4"]
+    return _table(header, rows)
+
+
+def ablations() -> str:
+    """TDM with each of its devices off."""
+    measured = _load("distillation_ablations")["results"]
+    rows = [
+        [
+            name.replace("_", " "),
+            *[_percent(by_steps[steps]) for steps in ("4", "2", "1")],
+            *[f"{by_steps[steps]['frechet']:.1f}" for steps in ("4", "1")],
+            f"{by_steps['4']['diversity']:.1f}",
+        ]
+        for name, by_steps in measured.items()
+    ]
+    header = ["alignment in", "4 steps", "2", "1", "Fréchet at 4", "at 1", "diversity at 4"]
+    return _table(header, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "memory": memory,
     "pocket": pocket,
+    "students": students,
+    "ablations": ablations,
 }
 
 
@@ -72,19 +115,18 @@ def filled(text: str) -> str:
     """`text` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
     for name, make in TABLES.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        table = make()
-        text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
+        text = re.sub(pattern, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.DOTALL)
     return text
 
 
 def main() -> None:
-    """Writes the README, or with --check exits 1 when it is not what the JSON says."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if "--check" not in sys.argv:
-        readme.write_text(filled(text))
-    elif text != filled(text):
-        sys.exit("README.md differs from benchmarks/results: run python benchmarks/readme_tables.py")
+    """Writes the pages, or with --check exits 1 when one is not what the JSON says."""
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        if "--check" not in sys.argv:
+            (ROOT / page).write_text(filled(text))
+        elif text != filled(text):
+            sys.exit(f"{page} differs from benchmarks/results: run python benchmarks/readme_tables.py")
 
 
 if __name__ == "__main__":

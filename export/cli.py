@@ -23,7 +23,7 @@ app.add_typer(recipe_app, name="recipe")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, or a hub id."
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
-OptionalSource = Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket.")]
+OptionalSource = Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket-turbo.")]
 TargetName = Annotated[str | None, typer.Option("--target", help="What the phone runs: onnx or coreml.")]
 Deployment = Annotated[str | None, typer.Option(help="Oldest system for Core ML packages: iOS17, iOS18 or iOS26.")]
 Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
@@ -124,7 +124,9 @@ def distill(
     fake_lr: Annotated[float, typer.Option(help="Peak learning rate of the fake score; above the student's.")] = 2e-5,
     horizon: Annotated[int, typer.Option(help="Walks start at this training timestep less one.")] = 800,
     without: Annotated[list[str] | None, typer.Option(help="Switch off one of TDM's devices, for ablations.")] = None,
-    precision: Annotated[str, typer.Option(help="Arithmetic: no (float32), bf16 or fp16.")] = "no",
+    precision: Annotated[
+        str, typer.Option(help="Arithmetic: no (float32), bf16, fp16; auto: bf16 where the device multiplies in it.")
+    ] = "auto",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a model folder.")] = False,

@@ -27,7 +27,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Where the float model comes from."""
 
-    source: str = "pocket"
+    source: str = "pocket-turbo"
     """A bundled name, a diffusers folder, or a hub id."""
     lora: tuple[Path, ...] = ()
     """LoRA files merged into the weights before compression."""

@@ -46,6 +46,7 @@ def test_wheel_holds_every_source_file(wheel_names: set[str]) -> None:
         "pocket/weights/model_index.json",
         "pocket/weights/unet/diffusion_pytorch_model.safetensors",
         "pocket/weights/judge/judge.safetensors",
+        "pocket/turbo_weights/unet/step_biases.safetensors",
         "pocket/weights/tokenizer_2/merges.txt",
     ],
 )

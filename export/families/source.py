@@ -9,7 +9,9 @@ from ... import pocket
 from ...runtimes.errors import TurbopocketError
 from .hub import REPO_ID, download
 
-BUNDLED = {"pocket": Path(str(resources.files(pocket))) / "weights"}
+_FOLDER = Path(str(resources.files(pocket)))
+BUNDLED = {"pocket-turbo": _FOLDER / "turbo_weights", "pocket": _FOLDER / "weights"}
+"""The few-step student, which is the default model, and its teacher."""
 
 
 def resolve(source: str, folders: Collection[str], with_weights: bool) -> tuple[str, Path]:

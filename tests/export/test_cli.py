@@ -211,7 +211,7 @@ def test_budget_too_small_for_a_build_ends_with_2_and_writes_nothing(
 
 
 def test_recipe_show_prints_toml_and_json(turbopocket: Run) -> None:
-    assert 'source = "pocket"' in turbopocket("recipe", "show", "demo").out
+    assert 'source = "pocket-turbo"' in turbopocket("recipe", "show", "demo").out
     assert json.loads(turbopocket("recipe", "show", "--json").out)["compress"]["fit"] == "gptq"
 
 
