@@ -3,16 +3,28 @@
 
 from ..errors import QuantError
 from .absmax import absmax_codes
-from .base import Fit, Grid, GridCodes
+from .base import AdditiveCodes, AdditiveGrid, Fit, Grid, GridCodes
 from .gptq import gptq_codes
 from .mse import mse_codes
+from .residual import residual_kmeans
 
-ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax_codes)
-MSE = Fit("mse", needs_hessian=False, choose=mse_codes)
-GPTQ = Fit("gptq", needs_hessian=True, choose=gptq_codes)
+ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax_codes, choose_vectors=residual_kmeans)
+MSE = Fit("mse", needs_hessian=False, choose=mse_codes, choose_vectors=residual_kmeans)
+GPTQ = Fit("gptq", needs_hessian=True, choose=gptq_codes, choose_vectors=residual_kmeans)
 FITS = (ABSMAX, MSE, GPTQ)
 
-__all__ = ["ABSMAX", "FITS", "GPTQ", "MSE", "Fit", "Grid", "GridCodes", "parse_fit"]
+__all__ = [
+    "ABSMAX",
+    "FITS",
+    "GPTQ",
+    "MSE",
+    "AdditiveCodes",
+    "AdditiveGrid",
+    "Fit",
+    "Grid",
+    "GridCodes",
+    "parse_fit",
+]
 
 
 def parse_fit(text: str) -> Fit:
