@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..quant.account import account
 from ..quant.formats import LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
 from ..quant.sensitivity import estimate_from_shapes, load_choices
@@ -82,6 +83,7 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     fixed = estimated_fixed_bytes(components, len(shapes))
     pins = recipe.compress.pin
     decided = plan(list(choices.values()), recipe.compress.budget_bytes, fixed, pins)
+    accounted = account(decided.choices)
     return {
         "model": model.name,
         "target": recipe.target.name,
@@ -95,6 +97,9 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
         "components": _by(decided, component_name),
         "groups": _by(decided, group_name),
         "formats": _by_format(decided),
+        "parts": accounted.part_bytes,
+        "average_bits": accounted.average_bits(),
+        "kept": accounted.kept,
         "layers": {choice.layer: choice.format for choice in decided.choices},
     }
 
@@ -165,6 +170,10 @@ def show_plan(summary: Mapping[str, Any], console: Console) -> None:
         console.print(table)
     for name, entry in summary["formats"].items():
         console.print(f"{name:14} {entry['layers']:4} layers {format_bytes(entry['bytes']):>12}", highlight=False)
+    parts = ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in summary["parts"].items())
+    console.print(f"{summary['average_bits']:.3f} bits per weight: {parts}", highlight=False)
+    if summary["kept"]:
+        console.print(f"{len(summary['kept'])} layers in floating point, {summary['kept'][0]} first", highlight=False)
     console.print(f"{'everything else':14} {format_bytes(summary['fixed_bytes']):>22}", highlight=False)
     budget = summary["budget_bytes"]
     within = f" of {format_bytes(budget)} allowed" if budget else ""

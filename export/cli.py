@@ -68,7 +68,7 @@ def build(
     formats: Formats = None,
     pin: Pins = None,
     lora: Annotated[list[Path] | None, typer.Option(help="LoRA .safetensors merged before compression.")] = None,
-    fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse or gptq.")] = None,
+    fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse, gptq or vqdm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is not empty.")] = False,

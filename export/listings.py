@@ -20,7 +20,7 @@ from .units import format_bytes
 SAMPLE_FORMATS = (
     *("fp32", "fp16", "int8-row", "int8-g32"),
     *("int4-row", "int4-g32", "int4-g32-asym", "int4-g64", "int4-g128"),
-    *("lut4", "lut4-r16", "vq8-d4", "vq8-d4-out"),
+    *("lut4", "lut4-r16", "vq8-d4", "vq8-d4-out", "avq2x8-d8"),
 )
 SAMPLE_LAYERS: tuple[tuple[str, Kind, tuple[int, ...]], ...] = (
     ("Linear, 640 inputs", "linear", (640, 640)),

@@ -72,7 +72,7 @@ class CompressSection(_Section):
     """Bytes of the whole artifact, such as "8MB"; without it every layer takes its best format."""
     formats: tuple[str, ...] = ("fp16", "int8-g32", "int4-g32", "int8-row", "int4-row")
     fit: str = "gptq"
-    """How values are chosen: absmax, mse, or gptq (Hessian error feedback)."""
+    """How values are chosen: absmax, mse, gptq (error feedback), or vqdm (gptq, and a tree search for `avq`)."""
     pin: Mapping[str, str] = Field(default_factory=dict)
     """Glob over layer names to format, such as {"unet.conv_out" = "fp16"}."""
 

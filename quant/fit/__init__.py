@@ -1,18 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to choose codes for a grid: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward)."""
+"""Ways to choose codes for a grid: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward),
+`vqdm` (as gptq for integers; sums of codebook vectors by beam search, where the others take residual k-means)."""
 
 from ..errors import QuantError
 from .absmax import absmax_codes
-from .base import Fit, Grid, GridCodes
+from .base import AdditiveCodes, AdditiveGrid, Fit, Grid, GridCodes
 from .gptq import gptq_codes
 from .mse import mse_codes
+from .residual import residual_kmeans
+from .vqdm import vqdm_codes
 
-ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax_codes)
-MSE = Fit("mse", needs_hessian=False, choose=mse_codes)
-GPTQ = Fit("gptq", needs_hessian=True, choose=gptq_codes)
-FITS = (ABSMAX, MSE, GPTQ)
+ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax_codes, choose_vectors=residual_kmeans)
+MSE = Fit("mse", needs_hessian=False, choose=mse_codes, choose_vectors=residual_kmeans)
+GPTQ = Fit("gptq", needs_hessian=True, choose=gptq_codes, choose_vectors=residual_kmeans)
+VQDM = Fit("vqdm", needs_hessian=True, choose=gptq_codes, choose_vectors=vqdm_codes)
+FITS = (ABSMAX, MSE, GPTQ, VQDM)
 
-__all__ = ["ABSMAX", "FITS", "GPTQ", "MSE", "Fit", "Grid", "GridCodes", "parse_fit"]
+__all__ = [
+    "ABSMAX",
+    "FITS",
+    "GPTQ",
+    "MSE",
+    "VQDM",
+    "AdditiveCodes",
+    "AdditiveGrid",
+    "Fit",
+    "Grid",
+    "GridCodes",
+    "parse_fit",
+]
 
 
 def parse_fit(text: str) -> Fit:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The integer grid a weight is fitted to, and what a fit hands back. Knows numbers only, no storage.
+"""The grids a weight is fitted to, and what a fit hands back. Knows numbers only, no storage.
 
-O outputs, K columns of the matrix view, G groups per row, g columns per group (K = G * g).
+O outputs, K columns of the matrix view, G groups per row, g columns per group (K = G * g), M codebooks, P entries of
+one, D length of a vector, J vectors per row (K = J * D).
 """
 
 from collections.abc import Callable
@@ -60,12 +61,39 @@ class GridCodes:
 
 
 @dataclass(frozen=True)
+class AdditiveGrid:
+    """Legal values of `length` neighbouring columns: scale[row] * Σ codebook[m][code[m]] over `count` codebooks."""
+
+    count: int
+    bits: int
+    length: int
+
+
+@dataclass(frozen=True)
+class AdditiveCodes:
+    """A fitted matrix: codes uint8 [M, O, J], codebooks fp16 [M, P, D], scale fp16 [O]."""
+
+    codes_MOJ: Tensor
+    codebooks_MPD: Tensor
+    scale_O: Tensor
+
+    def values(self) -> Tensor:
+        """float32 [O, K], computed with codebooks and scale as stored."""
+        rows_OK = summed_vectors(self.codebooks_MPD.to(torch.float32), self.codes_MOJ)
+        return rows_OK * self.scale_O.to(torch.float32).unsqueeze(1)
+
+
+@dataclass(frozen=True)
 class Fit:
-    """A way to choose codes: `choose(weight_OK, grid, hessian_KK)` for float32 weights and H = E[x xᵀ]."""
+    """A way to choose codes, for float32 weights [O, K] and H = E[x xᵀ] of the layer's inputs [K, K].
+
+    `choose(weight_OK, grid, hessian_KK)` is for integers, `choose_vectors` for sums of codebook vectors.
+    """
 
     name: str
     needs_hessian: bool
     choose: Callable[[Tensor, Grid, Tensor | None], GridCodes]
+    choose_vectors: Callable[[Tensor, AdditiveGrid, Tensor | None], AdditiveCodes]
 
     def __str__(self) -> str:
         return self.name
@@ -87,6 +115,16 @@ def grid_values(codes_OK: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> T
     if zero_OG is not None:
         steps_OGg = steps_OGg - zero_OG.to(torch.float32).unsqueeze(-1)
     return (steps_OGg * scale_OG.to(torch.float32).unsqueeze(-1)).reshape(outputs, columns)
+
+
+def summed_vectors(codebooks_MPD: Tensor, codes_MOJ: Tensor) -> Tensor:
+    """[O, K]: the sum over the codebooks of each code's vector."""
+    _, outputs, _ = codes_MOJ.shape
+    vectors = [
+        codebook_PD.index_select(0, codes_OJ.flatten().to(torch.int32))
+        for codebook_PD, codes_OJ in zip(codebooks_MPD, codes_MOJ, strict=True)
+    ]
+    return torch.stack(vectors).sum(0).reshape(outputs, -1)
 
 
 def storable_scale(scale: Tensor) -> Tensor:

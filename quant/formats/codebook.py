@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
-from ..fit.base import Fit, storable_scale
+from ..fit.base import Fit
 from ..fit.kmeans import kmeans_importance, nearest_vectors, vector_kmeans
+from ..fit.residual import least_squares_scale, row_scale
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, packed_columns, unpack
 from .palette import refused_rows, require_codes
@@ -86,7 +87,7 @@ class Codebook(LayerFormat):
         weight_OK = matrix_view(weight)
         shape, columns = tuple(weight.shape), weight_OK.shape[1]
         importance_K = torch.ones(columns) if hessian_KK is None else kmeans_importance(hessian_KK, columns)
-        scale_O1 = _row_scale(weight_OK)
+        scale_O1 = row_scale(weight_OK)
         points_GND = self._vectors(weight_OK / torch.where(scale_O1 > 0, scale_O1, 1.0))
         # d (w - s c)² = d s² (w / s - c)²
         importance_GND = self._vectors(scale_O1.square() * importance_K)
@@ -94,7 +95,7 @@ class Codebook(LayerFormat):
         codes_GN = nearest_vectors(points_GND, importance_GND, codebook_GPD.to(torch.float32))
         codes_RC = codes_GN.reshape(self._codes_shape(shape))
         rows_OK = self._rows(codes_RC, codebook_GPD)
-        scale_O = _least_squares_scale(weight_OK, rows_OK, importance_K, scale_O1.squeeze(1))
+        scale_O = least_squares_scale(weight_OK, rows_OK, importance_K, scale_O1.squeeze(1))
         return {"codes": pack(codes_RC, self.bits), "codebook": codebook_GPD, "scale": scale_O}
 
     def decode(self, compressed: CompressedTensor) -> Tensor:
@@ -133,16 +134,3 @@ class Codebook(LayerFormat):
             vectors = vectors.reshape(code_rows, code_columns, length).transpose(1, 2)
             return vectors.reshape(code_rows * length, code_columns).contiguous()
         return vectors.reshape(code_rows, code_columns * length)
-
-
-def _row_scale(weight_OK: Tensor) -> Tensor:
-    """float32 [O, 1], values that fp16 can hold: the root mean square of each row, 0 for a row of zeros."""
-    scale_O1 = weight_OK.square().mean(1, keepdim=True).sqrt()
-    return torch.where(scale_O1 > 0, storable_scale(scale_O1), 0.0)
-
-
-def _least_squares_scale(weight_OK: Tensor, rows_OK: Tensor, importance_K: Tensor, scale_O: Tensor) -> Tensor:
-    """fp16 [O], argmin over scale of Σ d (w - scale * c)²: Σ d w c / Σ d c²; the given one where c is all zeros."""
-    projection_O = (weight_OK * rows_OK) @ importance_K
-    energy_O = rows_OK.square() @ importance_K
-    return torch.where(energy_O > 0, projection_O / energy_O, scale_O).to(torch.float16)

@@ -3,13 +3,20 @@
 
 import json
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
+from turbopocket.export.components import shapes_of
 from turbopocket.export.families import LoadedModel, load, load_shapes
+from turbopocket.quant.account import account
+from turbopocket.quant.calibrate import compressible_layers
+from turbopocket.quant.formats import parse_format
+from turbopocket.quant.plan import plan, smallest_total_bytes
+from turbopocket.quant.sensitivity import estimate_from_shapes, fitting
 from turbopocket.runtimes.errors import TurbopocketError
 
 INDEX = {
@@ -194,6 +201,32 @@ def test_published_unet_has_794_linear_and_conv_layers_with_2566_million_weights
     layers = _weight_shapes(sdxl.modules["unet"])
     assert len(layers) == 794
     assert round(sum(layer.weight.numel() for layer in layers) / 1e6) == 2566
+
+
+# What VQDM leaves in fp16, as `turbopocket plan --pin` would be told.
+VQDM_PINS = dict.fromkeys(("unet.time_embedding.*", "unet.add_embedding.*", "*.time_emb_proj", "unet.conv_*"), "fp16")
+
+
+@pytest.mark.parametrize(
+    ("books", "bits", "megabytes", "bits_with_scales"),
+    [(2, 2.156, 691, 2.165), (3, 3.156, 1012, 3.165), (4, 4.156, 1333, 4.165)],
+)
+def test_published_averages_of_vqdm_come_out_of_the_account(
+    sdxl: LoadedModel, books: int, bits: float, megabytes: int, bits_with_scales: float
+) -> None:
+    """arXiv 2409.00492: 2.15, 3.15 and 4.15 bits, which leave the row scales out."""
+    shapes = shapes_of(compressible_layers("unet", sdxl.modules["unet"]))
+    formats = [parse_format(f"avq{books}x8-d8"), parse_format("fp16")]
+    choices = estimate_from_shapes(shapes, fitting(shapes, formats))
+    smallest = smallest_total_bytes(list(choices.values()), 0, VQDM_PINS)
+    found = account(plan(list(choices.values()), smallest, 0, VQDM_PINS).choices)
+    assert len(found.kept) == 23
+    assert not [name for name in found.kept if not any(fnmatchcase(name, glob) for glob in VQDM_PINS)]
+    assert round(found.average_bits(without=["scale"]), 3) == bits
+    assert round(found.total_bytes(without=["scale"]) / 1e6) == megabytes
+    assert found.total_bytes() == smallest
+    assert round(found.average_bits(), 3) == bits_with_scales
+    assert found.part_bytes["scale"] == 2 * sum(shape[0] for name, shape in shapes.items() if name not in found.kept)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import ABSMAX, FITS, Fit
 from turbopocket.quant.formats import (
     FORMATS,
+    Additive,
     Affine,
     Codebook,
     CompressedTensor,
@@ -31,6 +32,7 @@ VALUES: list[LayerFormat] = [
     *(Codebook(bits, 2) for bits in (1, 2, 3, 4, 6, 8)),
     *(Codebook(bits, length, rows=rows) for bits, length in ((3, 4), (8, 8)) for rows in (None, 2)),
     *(Codebook(bits, 4, along_outputs=True, rows=rows) for bits in (3, 8) for rows in (None, 4)),
+    *(Additive(count, bits, length) for count, bits, length in ((2, 1, 2), (2, 3, 4), (3, 6, 8), (8, 8, 8))),
 ]
 SHAPES = [(7, 15), (4, 64), (3, 5, 3, 3), (5, 32, 1, 1), (2, 160, 3, 2), (8, 24, 3, 3), (1, 1)]
 FITTING = [
@@ -40,7 +42,7 @@ FITTING = [
     if value.fits(shape) is None
 ]
 ROUNDED = [each for each in FITTING if isinstance(each.values[0], Dense | Affine)]
-TABLES = [each for each in FITTING if isinstance(each.values[0], Palette | Codebook)]
+TABLES = [each for each in FITTING if isinstance(each.values[0], Palette | Codebook | Additive)]
 AFFINE = [pytest.param(value, id=str(value)) for value in VALUES if isinstance(value, Affine)]
 
 
@@ -58,6 +60,7 @@ def test_name_parses_back_to_the_same_value(value: LayerFormat) -> None:
     [
         *("int4", "int5-row", "int4-g0", "int4-g032", "int4-row ", "fp8", "INT8-row", ""),
         *("lut5", "lut4-r0", "lut4-r016", "lut4-g16", "vq8", "vq5-d4", "vq8-d3", "vq8-d4-r8-out", "vq8-d16"),
+        *("avq1x8-d8", "avq2x5-d8", "avq2x8", "avq9x8-d8", "avq2x8-d8-r4"),
     ],
 )
 def test_unknown_name_is_refused_with_the_legal_names(text: str) -> None:
@@ -99,7 +102,7 @@ def test_round_trip_error_is_within_half_a_step(value: LayerFormat, shape: tuple
 @pytest.mark.parametrize("magnitude", [1e-9, 1e-4, 1.0, 3e3])
 @pytest.mark.parametrize(("value", "shape"), TABLES)
 def test_tables_lose_less_than_the_weight_itself(
-    value: Palette | Codebook, shape: tuple[int, ...], magnitude: float
+    value: Palette | Codebook | Additive, shape: tuple[int, ...], magnitude: float
 ) -> None:
     weight = torch.randn(shape) * magnitude
     compressed = value.compress(weight, ABSMAX)
@@ -128,7 +131,9 @@ def test_weight_that_is_not_finite_is_refused(value: LayerFormat, bad: float) ->
         value.compress(weight, ABSMAX)
 
 
-@pytest.mark.parametrize("value", [Dense(16), Affine(4), Affine(8, 5, False), Palette(4), Codebook(4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "value", [Dense(16), Affine(4), Affine(8, 5, False), Palette(4), Codebook(4, 2), Additive(2, 4, 2)], ids=str
+)
 def test_weight_beyond_fp16_is_refused_with_its_size(value: LayerFormat) -> None:
     with pytest.raises(QuantError, match=r"1e\+08|[0-9]{6}.*65504|65504"):
         value.compress(torch.full((2, 10), 1e8), ABSMAX)
@@ -150,6 +155,7 @@ def test_group_that_does_not_divide_is_refused_with_both_numbers() -> None:
         ("lut4-r16", (24, 32), "24 output channels are not a multiple of 16 per table in lut4-r16"),
         ("vq8-d4-r16", (24, 32), "24 output channels are not a multiple of 16 per table in vq8-d4-r16"),
         ("vq8-d4", (8, 6, 3, 3), "6 input channels are not a multiple of vector length 4 in vq8-d4"),
+        ("avq2x8-d8", (8, 4, 3, 3), "4 input channels are not a multiple of vector length 8 in avq2x8-d8"),
         ("vq8-d4-out", (6, 8), "6 output channels are not a multiple of vector length 4 in vq8-d4-out"),
         (
             "vq8-d4-out-r2",
@@ -171,10 +177,16 @@ def test_shape_that_tables_do_not_fit_is_refused_with_numbers(name: str, shape: 
         lambda: Codebook(7, 4),
         lambda: Codebook(8, 3),
         lambda: Codebook(8, 4, rows=0),
+        lambda: Additive(2, 5, 4),
+        lambda: Additive(1, 8, 8),
+        lambda: Additive(2, 8, 3),
     ],
 )
 def test_table_that_does_not_exist_is_refused(make: Callable[[], LayerFormat]) -> None:
-    with pytest.raises(QuantError, match=r"a code has 1, 2, 3, 4, 6 or 8 bits|at least 1 output|2, 4 or 8 weights"):
+    with pytest.raises(
+        QuantError,
+        match=r"a code has 1, 2, 3, 4, 6 or 8 bits|at least 1 output|2, 4 or 8 weights|2 to 8 codebooks, not 1",
+    ):
         make()
 
 
@@ -230,6 +242,21 @@ def test_unpacked_codes_codebook_and_scale_rebuild_the_weight(along_outputs: boo
             place = row % 4 if along_outputs else column % 4
             rebuilt[row, column] = codebook_GPD[row // (rows or 8), code, place].float() * scale_O[row].float()
     assert torch.equal(rebuilt, matrix_view(value.decompress(compressed)))
+
+
+def test_unpacked_codes_codebooks_and_scale_add_up_to_the_weight() -> None:
+    value = Additive(3, 3, 4)
+    compressed = value.compress(torch.randn(5, 12, 3, 3), ABSMAX)
+    codes_MOJ, codebooks_MPD, scale_O = value.unpack(compressed)
+    assert (codes_MOJ.dtype, tuple(codes_MOJ.shape)) == (torch.uint8, (3, 5, 27))
+    assert (codebooks_MPD.dtype, tuple(codebooks_MPD.shape)) == (torch.float16, (3, 8, 4))
+    rebuilt = torch.empty(5, 108)
+    for row in range(5):
+        for column in range(108):
+            codes = codes_MOJ[:, row, column // 4].tolist()
+            parts = [codebooks_MPD[book, code, column % 4].float() for book, code in enumerate(codes)]
+            rebuilt[row, column] = sum(parts) * scale_O[row].float()
+    torch.testing.assert_close(rebuilt, matrix_view(value.decompress(compressed)), rtol=1e-6, atol=1e-6)
 
 
 def test_vectors_along_outputs_are_vectors_along_inputs_of_the_transpose() -> None:

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a plan's bytes go: per kind of stored part, and as the average bits per weight that papers quote."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .formats import Dense, parse_format
+from .plan import Choice
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes of every kind of part (`codes`, `codebooks`, `scale`, `weight`, …) over `weights` weights.
+
+    `kept` are the layers that stay floating-point numbers.
+    """
+
+    weights: int
+    part_bytes: dict[str, int]
+    kept: tuple[str, ...]
+
+    def total_bytes(self, without: Iterable[str] = ()) -> int:
+        """All bytes, or all but those of some parts: papers often leave scales out."""
+        return sum(nbytes for part, nbytes in self.part_bytes.items() if part not in set(without))
+
+    def average_bits(self, without: Iterable[str] = ()) -> float:
+        """Stored bits per weight, kept layers included."""
+        return 8 * self.total_bytes(without) / self.weights
+
+
+def account(choices: Iterable[Choice]) -> Account:
+    """The account of these choices: exact, from shapes and formats alone."""
+    weights, part_bytes, kept = 0, dict[str, int](), []
+    for choice in choices:
+        layer_format = parse_format(choice.format)
+        weights += math.prod(choice.shape)
+        if isinstance(layer_format, Dense):
+            kept.append(choice.layer)
+        for part, spec in layer_format.part_specs(choice.shape).items():
+            part_bytes[part] = part_bytes.get(part, 0) + spec.nbytes
+    return Account(weights, part_bytes, tuple(kept))

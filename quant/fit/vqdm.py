@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of codebook vectors of low tr[(Ŵ - W) H (Ŵ - W)ᵀ]: codes by beam search and codebooks by least squares, in turn.
+
+Egiazarian et al., VQDM (2024), sections 3.1 and 3.2: row scales, a start by residual k-means, alternating updates.
+Theirs moves one code at a time; here the beam runs over whole rows first and over windows of each row then, and the
+codebooks are solved for, not descended to. O outputs, K columns, M codebooks, P entries of one, D length of a vector,
+J vectors per row, C columns of a window.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantError
+from .base import LARGEST_SCALE, AdditiveCodes, AdditiveGrid, checked_hessian, summed_vectors
+from .beam import best_codes
+from .codebook_solve import solved_codebooks
+from .residual import residual_kmeans
+
+# Added to the Hessian's diagonal as a share of its mean, for the search alone: a search that does not look back must
+# not trust that later vectors will repair what weakly driven columns lose.
+DAMPING = 1e-3
+
+
+@dataclass(frozen=True)
+class Search:
+    """How hard to look: hypotheses per row, vectors of a window, most rounds.
+
+    A round that takes less than the share `least_gain` off the loss is the last.
+    """
+
+    beam: int = 8
+    window: int = 16
+    rounds: int = 4
+    least_gain: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise QuantError(f"a beam keeps at least 1 hypothesis, not {self.beam}")
+
+
+def vqdm_codes(
+    weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None, search: Search = Search()
+) -> AdditiveCodes:
+    """Codes, codebooks and scales; the loss that counts is the one with fp16 codebooks and scales, as stored.
+
+    Runs on the GPU if there is one. QuantError without a Hessian, with one of another size, or with one that is not
+    positive semidefinite.
+    """
+    if hessian_KK is None:
+        raise QuantError("vqdm needs the layer's Hessian", hint="calibrate first, or choose the fit `mse`")
+    checked_hessian(hessian_KK, weight_OK.shape[1])
+    start = residual_kmeans(weight_OK, grid, hessian_KK)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refined = Refinement(weight_OK.to(device), hessian_KK.to(device), start, search)
+    refined.run()
+    return refined.codes()
+
+
+class Refinement:
+    """A fitted matrix that gets better: each `improve_…` lowers `loss` or leaves everything as it is.
+
+    `rows_OK` are the sums of vectors before their scale, `loss_O` the rows' losses.
+    """
+
+    rows_OK: Tensor
+    loss_O: Tensor
+
+    def __init__(self, weight_OK: Tensor, hessian_KK: Tensor, start: AdditiveCodes, search: Search) -> None:
+        device = weight_OK.device
+        # Inputs that were never seen count alike, as they do for k-means.
+        self.hessian_KK = hessian_KK if hessian_KK.any() else torch.eye(len(hessian_KK), device=device)
+        self.weight_OK, self.search = weight_OK, search
+        self.codes_MOJ = start.codes_MOJ.to(device)
+        self.codebooks_MPD = start.codebooks_MPD.to(device, torch.float32)
+        self.scale_O1 = start.scale_O.to(device, torch.float32).unsqueeze(1)
+        self.damping = DAMPING * float(self.hessian_KK.diagonal().mean())
+        self.random = torch.Generator().manual_seed(0)
+        self._measure()
+
+    @property
+    def loss(self) -> float:
+        """tr[(Ŵ - W) H (Ŵ - W)ᵀ] of what `codes` would give."""
+        return float(self.loss_O.sum(dtype=torch.float64))
+
+    def codes(self) -> AdditiveCodes:
+        """The matrix as it is now, on the CPU."""
+        scale_O = self.scale_O1.squeeze(1).to("cpu", torch.float16)
+        return AdditiveCodes(self.codes_MOJ.cpu(), self.codebooks_MPD.to("cpu", torch.float16), scale_O)
+
+    def run(self) -> None:
+        """A search over whole rows, then rounds over windows, until a round gains little."""
+        vectors = self.codes_MOJ.shape[2]
+        for window in [vectors, *[min(self.search.window, vectors)] * (self.search.rounds - 1)]:
+            before = self.loss
+            self.improve_codes(window)
+            self.improve_codebooks()
+            self.improve_scales()
+            if self.loss >= (1 - self.search.least_gain) * before:
+                break
+
+    def improve_codes(self, window: int) -> None:
+        """Searches anew for `window` vectors of all rows at a time, drawn by chance, until each had its turn.
+
+        A row takes what is found where that is better; in the end its old codes where rounding errors said so wrongly.
+        """
+        codes_MOJ, rows_OK, loss_O = self.codes_MOJ.clone(), self.rows_OK, self.loss_O
+        scale_O1 = torch.where(self.scale_O1 != 0, self.scale_O1, 1.0)
+        sweep = _Sweep(self, self.weight_OK / scale_O1)
+        vectors = self.codes_MOJ.shape[2]
+        order_J = torch.arange(vectors) if window == vectors else torch.randperm(vectors, generator=self.random)
+        for members in order_J.to(self.codes_MOJ.device).split(window):
+            sweep.search(members)
+        self._measure()
+        worse_O = self.loss_O > loss_O
+        self.codes_MOJ = torch.where(worse_O.unsqueeze(1), codes_MOJ, self.codes_MOJ)
+        self.rows_OK = torch.where(worse_O.unsqueeze(1), rows_OK, self.rows_OK)
+        self.loss_O = torch.minimum(loss_O, self.loss_O)
+
+    def improve_codebooks(self) -> None:
+        """Solves for the codebooks, rounds them to fp16, and keeps them if the loss is lower."""
+        importance_O1 = self.scale_O1.square()
+        if not importance_O1.any():
+            return
+        importance_O1 = importance_O1 / importance_O1.mean()
+        target_OK = self.weight_OK / torch.where(self.scale_O1 != 0, self.scale_O1, 1.0)
+        solved_MPD = solved_codebooks(self.codebooks_MPD, self.codes_MOJ, target_OK, importance_O1, self.hessian_KK)
+        stored_MPD = solved_MPD.to(torch.float16).to(torch.float32)
+        before, earlier = self.loss, (self.codebooks_MPD, self.rows_OK, self.loss_O)
+        self.codebooks_MPD = stored_MPD
+        self._measure()
+        if not self.loss < before:
+            self.codebooks_MPD, self.rows_OK, self.loss_O = earlier
+
+    def improve_scales(self) -> None:
+        """The best scale of each row, w H qᵀ / q H qᵀ for its sum of vectors q, where it is better in fp16."""
+        pulled_OK = self.rows_OK @ self.hessian_KK
+        energy_O1 = (pulled_OK * self.rows_OK).sum(1, keepdim=True)
+        best_O1 = (pulled_OK * self.weight_OK).sum(1, keepdim=True) / energy_O1
+        best_O1 = torch.where(energy_O1 > 0, best_O1, self.scale_O1).clamp(-LARGEST_SCALE, LARGEST_SCALE)
+        best_O1 = best_O1.to(torch.float16).to(torch.float32)
+        loss_O = self._losses(best_O1)
+        better_O = loss_O < self.loss_O
+        self.scale_O1 = torch.where(better_O.unsqueeze(1), best_O1, self.scale_O1)
+        self.loss_O = torch.minimum(loss_O, self.loss_O)
+
+    def _measure(self) -> None:
+        self.rows_OK = summed_vectors(self.codebooks_MPD, self.codes_MOJ)
+        self.loss_O = self._losses(self.scale_O1)
+
+    def _losses(self, scale_O1: Tensor) -> Tensor:
+        error_OK = scale_O1 * self.rows_OK - self.weight_OK
+        return ((error_OK @ self.hessian_KK) * error_OK).sum(1).clamp(min=0.0)
+
+
+class _Sweep:
+    """One pass over the vectors of all rows; `pulled_OK` = (target - rows) H is kept up to date."""
+
+    def __init__(self, fitted: Refinement, target_OK: Tensor) -> None:
+        self.fitted = fitted
+        self.error_OK = target_OK - fitted.rows_OK
+        self.pulled_OK = self.error_OK @ fitted.hessian_KK
+
+    def search(self, members: Tensor) -> None:
+        """Searches for codes of the member vectors, the others as they are; rows for which it is better take them.
+
+        With the others fixed the loss is (t - q) H_SS (t - q)ᵀ + constant for sums of vectors q, where
+        t = q₀ + (e H)_S H_SS⁻¹; damping draws t to the weight's own values.
+        """
+        fitted, length = self.fitted, self.fitted.codebooks_MPD.shape[2]
+        columns = (members.unsqueeze(1) * length + torch.arange(length, device=members.device)).flatten()
+        hessian_CC = fitted.hessian_KK.index_select(0, columns).index_select(1, columns)
+        lower_CC = damped_factor(hessian_CC, fitted.damping)
+        error_OC, pulled_OC = (each.index_select(1, columns) for each in (self.error_OK, self.pulled_OK))
+        wanted_OC = (pulled_OC + fitted.damping * error_OC).to(torch.float64)
+        moved_OC = torch.cholesky_solve(wanted_OC.T, lower_CC).T.to(torch.float32)
+        rows_OC = summed_vectors(fitted.codebooks_MPD, fitted.codes_MOJ.index_select(2, members))
+        found_MOJ = best_codes(rows_OC + moved_OC, fitted.codebooks_MPD, lower_CC.to(torch.float32), fitted.search.beam)
+        change_OC = summed_vectors(fitted.codebooks_MPD, found_MOJ) - rows_OC
+        gain_O = ((2 * pulled_OC - change_OC @ hessian_CC) * change_OC).sum(1)
+        better_O = gain_O > 0
+        found_MOJ = torch.where(better_O.unsqueeze(1), found_MOJ, fitted.codes_MOJ.index_select(2, members))
+        fitted.codes_MOJ.index_copy_(2, members, found_MOJ)
+        change_OC *= better_O.unsqueeze(1)
+        self.error_OK.index_add_(1, columns, change_OC, alpha=-1)
+        self.pulled_OK.addmm_(change_OC, fitted.hessian_KK.index_select(0, columns), alpha=-1)
+
+
+def damped_factor(hessian_CC: Tensor, damping: float) -> Tensor:
+    """Lower triangular L in float64 with L Lᵀ = H + damping; QuantError when H has a negative direction."""
+    damped_CC = hessian_CC.to(torch.float64, copy=True)
+    damped_CC.diagonal().add_(damping)
+    lower_CC, failed_at = torch.linalg.cholesky_ex(damped_CC)
+    if int(failed_at):
+        raise QuantError(f"vqdm: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)")
+    return lower_CC

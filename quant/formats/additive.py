@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights as sums of vectors from several codebooks, times a scale per row: `avq2x8-d8`, `avq3x6-d4` …
+
+Additive quantization as in Egiazarian et al., VQDM (2024), section 3. O outputs, K columns of the matrix view,
+M codebooks, P = 2^bits entries of one, D length of a vector, J = K / D vectors per row.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantError
+from ..fit.base import AdditiveCodes, AdditiveGrid, Fit
+from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
+from .bits import pack, packed_columns, unpack
+from .palette import refused_rows, require_codes
+
+_NAME = re.compile(r"avq([2-8])x([123468])-d([248])")
+_LENGTHS = (2, 4, 8)
+_MOST_CODEBOOKS = 8
+
+
+@dataclass(frozen=True)
+class Additive(LayerFormat):
+    """value = scale[row] * Σ codebook[m][code[m]][place]; a vector is `length` neighbouring input channels at one tap.
+
+    Parts: `codes` uint8 [M, O, ceil(J * bits / 8)] (row-packed, low bits first), `codebooks` fp16 [M, 2^bits, D],
+    `scale` fp16 [O]. All rows share the codebooks.
+    """
+
+    count: int
+    bits: int
+    length: int
+
+    syntax: ClassVar[str] = "avq<2-8>x<1|2|3|4|6|8>-d<2|4|8>"
+
+    def __post_init__(self) -> None:
+        require_codes(self.bits, None)
+        if not 2 <= self.count <= _MOST_CODEBOOKS:
+            raise QuantError(f"a sum has 2 to {_MOST_CODEBOOKS} codebooks, not {self.count}; vq is for one")
+        if self.length not in _LENGTHS:
+            raise QuantError(f"a vector has 2, 4 or 8 weights, not {self.length}")
+
+    def __str__(self) -> str:
+        return f"avq{self.count}x{self.bits}-d{self.length}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        match = _NAME.fullmatch(text)
+        return None if match is None else cls(*map(int, match.groups()))
+
+    @property
+    def weight_bits(self) -> float:
+        return self.count * self.bits / self.length
+
+    def fits(self, shape: Shape) -> str | None:
+        reason = refused_rows(self, shape, None)
+        if reason is None and shape[1] % self.length:
+            return f"{shape[1]} input channels are not a multiple of vector length {self.length} in {self}"
+        return reason
+
+    def part_specs(self, shape: Shape) -> dict[str, PartSpec]:
+        outputs, columns = matrix_shape(shape)
+        packed = packed_columns(columns // self.length, self.bits)
+        return {
+            "codes": PartSpec(torch.uint8, (self.count, outputs, packed)),
+            "codebooks": PartSpec(torch.float16, (self.count, 2**self.bits, self.length)),
+            "scale": PartSpec(torch.float16, (outputs,)),
+        }
+
+    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+        grid = AdditiveGrid(self.count, self.bits, self.length)
+        fitted = fit.choose_vectors(matrix_view(weight), grid, hessian_KK)
+        packed_MOb = torch.stack([pack(codes_OJ, self.bits) for codes_OJ in fitted.codes_MOJ])
+        return {"codes": packed_MOb, "codebooks": fitted.codebooks_MPD, "scale": fitted.scale_O}
+
+    def decode(self, compressed: CompressedTensor) -> Tensor:
+        return from_matrix_view(AdditiveCodes(*self.unpack(compressed)).values(), compressed.shape)
+
+    def unpack(self, compressed: CompressedTensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes uint8 [M, O, J], codebooks fp16 [M, 2^bits, D], scale fp16 [O]."""
+        _, columns = matrix_shape(compressed.shape)
+        parts = compressed.parts
+        planes = [unpack(codes_Ob, self.bits, columns // self.length, signed=False) for codes_Ob in parts["codes"]]
+        return torch.stack(planes), parts["codebooks"], parts["scale"]
