@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is an artifact what its build made, and does it still compute what PyTorch computes?"""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..quant.compress import load_weights
+from ..runtimes.arm64.cpus import PREFIX, parse_cpu
+from ..runtimes.arm64.emulator import default_cache
+from ..runtimes.arm64.setup import open_emulator
+from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.tokenizer import open_tokenizers
 from .build import WEIGHTS_FILE
+from .emulated import Emulated, measure_emulated
 from .families import load
 from .families.evidence import evidence_for
 from .parity import Gaps, Session, gap_steps, measure_gaps
@@ -32,11 +39,15 @@ class Checked:
     gaps: Gaps | None
     why_not: str | None
     unverified: tuple[str, ...]
+    emulated: Mapping[str, Emulated] = field(default_factory=dict)
 
     @property
     def failure(self) -> str | None:
         """One sentence on the first thing that is wrong, None when everything that could be checked is right."""
-        return self.gaps.failure if self.gaps else None
+        if self.gaps and self.gaps.failure:
+            return self.gaps.failure
+        failures = {name: each.failure for name, each in self.emulated.items()}
+        return next((f"{name} {failure}" for name, failure in failures.items() if failure), None)
 
     def summary(self) -> dict[str, Any]:
         """Returns the outcome as JSON values."""
@@ -46,6 +57,7 @@ class Checked:
             "files_verified": True,
             "parity": parity_summary(self.gaps) if self.gaps else None,
             "parity_not_measured": self.why_not,
+            "emulated": {name: each.summary() for name, each in self.emulated.items()},
             "not_verified_on_device": list(self.unverified),
         }
 
@@ -55,16 +67,23 @@ class Checked:
         if self.gaps is None:
             console.print(f"parity was not measured: {self.why_not}", highlight=False, soft_wrap=True)
         else:
-            console.print(parity_table(self.gaps))
+            console.print(parity_table(self.gaps, self.emulated))
+        for name, each in self.emulated.items():
+            ran = ", ".join(f"{count:,} {kind}" for kind, count in each.kernels.items())
+            console.print(
+                f"{name} drew in {each.steps} steps; instructions it ran: {ran}", highlight=False, soft_wrap=True
+            )
         show_unverified(self.unverified, console)
 
 
-def check(artifact: Path, progress: StageProgress) -> Checked:
-    """Verifies every file against the manifest, then measures both gaps again.
+def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cache: Path | None = None) -> Checked:
+    """Verifies every file against the manifest, then measures both gaps again, and once more on each emulated CPU.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
-    model; without the former only the files are checked. Raises TurbopocketError for files that do not match.
+    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, and for
+    emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or could not be compared with PyTorch.
     """
+    asked = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     manifest = load_manifest(artifact)
     recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
     target = open_target(recipe.target)
@@ -74,13 +93,23 @@ def check(artifact: Path, progress: StageProgress) -> Checked:
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
     if not stored.is_file():
         why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
+        if asked:
+            raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
         return Checked(manifest, None, why_not, unverified)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
         evidence = evidence_for(model)
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
+    components, weights = target.components(model), load_weights(stored)
     runtimes = target.runtimes(artifact, manifest, recipe.parity.max_lowering_error or target.max_lowering_error)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
-        gaps = measure_gaps(target.components(model), load_weights(stored), runtimes, session, evidence, advance)
-    return Checked(manifest, gaps, None, unverified)
+        gaps = measure_gaps(components, weights, runtimes, session, evidence, advance)
+    here = next(iter(runtimes.values()))
+    emulated = {}
+    for cpu, emulator in asked:
+        there = target.emulated(artifact, manifest, cpu, emulator)
+        with progress.stage(cpu.name, 2) as advance, closing(there.runner):
+            measured = measure_emulated(components, weights, there, here, session, evidence, advance)
+        emulated[f"{PREFIX}{cpu.name}"] = measured
+    return Checked(manifest, gaps, None, unverified, emulated)

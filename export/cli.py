@@ -19,6 +19,8 @@ app = typer.Typer(
 )  # fmt: skip
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: what a build asks for.")
 app.add_typer(recipe_app, name="recipe")
+arm64_app = typer.Typer(no_args_is_help=True, help="An emulated ARM CPU, for `check --cpu`.")
+app.add_typer(arm64_app, name="arm64")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, or a hub id."
@@ -27,6 +29,7 @@ OptionalSource = Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Defau
 TargetName = Annotated[str | None, typer.Option("--target", help="What the phone runs: onnx or coreml.")]
 Deployment = Annotated[str | None, typer.Option(help="Oldest system for Core ML packages: iOS17, iOS18 or iOS26.")]
 Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder of the emulated CPU; default: in the user's cache folder.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
@@ -176,12 +179,17 @@ def plan(
 
 
 @app.command()
-def check(artifact: Artifact, as_json: AsJson = False) -> None:
+def check(
+    artifact: Artifact,
+    cpu: Annotated[list[str] | None, typer.Option(help="Also on an emulated CPU, such as arm64:cortex-a76.")] = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
     """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
     from .check import check as run_check
     from .progress import StageProgress
 
-    result = run_check(artifact, StageProgress(quiet=as_json))
+    result = run_check(artifact, StageProgress(quiet=as_json), cpu or (), cache)
     _emit(result.summary(), as_json, result.show)
     if result.failure is not None:
         raise ParityFailed(f"{artifact}: {result.failure}")
@@ -231,6 +239,17 @@ def models(as_json: AsJson = False) -> None:
 
     rows = model_rows()
     _emit(rows, as_json, lambda console: show_models(rows, console))
+
+
+@arm64_app.command("setup")
+def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
+    """Fetches the emulator, ARM libraries and a cross compiler (about 175 MB) into a cache folder; once."""
+    from ..runtimes.arm64.emulator import default_cache
+    from ..runtimes.arm64.setup import prepare
+
+    talk = Console(stderr=True, quiet=as_json)
+    found = prepare(cache or default_cache(), lambda text: talk.print(text, highlight=False, soft_wrap=True))
+    _emit(found, as_json, lambda console: console.print(f"cache     {found['cache']}", soft_wrap=True))
 
 
 @recipe_app.command("show")

@@ -21,6 +21,7 @@ from ..quant.plan import Plan
 from ..quant.sensitivity import hessian_loss
 from ..runtimes.manifest import FileEntry, Manifest, file_entries
 from ..runtimes.parity import ParityReport
+from .emulated import Emulated
 from .parity import Gaps, Pictures
 from .report import DrawnPicture, TradeoffPoint
 
@@ -54,16 +55,19 @@ class Built:
         }
 
 
-def parity_table(gaps: Gaps) -> Table:
-    """Returns both gaps per component and runtime, for a terminal."""
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))  # fits a terminal of 80 columns
+def parity_table(gaps: Gaps, emulated: Mapping[str, Emulated] | None = None) -> Table:
+    """Returns both gaps per component and runtime, for a terminal; emulated CPUs also against this machine's."""
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fits a terminal of 80 columns
     for column in ("component", "runtime"):
         table.add_column(column, no_wrap=True)
     for column in ("compression", "lowering", "SNR dB", "limit", "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
     compression = worst_errors(gaps.compression)
+    reports = list(gaps.lowering.items())
+    for cpu, each in (emulated or {}).items():
+        reports += [(cpu, each.to_pytorch), ("  to x86-64", each.to_native)]
     for name in worst_errors(next(iter(gaps.lowering.values()))):
-        for runtime, report in gaps.lowering.items():
+        for runtime, report in reports:
             error, limit = worst_errors(report)[name], report.limits.max_relative_error
             verdict = "passed" if error <= limit else "failed"
             snr = f"{-20 * math.log10(error):.1f}" if error > 0 else "exact"

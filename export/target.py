@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from ..quant.formats import CompressedTensor, LayerFormat
+from ..runtimes.arm64.cpus import PREFIX, Cpu
+from ..runtimes.arm64.emulator import Emulator
+from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.memory import MemoryFigures
+from .emulated import EmulatedRuntime
 from .families import LoadedModel
 from .graph import Component
 from .parity import Runtime
@@ -91,6 +95,10 @@ class Target(ABC):
     @abstractmethod
     def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
         """One for each of `runtime_names`."""
+
+    def emulated(self, folder: Path, manifest: Manifest, cpu: Cpu, emulator: Emulator) -> EmulatedRuntime:
+        """The artifact on an emulated CPU. Raises TurbopocketError where that CPU does not run such artifacts."""
+        raise TurbopocketError(f"{self.name} artifacts do not run on {PREFIX}{cpu.name}; those for onnx do")
 
     def inspect(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
         """What only a device can tell. Raises TurbopocketError for files that no device would accept."""

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from ..quant.formats import CompressedTensor, LayerFormat
+from ..runtimes.arm64.cpus import Cpu
+from ..runtimes.arm64.emulator import Emulator
+from ..runtimes.arm64.runner import EmulatedOnnxRunner
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.memory import MemoryFigures
 from ..runtimes.memory import measure as measure_memory
 from ..runtimes.parity import Limits
 from ..runtimes.runner import open_runner
 from .components import components_of
+from .emulated import EmulatedRuntime
 from .families import LoadedModel
 from .graph import Component
 from .lower import onnx
@@ -20,6 +24,9 @@ from .lower.onnx_stores import STORES
 from .parity import Runtime
 from .side_files import write_side_files
 from .target import Kind, Target
+
+ARM64_LIMITS = {0: (1e-4, 1e-5), 1: (1e-4, 1e-5), 4: (0.05, 0.05)}
+"""By MatMulNBits' accuracy level: largest relative error of a call on ARM to PyTorch, and to x86-64."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ class Onnx(Target):
         return {
             self.runtime_names[0]: Runtime(open_runner(folder, manifest), Limits(max_relative_error=max_lowering_error))
         }
+
+    def emulated(self, folder: Path, manifest: Manifest, cpu: Cpu, emulator: Emulator) -> EmulatedRuntime:
+        runner = EmulatedOnnxRunner(folder, manifest, cpu, emulator)
+        to_pytorch, to_native = ARM64_LIMITS[self.options.accuracy_level]
+        return EmulatedRuntime(runner, Limits(max_relative_error=to_pytorch), Limits(max_relative_error=to_native))
 
     def memory(self, folder: Path, component: str) -> MemoryFigures:
         return measure_memory(folder, component)

@@ -34,6 +34,7 @@ __all__ = [
     "Reference",
     "compare",
     "compare_call",
+    "compare_outputs",
     "compare_pictures",
     "first_divergence",
     "locate_divergence",
@@ -126,7 +127,9 @@ def compare(
             rows.append(compare_call(candidate, call, index, limits))
             if not failed and not rows[-1].passed:
                 failed = True
-                divergence = locate_divergence(reference, candidate, call, limits.max_relative_error)
+                divergence = locate_divergence(
+                    reference.layers(call.component), reference, candidate, call, limits.max_relative_error
+                )
         try:
             drawn.append(generate(candidate, manifest, tokenizers, recording.prompt, recording.seed))
         except NotFinite:
@@ -138,18 +141,22 @@ def compare(
 
 def compare_call(candidate: Runner, call: Call, picture: int, limits: Limits) -> ParityRow:
     """The row of a recorded call replayed on `candidate`; TurbopocketError when outputs' names differ."""
-    outputs = candidate.run(call.component, call.inputs)
-    check_names(call.component, "outputs", list(call.outputs), list(outputs))
-    errors = {name: relative_error(outputs[name], call.outputs[name]) for name in call.outputs}
+    return compare_outputs(call, candidate.run(call.component, call.inputs), call.outputs, picture, limits)
+
+
+def compare_outputs(call: Call, outputs: Arrays, expected: Arrays, picture: int, limits: Limits) -> ParityRow:
+    """The row of two sets of outputs of one call's inputs; TurbopocketError when outputs' names differ."""
+    check_names(call.component, "outputs", list(expected), list(outputs))
+    errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
     worst = max(errors, key=lambda name: errors[name])
     return ParityRow(
         picture=picture,
         component=call.component,
         timestep=call.timestep,
         output=worst,
-        max_abs_error=max_abs_error(outputs[worst], call.outputs[worst]),
+        max_abs_error=max_abs_error(outputs[worst], expected[worst]),
         relative_error=errors[worst],
-        snr_db=_finite(snr_db(outputs[worst], call.outputs[worst])),
+        snr_db=_finite(snr_db(outputs[worst], expected[worst])),
         max_relative_error=limits.max_relative_error,
     )
 
@@ -176,10 +183,9 @@ def compare_pictures(
 
 
 def locate_divergence(
-    reference: Reference, candidate: LayerRunner, call: Call, max_relative_error: float
+    layers: Sequence[str], reference: LayerRunner, candidate: LayerRunner, call: Call, max_relative_error: float
 ) -> Divergence | None:
-    """The first diverging layer of a recorded call, run again on both sides with all layers shown."""
-    layers = reference.layers(call.component)
+    """The first of `layers` to diverge in a recorded call, run again on both sides with all of them shown."""
     expected = reference.run_layers(call.component, call.inputs, layers)
     found = candidate.run_layers(call.component, call.inputs, layers)
     return first_divergence(call, expected, found, max_relative_error)

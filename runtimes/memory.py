@@ -86,16 +86,13 @@ def _shape(tensor: TensorSpec) -> list[int]:
 
 def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
     """The figures of this very process, which must not have opened anything yet."""
-    import onnxruntime as ort
-
-    from .onnx import session_options
+    from .onnx_session import open_session
 
     manifest = load_manifest(folder)
     spec = component_spec(manifest, component)
     inputs = zero_inputs(spec)
     start = resident_bytes()
-    options = session_options(threads)
-    session = ort.InferenceSession(str(folder / spec.file), options, providers=["CPUExecutionProvider"])
+    session = open_session(str(folder / spec.file), threads)
     loaded = resident_bytes()
     session.run(None, inputs)
     ran = resident_bytes()

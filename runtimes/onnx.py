@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .errors import TurbopocketError
 from .manifest import ComponentSpec, Manifest, TensorSpec
+from .onnx_session import open_session
 from .runner import Arrays, check_inputs, check_names, component_spec
 
 _DTYPES = {
@@ -21,7 +22,6 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
-_ERRORS_ONLY = 3
 
 
 class OnnxRunner:
@@ -54,12 +54,10 @@ class OnnxRunner:
         spec = component_spec(self.manifest, component)
         check_inputs(component, spec.inputs, inputs)
         path = self.folder / spec.file
-        model, values = _with_layer_outputs(path, layers)
+        model, values = with_layer_outputs(path, layers)
         if not values:
             return {}
-        options = session_options(self.threads)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        session = _open(component, model, options)
+        session = _open(component, model, self.threads, weights=str(path.parent))
         return dict(zip(values, session.run(list(values.values()), dict(inputs)), strict=True))
 
     def _session(self, component: str, spec: ComponentSpec) -> ort.InferenceSession:
@@ -69,30 +67,16 @@ class OnnxRunner:
             path = self.folder / spec.file
             if not path.is_file():
                 raise TurbopocketError(f"{component}: {path} is missing")
-            session = _open(component, str(path), session_options(self.threads))
+            session = _open(component, str(path), self.threads)
             _check_tensors(component, "inputs", spec.inputs, session.get_inputs())
             _check_tensors(component, "outputs", spec.outputs, session.get_outputs())
             self._sessions[component] = session
         return self._sessions[component]
 
 
-def session_options(threads: int | None = None) -> ort.SessionOptions:
-    """Options under which memory is given back as soon as a tensor dies: no arena, no preplanned block.
-
-    Weights in external data are mapped from the file, so pages of weights that are not repacked stay clean.
-    """
-    options = ort.SessionOptions()
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return options
-
-
-def _open(component: str, model: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+def _open(component: str, model: str | bytes, threads: int | None, weights: str | None = None) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return open_session(model, threads, weights)
     except Exception as error:  # ONNX Runtime's errors share no public base class
         raise TurbopocketError(f"{component}: ONNX Runtime cannot open the graph: {error}") from error
 
@@ -118,8 +102,11 @@ def _same_shape(expected: Sequence[int | str], found: Sequence[int | str | None]
     )
 
 
-def _with_layer_outputs(path: Path, layers: Sequence[str]) -> tuple[bytes, dict[str, str]]:
-    """The graph with every found layer's value as an output, and {layer: value name} in execution order."""
+def with_layer_outputs(path: Path, layers: Sequence[str]) -> tuple[bytes, dict[str, str]]:
+    """The graph with every found layer's value as an output, and {layer: value name} in execution order.
+
+    Its weights stay where they are, beside the graph in `path`.
+    """
     import onnx  # needed for the drill-down only
 
     model = onnx.load(path, load_external_data=False)

@@ -12,7 +12,8 @@ import pytest
 
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import Manifest
-from turbopocket.runtimes.onnx import OnnxRunner, session_options
+from turbopocket.runtimes.onnx import OnnxRunner
+from turbopocket.runtimes.onnx_session import session_options
 from turbopocket.runtimes.runner import open_runner
 
 from .conftest import LATENT, TOKENS, WIDTH, toy_graphs

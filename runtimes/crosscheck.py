@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A slow runtime's own picture, checked call by call: what goes into each of its calls is given to quick ones as well.
+
+The other way round than `compare`, which replays the reference's calls on the candidate and draws a picture on top.
+Here every slow call counts for both, and an error still belongs to the component and step it is listed under.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from .compare import Call, Limits, ParityReport, Picture, Recorder, Reference, compare_outputs, locate_divergence
+from .manifest import Manifest
+from .runner import LayerRunner, Runner
+from .text_to_image import NotFinite, generate
+from .tokenizer import Tokenizer
+
+
+def draw_recorded(
+    candidate: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], prompt: str, seed: int, steps: int
+) -> tuple[Picture | None, list[Call]]:
+    """The candidate's picture, None where it is not finite, and every call that led to it."""
+    recorder = Recorder(candidate)
+    try:
+        return generate(recorder, manifest, tokenizers, prompt, seed, steps), recorder.calls
+    except NotFinite:
+        return None, recorder.calls
+
+
+def crosscheck(
+    candidate: LayerRunner, calls: Sequence[Call], other: LayerRunner, names: Reference, limits: Limits
+) -> ParityReport:
+    """The report of the candidate's calls, whose inputs `other` is given too and is right about.
+
+    When calls fail, the first of them is opened up to name the first diverging of the layers that `names` knows.
+    """
+    rows, divergence = [], None
+    for call in calls:
+        rows.append(compare_outputs(call, call.outputs, other.run(call.component, call.inputs), 0, limits))
+        if not rows[-1].passed and all(row.passed for row in rows[:-1]):
+            layers = names.layers(call.component)
+            divergence = locate_divergence(layers, other, candidate, call, limits.max_relative_error)
+    return ParityReport(limits=limits, rows=rows, pictures=[], first_divergence=divergence)
