@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test check bench bench-quality bench-distill train-pocket distill-pocket distill-baseline test-optimum clean
+.PHONY: setup demo test check bench bench-quality bench-distill train-pocket distill-pocket distill-baseline test-optimum kernels fuzz-kernels clean
 
 setup: .venv/.installed
 
@@ -66,6 +66,20 @@ bench-distill: distill-pocket distill-baseline
 	$(BIN)/python benchmarks/distillation.py students build/pocket-turbo build/pocket-mse
 	$(BIN)/python benchmarks/distillation.py ablations
 	$(BIN)/python benchmarks/readme_tables.py
+
+# The C++ kernels for this machine, into runtimes/kernels/lib. Everything works without them, more slowly.
+kernels:
+	@command -v cmake >/dev/null && command -v c++ >/dev/null || { echo "make kernels needs CMake and a C++ compiler" >&2; exit 1; }
+	cmake -S runtimes/kernels -B build/kernels/release
+	cmake --build build/kernels/release
+	cmake --install build/kernels/release --prefix runtimes/kernels
+
+# A million hostile and honest layers under AddressSanitizer and UndefinedBehaviorSanitizer; another SEED, other layers.
+SEED ?= 0
+fuzz-kernels:
+	cmake -S runtimes/kernels -B build/kernels/sanitized -DCODEBOOK_SANITIZE=ON
+	cmake --build build/kernels/sanitized --target fuzz
+	build/kernels/sanitized/fuzz 1000000 $(SEED)
 
 clean:
 	rm -rf build dist *.egg-info
