@@ -3,7 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test check bench bench-quality bench-distill train-pocket distill-pocket distill-baseline test-optimum kernels fuzz-kernels clean
+.PHONY: setup demo test test-slow test-fuzz check bench bench-quality bench-distill train-pocket distill-pocket distill-baseline \
+	test-optimum kernels fuzz-kernels clean
 
 setup: .venv/.installed
 
@@ -23,6 +24,15 @@ demo: setup
 
 test: check
 	$(BIN)/python -m pytest
+
+# What `make test` leaves out: minutes each, with their figures printed.
+test-slow: export OMP_NUM_THREADS = 1
+test-slow: setup
+	$(BIN)/python -m pytest -m slow -rP
+
+# Damaged Core ML packages, 15 times as many as in `make test`; hypothesis prints how many it ran.
+test-fuzz: setup
+	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
 
 check: setup
 	$(BIN)/ruff check .

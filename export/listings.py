@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be asked for: weight formats on each target, and models."""
 
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count, product
+from string import ascii_lowercase
 from typing import Any
 
 from rich.console import Console
@@ -54,26 +55,45 @@ def format_rows() -> list[dict[str, Any]]:
 
 
 def show_formats(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Prints formats down and sample layers across: the operators that read the weight, or why it can not be."""
+    """Prints formats down and sample layers across: yes or no with a mark, and below what reads the weight, or why not.
+
+    It fits 80 columns.
+    """
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    table = Table(header_style="bold")
-    table.add_column("format")
-    table.add_column("target")
+    operators = _marked((row["stored_as"] for row in rows if row["stored_as"]), ascii_lowercase)
+    reasons = _marked((_reason(row) for row in rows if row["reason"]), map(str, count(1)))
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("format", no_wrap=True)
+    table.add_column("target", no_wrap=True)
     for layer in layers:
-        table.add_column(layer)
+        table.add_column(layer.replace(", ", ",\n"), no_wrap=True)
     cells = {(row["format"], row["target"], row["layer"]): row for row in rows}
     for name, target in dict.fromkeys((row["format"], row["target"]) for row in rows):
         answers = [cells[name, target, layer] for layer in layers]
-        table.add_row(name, target, *(_answer(cell) for cell in answers))
+        marks = [operators.get(answer["stored_as"]) or reasons[_reason(answer)] for answer in answers]
+        table.add_row(
+            name,
+            target,
+            *(f"{'no' if each['reason'] else 'yes'} {mark}" for each, mark in zip(answers, marks, strict=True)),
+        )
     console.print(table)
-    for summary in dict.fromkeys(row["stored_as"] for row in rows if row["stored_as"] and ":" in row["stored_as"]):
-        console.print(summary, highlight=False)
-    console.print(f"every format: {', '.join(kind.syntax for kind in FORMATS)}", highlight=False)
+    for title, notes in (("yes, read by", operators), ("no, because", reasons)):
+        console.print(f"\n[bold]{title}[/bold]")
+        listed = Table.grid(padding=(0, 1))
+        for text, mark in notes.items():
+            listed.add_row(mark, text)
+        console.print(listed)
+    console.print(f"\nevery format: {', '.join(kind.syntax for kind in FORMATS)}", highlight=False)
 
 
-def _answer(row: Mapping[str, Any]) -> str:
-    """The operators alone: what a summary says after them is printed below the table."""
-    return f"no: {row['reason']}" if row["stored_as"] is None else row["stored_as"].split(":")[0]
+def _marked(notes: Iterable[str], marks: Iterable[str]) -> dict[str, str]:
+    """One mark for each different note, in order."""
+    return dict(zip(dict.fromkeys(notes), marks, strict=False))
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    """Without the format's name, which its line says: so one note serves many."""
+    return str(row["reason"]).removesuffix(f" in {row['format']}").removesuffix(f" for {row['format']}")
 
 
 def model_rows() -> dict[str, list[dict[str, Any]]]:

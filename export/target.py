@@ -40,13 +40,16 @@ class Target(ABC):
     Attributes:
         name: as in recipes and manifests; tools: packages whose versions decide what is written.
         max_lowering_error: largest relative error of a call that counts as right, if the recipe says nothing.
-        runtime_names: what runs the artifact here; the one that draws what a phone shows first.
     """
 
     name: ClassVar[str]
     tools: ClassVar[tuple[str, ...]]
     max_lowering_error: ClassVar[float]
-    runtime_names: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def runtime_names(self) -> tuple[str, ...]:
+        """What runs the artifact here; the one that draws what a phone shows first."""
 
     @abstractmethod
     def components(self, model: LoadedModel) -> list[Component]:

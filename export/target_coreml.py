@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..quant.formats import CompressedTensor, LayerFormat
+from ..runtimes.coreml import apple
 from ..runtimes.coreml.evaluator import Mode
 from ..runtimes.coreml.interface import loop_spec
 from ..runtimes.coreml.lint import UNVERIFIED, lint
-from ..runtimes.coreml.runner import CoreMLRunner, has_apples_runtime
+from ..runtimes.coreml.runner import CoreMLRunner
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.parity import Limits
@@ -18,7 +19,7 @@ from .components import components_of
 from .families import LoadedModel
 from .graph import Component
 from .lower import coreml
-from .lower.coreml_precision import HEADROOM, LARGEST_FP16
+from .lower.coreml_precision import too_large
 from .lower.coreml_stores import STORES
 from .parity import Runtime
 from .side_files import write_swift_files
@@ -38,7 +39,10 @@ class CoreML(Target):
     name = "coreml"
     tools = ("coremltools",)
     max_lowering_error = 1e-3
-    runtime_names = ("evaluator fp32", "evaluator fp16", "evaluator acc16")
+
+    @property
+    def runtime_names(self) -> tuple[str, ...]:
+        return tuple(_runs(self.max_lowering_error))
 
     def components(self, model: LoadedModel) -> list[Component]:
         return components_of(model, all_states=False)
@@ -57,7 +61,7 @@ class CoreML(Target):
     ) -> coreml.TracedProgram:
         """Converted once more when fp16 can not hold what a layer of the component gives."""
         largest = {name: value for name, value in largest_outputs.items() if name in traced.layers}
-        if max(largest.values(), default=0.0) <= LARGEST_FP16 / HEADROOM:
+        if not any(map(too_large, largest.values())):
             return traced
         return coreml.trace(component, replace(self.options, largest=largest))
 
@@ -82,19 +86,10 @@ class CoreML(Target):
         return coreml.package_files(spec)
 
     def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
-        modes: tuple[tuple[Mode, float], ...] = (
-            ("fp32", max_lowering_error),
-            ("fp16", max(FP16_ERROR, max_lowering_error)),
-            ("acc16", max(ACC16_ERROR, max_lowering_error)),
-        )
-        found = {
+        return {
             name: Runtime(CoreMLRunner(folder, manifest, mode), Limits(max_relative_error=limit))
-            for name, (mode, limit) in zip(self.runtime_names, modes, strict=True)
+            for name, (mode, limit) in _runs(max_lowering_error).items()
         }
-        if has_apples_runtime():
-            limits = Limits(max_relative_error=FP16_ERROR)
-            found["Core ML on this Mac"] = Runtime(CoreMLRunner(folder, manifest, None), limits)
-        return found
 
     def inspect(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
         packages = {file.path.split("/", 1)[0] for file in manifest.files if ".mlpackage/" in file.path}
@@ -106,3 +101,14 @@ class CoreML(Target):
 
     def memory(self, folder: Path, component: str) -> None:
         """Only a device can tell."""
+
+
+def _runs(max_lowering_error: float) -> dict[str, tuple[Mode | None, float]]:
+    """Arithmetic and limit by the runtime's name; the mode is None for Apple's runtime."""
+    rounded = max(FP16_ERROR, max_lowering_error)
+    runs: dict[str, tuple[Mode | None, float]] = {
+        "evaluator fp32": ("fp32", max_lowering_error),
+        "evaluator fp16": ("fp16", rounded),
+        "evaluator acc16": ("acc16", max(ACC16_ERROR, max_lowering_error)),
+    }
+    return runs | ({"Core ML on this Mac": (None, rounded)} if apple.on_a_mac() else {})

@@ -37,9 +37,10 @@ def open_runner(folder: Path, manifest: Manifest) -> LayerRunner:
 
             return OnnxRunner(folder, manifest)
         case "coreml":
-            from .coreml.runner import CoreMLRunner, has_apples_runtime
+            from .coreml.apple import on_a_mac
+            from .coreml.runner import CoreMLRunner
 
-            return CoreMLRunner(folder, manifest, None if has_apples_runtime() else "fp32")
+            return CoreMLRunner(folder, manifest, None if on_a_mac() else "fp32")
 
 
 def component_spec(manifest: Manifest, component: str) -> ComponentSpec:

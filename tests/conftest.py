@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
+from .core_ml_stand_in import mac  # noqa: F401  a fixture for every test
+
+settings.register_profile("long", max_examples=6_000)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
 CONTEXT_TOKENS = 77

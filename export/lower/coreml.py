@@ -7,12 +7,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from ...quant.formats import CompressedTensor, LayerFormat, parse_format
 from ...runtimes.coreml.dtypes import TensorType
-from ...runtimes.coreml.interface import CHUNKS, chunk_file_ending, layer_value, package_file
+from ...runtimes.coreml.interface import CHUNKS, layer_value, package_file, package_names
 from ...runtimes.coreml.package import coremltools_module
 from ...runtimes.manifest import ComponentSpec, TensorSpec
 from ..graph import Component
@@ -21,7 +21,7 @@ from .coreml_form import Deployment
 from .coreml_lowering import Lowering, is_cut, layer_bytes, skeleton_bytes
 from .coreml_mil import Message, type_of
 from .coreml_package import PACKAGE_PATHS, write_package
-from .coreml_stores import form_of, storable
+from .coreml_stores import DEPLOYMENT, form_of, storable
 from .coreml_trace import LAYER, Skeleton, TracedProgram, compressible_paths
 from .coreml_wrap import wrapped
 
@@ -48,7 +48,7 @@ class CoreMLOptions:
     computed in fp32. A UNet beyond `max_package_bytes` becomes two packages.
     """
 
-    deployment: Deployment = "iOS18"
+    deployment: Deployment = DEPLOYMENT
     unet_batch: int = 1
     largest: Mapping[str, float] = field(default_factory=dict)
     max_package_bytes: int = 2**30
@@ -124,9 +124,7 @@ def component_spec(traced: TracedProgram, file: str | None = None) -> ComponentS
 
 def package_files(spec: ComponentSpec) -> list[str]:
     """Paths of all files of the package, or of both chunks, whose first file a spec names."""
-    package = PurePosixPath(spec.file).parts[0]
-    packages = [package.replace(chunk_file_ending(1), chunk_file_ending(chunk)) for chunk in range(1, CHUNKS + 1)]
-    return [f"{name}/{path}" for name in dict.fromkeys(packages) for path in PACKAGE_PATHS]
+    return [f"{package}/{path}" for package in package_names(spec.file) for path in PACKAGE_PATHS]
 
 
 def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:

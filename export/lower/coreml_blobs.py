@@ -5,7 +5,6 @@ A header of 64 bytes, then for each tensor a header of 64 bytes and its values; 
 """
 
 import math
-import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,40 +12,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...runtimes.coreml.blobs import ALIGNMENT, BLOB_HEADER, FILE_HEADER, SENTINEL, VERSION
 from ...runtimes.coreml.dtypes import TensorType
-
-ALIGNMENT_BYTES = 64
-_FILE_HEADER = struct.Struct("<II56x")
-_BLOB_HEADER = struct.Struct("<IIQQQ32x")
-_VERSION = 2
-_SENTINEL = 0xDEADBEEF
 
 
 def blob_offsets(tensors: Sequence[TensorType]) -> tuple[list[int], int]:
     """Offset of each tensor's header, and the length of the file."""
-    offsets, end = [], _FILE_HEADER.size
+    offsets, end = [], FILE_HEADER.size
     for tensor in tensors:
         offsets.append(_aligned(end))
-        end = offsets[-1] + _BLOB_HEADER.size + tensor.stored_bytes
+        end = offsets[-1] + BLOB_HEADER.size + tensor.stored_bytes
     return offsets, end
 
 
 def blob_bytes(tensor: TensorType) -> int:
     """Bytes that one more tensor adds to a file, at most."""
-    return _BLOB_HEADER.size + _aligned(tensor.stored_bytes)
+    return BLOB_HEADER.size + _aligned(tensor.stored_bytes)
 
 
 def write_blobs(path: Path, tensors: Sequence[TensorType], arrays: Iterable[NDArray[Any]]) -> None:
     """Writes the file; values below 8 bits come one per byte and are packed. Holds one array at a time."""
     offsets, _ = blob_offsets(tensors)
     with path.open("wb") as file:
-        file.write(_FILE_HEADER.pack(len(tensors), _VERSION))
+        file.write(FILE_HEADER.pack(len(tensors), VERSION))
         for tensor, offset, array in zip(tensors, offsets, arrays, strict=True):
             stored = stored_values(tensor, array)
             padding_bits = stored.nbytes * 8 - tensor.elements * tensor.dtype.bits
             file.write(bytes(offset - file.tell()))
-            data = offset + _BLOB_HEADER.size
-            file.write(_BLOB_HEADER.pack(_SENTINEL, tensor.dtype.blob_code, stored.nbytes, data, padding_bits))
+            data = offset + BLOB_HEADER.size
+            file.write(BLOB_HEADER.pack(SENTINEL, tensor.dtype.blob_code, stored.nbytes, data, padding_bits))
             file.write(stored.data)
 
 
@@ -73,4 +67,4 @@ def pack_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
 
 def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return -(-offset // ALIGNMENT) * ALIGNMENT

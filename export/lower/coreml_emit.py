@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .coreml_form import Form, Layer
-from .coreml_mil import Message, const, ints, operation, stored, string, tensor_type, type_of
+from .coreml_mil import Message, const, describe, ints, operation, stored, string, tensor_type, type_of
 from .coreml_trace import LAYER, PATH, zero_bias
 
 
@@ -87,9 +87,9 @@ def _as_channels(name: str, bias: Message, layer: Layer) -> Message:
     """The bias [O] of the same stored bytes in the shape that adds to the layer's output."""
     value = const(name, bias.attributes["val"])
     if layer.kind == "conv2d":
-        shaped = stored(tensor_type(layer.float_type, (1, layer.shape[0], 1, 1)), 0)
-        value.attributes["val"].type.CopyFrom(shaped.type)
-        value.outputs[0].type.CopyFrom(shaped.type)
+        for declared in (value.attributes["val"].type, value.outputs[0].type):
+            declared.Clear()
+            describe(declared, tensor_type(layer.float_type, (1, layer.shape[0], 1, 1)))
     return value
 
 

@@ -107,6 +107,14 @@ def type_of(message: Message) -> TensorType:
     return tensor_type(mil().DataType.Name(tensor.dataType), shape)
 
 
+def describe(message: Message, tensor: TensorType) -> None:
+    """Makes an empty ValueType message say that type; `type_of` reads it."""
+    message.tensorType.dataType = mil().DataType.Value(tensor.dtype.name)
+    message.tensorType.rank = len(tensor.shape)
+    for size in tensor.shape:
+        message.tensorType.dimensions.add().constant.size = size
+
+
 def is_constant(operation: Message) -> bool:
     """Whether the operation reads no value: const or constexpr."""
     return operation.type == "const" or operation.type.startswith("constexpr_")
@@ -114,8 +122,5 @@ def is_constant(operation: Message) -> bool:
 
 def _typed(tensor: TensorType) -> Message:
     value = mil().Value()
-    value.type.tensorType.dataType = mil().DataType.Value(tensor.dtype.name)
-    value.type.tensorType.rank = len(tensor.shape)
-    for size in tensor.shape:
-        value.type.tensorType.dimensions.add().constant.size = size
+    describe(value.type, tensor)
     return value

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from coremltools.converters.mil.mil import Builder
 
-SMALLEST_VARIANCE = 2.0**-14
-"""Smallest normal fp16 number. Relative to a group's largest value: deviations of 1/128 of it, or an outlier of 128
-standard deviations. It also keeps a constant group from dividing zero by zero."""
+from ...runtimes.coreml.dtypes import SMALLEST_NORMAL_FP16
+
+SMALLEST_VARIANCE = SMALLEST_NORMAL_FP16
+"""Relative to a group's largest value: deviations of 1/128 of it, or an outlier of 128 standard deviations. It also
+keeps a constant group from dividing zero by zero."""
 
 
 def scaled_group_norm(x: Any, groups: int, gamma: Any, beta: Any, epsilon: float, name: str) -> Any:

@@ -10,10 +10,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ...runtimes.coreml.dtypes import TensorType
+from ...runtimes.coreml.dtypes import ARRAY_TYPES, TensorType
 from ...runtimes.coreml.package import coremltools_module
 from .coreml_blobs import blob_offsets, write_blobs
-from .coreml_mil import Message, blobs_of, mil
+from .coreml_mil import Message, blobs_of, describe, mil
 
 SPEC_VERSIONS = {"iOS17": 8, "iOS18": 9, "iOS26": 10}
 OPSETS = {"iOS17": "CoreML7", "iOS18": "CoreML8", "iOS26": "CoreML9"}
@@ -22,9 +22,9 @@ WEIGHT_FOLDER = "com.apple.CoreML/weights"
 PACKAGE_PATHS = ("Manifest.json", f"Data/{MODEL_FILE}", f"Data/{WEIGHT_FOLDER}/weight.bin")
 """All files of a package, by their path in it."""
 
+_CROSSING = ("FLOAT16", "FLOAT32", "INT32")
+"""INT8 takes iOS26."""
 _IDENTIFIERS = uuid.UUID("5f2a4b0e-6f0d-5c39-9d6b-3b1c1d0a7c55")
-_ARRAY_TYPES = {"FLOAT16": 65552, "FLOAT32": 65568, "INT32": 131104}
-"""`ArrayFeatureType.ArrayDataType`: what a tensor at the edge of a package can be."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PackageContent:
 
 def can_cross(tensor: TensorType) -> bool:
     """Whether a tensor of this type can be an input or an output of a package."""
-    return tensor.dtype.name in _ARRAY_TYPES and bool(tensor.shape)
+    return tensor.dtype.name in _CROSSING and bool(tensor.shape)
 
 
 def package_content(
@@ -63,7 +63,7 @@ def package_content(
     function = program.functions["main"]
     function.opset = OPSETS[deployment]
     for name, tensor in inputs.items():
-        _describe_type(function.inputs.add(name=name).type, tensor)
+        describe(function.inputs.add(name=name).type, tensor)
     block = function.block_specializations[function.opset]
     block.outputs.extend(outputs)
     block.operations.extend(operations)
@@ -77,7 +77,7 @@ def package_content(
     for features, ends in ((model.description.input, inputs), (model.description.output, outputs)):
         for name, tensor in ends.items():
             array = features.add(name=name).type.multiArrayType
-            array.dataType = _ARRAY_TYPES[tensor.dtype.name]
+            array.dataType = ARRAY_TYPES[tensor.dtype.name]
             array.shape.extend(tensor.shape)
     model.mlProgram.CopyFrom(program)
     return PackageContent(file, model, tensors, tuple(blobs))
@@ -109,10 +109,3 @@ def _manifest() -> str:
     root = str(uuid.uuid5(_IDENTIFIERS, MODEL_FILE))
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": items, "rootModelIdentifier": root}
     return json.dumps(manifest, indent=4) + "\n"
-
-
-def _describe_type(message: Message, tensor: TensorType) -> None:
-    message.tensorType.dataType = mil().DataType.Value(tensor.dtype.name)
-    message.tensorType.rank = len(tensor.shape)
-    for size in tensor.shape:
-        message.tensorType.dimensions.add().constant.size = size

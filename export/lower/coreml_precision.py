@@ -11,12 +11,12 @@ up to and with the next operation whose result is bounded by what it computes.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...runtimes.coreml.dtypes import LARGEST_FP16
 from ...runtimes.errors import TurbopocketError
 from .coreml_form import Layer
 from .coreml_trace import LAYER
 from .coreml_wrap import PackageDtype
 
-LARGEST_FP16 = 65504.0
 HEADROOM = 4.0
 """Magnitudes above the largest fp16 number over this count as too large: the next prompt may need more, and so may
 the partial sums of a product."""
@@ -24,6 +24,11 @@ the partial sums of a product."""
 _PERIODIC = ("sin", "cos")
 _BOUNDED = ("layer_norm", "softmax", "sigmoid", "tanh")
 """Operations whose result does not have their input's magnitude. A division by a computed value is the GroupNorm's."""
+
+
+def too_large(magnitude: float) -> bool:
+    """Whether fp16 can not be trusted with numbers of that magnitude."""
+    return not magnitude <= LARGEST_FP16 / HEADROOM
 
 
 class Fp32Region:
@@ -40,7 +45,7 @@ class Fp32Region:
             for name, value in largest.items()
             if name.startswith(f"{component}.")
         }
-        self.too_large = {path for path, value in self.paths.items() if not value <= LARGEST_FP16 / HEADROOM}
+        self.too_large = {path for path, value in self.paths.items() if too_large(value)}
         self._kept: set[str] | None = None
         self._large_outputs: dict[str, str] = {}
 

@@ -24,7 +24,7 @@ LAYER = "turbopocket_layer"
 """Type of a layer's operation in a skeleton."""
 
 PATH = "path"
-"""Its attribute that holds the module path."""
+"""Its parameter, in a skeleton its attribute, that holds the module path."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Skeleton:
         for op in self.operations:
             if op.type != LAYER:
                 continue
-            path = _argument(op, "path", written).immediateValue.tensor.strings.values[0]
+            path = _argument(op, PATH, written).immediateValue.tensor.strings.values[0]
             uses[path] = uses.get(path, 0) + 1
             renamed[op.outputs[0].name] = layer_value(path, uses[path])
             self.layers.setdefault(path, self._layer(path, op, written))
-            for parameter in ("path", "weight_shape", "geometry"):
+            for parameter in (PATH, "weight_shape", "geometry"):
                 if parameter in op.inputs:
                     del op.inputs[parameter]
             op.attributes[PATH].CopyFrom(string(path))

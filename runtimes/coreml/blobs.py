@@ -13,10 +13,13 @@ from ..errors import TurbopocketError
 from .dtypes import DTYPES, TensorType, as_values
 
 ALIGNMENT = 64
-_FILE_HEADER = struct.Struct("<II")
-_VERSION = 2
-_BLOB_HEADER = struct.Struct("<IIQQQ")
-_SENTINEL = 0xDEADBEEF
+"""Offsets of headers and of values are multiples of this."""
+FILE_HEADER = struct.Struct("<II56x")
+"""Number of blobs, version."""
+BLOB_HEADER = struct.Struct("<IIQQQ32x")
+"""Sentinel, code of the type, bytes of values, their offset, unused bits at their end."""
+VERSION = 2
+SENTINEL = 0xDEADBEEF
 _NAMES = {dtype.blob_code: dtype.name for dtype in DTYPES.values() if dtype.blob_code is not None}
 
 
@@ -47,9 +50,9 @@ class BlobFile:
             raise TurbopocketError(f"{path} has {path.stat().st_size} bytes, a weight file has at least {ALIGNMENT}")
         # copy-on-write pages count as writable, which PyTorch asks for; nothing ever writes to them
         self._bytes: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="c")
-        self.count, version = _FILE_HEADER.unpack(self._bytes[: _FILE_HEADER.size].tobytes())
-        if version != _VERSION:
-            raise TurbopocketError(f"{path} is a weight file of version {version}: this version reads {_VERSION}")
+        self.count, version = FILE_HEADER.unpack(self._bytes[: FILE_HEADER.size].tobytes())
+        if version != VERSION:
+            raise TurbopocketError(f"{path} is a weight file of version {version}: this version reads {VERSION}")
 
     @property
     def size(self) -> int:
@@ -58,15 +61,15 @@ class BlobFile:
 
     def blob(self, offset: int) -> Blob:
         """The header at `offset`; TurbopocketError when none stands there or its bytes leave the file."""
-        if offset % ALIGNMENT or not ALIGNMENT <= offset <= self.size - _BLOB_HEADER.size:
+        if offset % ALIGNMENT or not ALIGNMENT <= offset <= self.size - BLOB_HEADER.size:
             raise TurbopocketError(
                 f"{self.path} has no blob at {offset}: it ends at {self.size}, blobs start at n * 64"
             )
-        header = self._bytes[offset : offset + _BLOB_HEADER.size].tobytes()
-        sentinel, code, length, data, padding_bits = _BLOB_HEADER.unpack(header)
-        if sentinel != _SENTINEL:
+        header = self._bytes[offset : offset + BLOB_HEADER.size].tobytes()
+        sentinel, code, length, data, padding_bits = BLOB_HEADER.unpack(header)
+        if sentinel != SENTINEL:
             raise TurbopocketError(
-                f"{self.path} has no blob at {offset}: found {sentinel:#x}, a blob begins {_SENTINEL:#x}"
+                f"{self.path} has no blob at {offset}: found {sentinel:#x}, a blob begins {SENTINEL:#x}"
             )
         blob = Blob(offset, code, data, length, padding_bits)
         if data % ALIGNMENT or data < offset + ALIGNMENT or blob.end > self.size:

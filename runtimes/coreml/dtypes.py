@@ -59,6 +59,12 @@ DTYPES = {
 }
 """Types this package reads, by name; the codes in blobs are those of MIL's `BlobDataType`."""
 
+ARRAY_TYPES = {"FLOAT16": 65552, "FLOAT32": 65568, "INT32": 131104, "INT8": 131080}
+"""Types of tensors at the edge of a package, and their `ArrayFeatureType.ArrayDataType` in its description."""
+
+LARGEST_FP16 = 65504.0
+SMALLEST_NORMAL_FP16 = 2.0**-14
+
 
 @dataclass(frozen=True)
 class TensorType:

@@ -5,7 +5,7 @@ What is not known for certain is refused by name: an op, a parameter, a type. Ev
 what the program declares.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import TurbopocketError
+from ..manifest import TensorSpec
 from ..runner import Arrays, check_inputs
 
 # each module registers its ops when it is imported
 from . import ops_elementwise, ops_image, ops_linear, ops_norm, ops_shape  # noqa: F401
 from .arithmetic import Arithmetic, to_fp16
-from .dtypes import TensorType
+from .dtypes import LARGEST_FP16, SMALLEST_NORMAL_FP16, TensorType
 from .mil import Constant, Operation
 from .program import Program
 from .registry import OPS, Given, Op, as_tensor
@@ -30,8 +31,6 @@ Mode = Literal["fp32", "fp16", "acc16"]
 declares fp16 are rounded to it; `acc16`: sums are rounded too, every 64 terms, and so is what comes between the
 steps of a compound op: the pessimistic end of what accelerators do."""
 _MODES = ("fp32", "fp16", "acc16")
-_LARGEST_FP16 = 65504.0
-_SMALLEST_NORMAL_FP16 = 2.0**-14
 _ERRORS = (RuntimeError, ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError, MemoryError)
 
 
@@ -55,7 +54,7 @@ class OpStatistics:
     @property
     def may_overflow(self) -> bool:
         """Whether the result, or some order of adding its terms, leaves fp16."""
-        return not max(self.largest, self.bound or 0.0) <= _LARGEST_FP16
+        return not max(self.largest, self.bound or 0.0) <= LARGEST_FP16
 
 
 class Evaluator:
@@ -77,6 +76,26 @@ class Evaluator:
             for value in values
             if isinstance(value, str)
         }
+
+    @property
+    def where(self) -> str:
+        """The package's path, with which messages begin."""
+        return self.program.where
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        """The program's inputs."""
+        return self.program.inputs
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """The program's outputs."""
+        return self.program.outputs
+
+    @property
+    def values(self) -> KeysView[str]:
+        """Names of everything that the program holds or computes."""
+        return self.program.function.types.keys()
 
     def run(self, inputs: Mapping[str, NDArray[Any]], also: Sequence[str] = ()) -> Arrays:
         """The outputs by name, in their declared types, then the values named in `also`.
@@ -153,24 +172,6 @@ class Evaluator:
         return as_tensor(self.program.argument(value))
 
 
-def run_chain(evaluators: Sequence[Evaluator], inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-    """The last program's outputs when each gets, by name, what the given inputs and all before it hold.
-
-    TurbopocketError when a program asks for a name that nothing before it made.
-    """
-    if not evaluators:
-        raise TurbopocketError("a chain of no programs computes nothing")
-    known = dict(inputs)
-    outputs: Arrays = {}
-    for evaluator in evaluators:
-        names = [spec.name for spec in evaluator.program.inputs]
-        if missing := [name for name in names if name not in known]:
-            raise TurbopocketError(f"{evaluator.program.where}: input {missing[0]} is made by no program before it")
-        outputs = evaluator.run({name: known[name] for name in names})
-        known |= outputs
-    return outputs
-
-
 def _known(program: Program, operation: Operation) -> Op:
     place = f"{program.where}: op {operation.kind} {operation.name}"
     if operation.kind not in OPS:
@@ -208,7 +209,7 @@ def _statistics(
         magnitude = before.abs()
         largest = max(largest, float(magnitude.max()))
         non_finite += int((~torch.isfinite(after)).sum())
-        subnormal += int(((magnitude < _SMALLEST_NORMAL_FP16) & (magnitude > 0)).sum())
+        subnormal += int(((magnitude < SMALLEST_NORMAL_FP16) & (magnitude > 0)).sum())
         count += before.numel()
     share = subnormal / count if count else 0.0
     return OpStatistics(operation.name, operation.kind, declared.dtype.name, largest, bound, non_finite, share)

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import TurbopocketError
 from ..manifest import ComponentSpec, TensorSpec
-
-Arrays = dict[str, NDArray[Any]]
+from ..runner import Arrays
 
 PACKAGE_NAMES = {
     "text_encoder": "TextEncoder",
@@ -35,8 +34,9 @@ OUTPUT_NAMES = {"noise_pred": "out_sample", "image": "sample"}
 POOLED_NAMES = {"text_encoder": "pooler_output", "text_encoder_2": "text_embeds"}
 """The loop's name of the package's `pooled_outputs`."""
 
-_EXACT_INPUTS = ("input_ids", "timestep", "time_ids")
-"""Inputs that stay float32: fp16 ends being exact at 2048, and a UNet's sines need their argument exactly."""
+_EXACT_INPUTS = ("input_ids", "sample", "timestep", "time_ids")
+"""Inputs that stay float32: fp16 ends being exact at 2048, a UNet's sines need their argument exactly, and the less
+noise is left in latents, the more their rounding counts beside it."""
 
 
 def package_file(component: str, chunk: int | None = None) -> str:
@@ -44,11 +44,18 @@ def package_file(component: str, chunk: int | None = None) -> str:
     if component not in PACKAGE_NAMES:
         known = ", ".join(PACKAGE_NAMES)
         raise TurbopocketError(f"Core ML packages have no component {component}: they have {known}")
-    return f"{PACKAGE_NAMES[component]}{'.mlpackage' if chunk is None else chunk_file_ending(chunk)}"
+    return f"{PACKAGE_NAMES[component]}{'.mlpackage' if chunk is None else _chunk_ending(chunk)}"
 
 
-def chunk_file_ending(chunk: int) -> str:
-    """How the file name of that chunk ends."""
+def package_names(file: str) -> list[str]:
+    """File names of the package, or of all chunks in order, whose first file a manifest names."""
+    first, ending = file.split("/")[0], _chunk_ending(1)
+    if not first.endswith(ending):
+        return [first]
+    return [first.removesuffix(ending) + _chunk_ending(chunk) for chunk in range(1, CHUNKS + 1)]
+
+
+def _chunk_ending(chunk: int) -> str:
     return f"Chunk{chunk}.mlpackage"
 
 
@@ -89,9 +96,9 @@ def _loop_input(spec: TensorSpec) -> TensorSpec:
 def package_inputs(component: str, values: Mapping[str, NDArray[Any]], batch: int) -> list[Arrays]:
     """The package's inputs for each call of it, which takes `batch` items; the last item fills up the last call.
 
-    Floats become fp16 but for `timestep` and `time_ids`; `input_ids` become float32; `timestep` [] or [1] becomes
-    [batch]; `encoder_hidden_states` [B, T, D] become [batch, D, 1, T]. Raises TurbopocketError when the inputs have
-    no items, or differ in their number.
+    Floats become fp16 but for `sample`, `timestep` and `time_ids`; `input_ids` become float32; `timestep` [] or [1]
+    becomes [batch]; `encoder_hidden_states` [B, T, D] become [batch, D, 1, T]. Raises TurbopocketError when the
+    inputs have no items, or differ in their number.
     """
     single = {name: value for name, value in values.items() if name == "timestep"}
     items = {name: value for name, value in values.items() if name != "timestep"}

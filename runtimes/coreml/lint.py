@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import TurbopocketError
 from .blobs import BlobFile
+from .dtypes import SMALLEST_NORMAL_FP16
 from .mil import Constant, Operation
 from .package import Package, coremltools_module, load_model, open_package
 from .program import Program
@@ -25,7 +26,6 @@ UNVERIFIED = (
 _OPSETS = {"CoreML5": 6, "CoreML6": 7, "CoreML7": 8, "CoreML8": 9, "CoreML9": 10}
 _TARGETS = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}
 _SHORT = {"FLOAT": "fp", "BOOL": "bool", "STRING": "string", "UINT": "uint", "INT": "int"}
-_SMALLEST_NORMAL_FP16 = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _value_warnings(program: Program) -> Iterator[str]:
             values = np.abs(constant.read().astype(np.float32))
             if not np.isfinite(values).all():
                 yield f"const {name} is not finite in fp16"
-            elif ((values > 0) & (values < _SMALLEST_NORMAL_FP16)).any():
+            elif ((values > 0) & (values < SMALLEST_NORMAL_FP16)).any():
                 yield f"const {name} is {values.max():.2e}, below fp16's smallest normal number 6.10e-05"
 
 
@@ -188,6 +188,3 @@ def _short(dtype: str) -> str:
     """coremltools' name of a type: fp16 for FLOAT16."""
     letters = dtype.rstrip("0123456789")
     return _SHORT[letters] + dtype[len(letters) :]
-
-
-__all__ = ["UNVERIFIED", "LintReport", "lint"]

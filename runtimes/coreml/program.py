@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One function of a saved Core ML package, opened and validated: its tensors, its ops, its stored weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ from ..errors import TurbopocketError
 from ..manifest import TensorSpec
 from . import constexpr
 from .blobs import BlobFile
-from .dtypes import TensorType
+from .dtypes import ARRAY_TYPES, TensorType
 from .mil import Constant, Function, FunctionReader, Operation
 from .package import load_model, open_package
 
 _INTERFACE = {"FLOAT16": "float16", "FLOAT32": "float32", "INT32": "int32", "INT8": "int8"}
 """Types that a tensor at the edge of a model can have: the program's name and the manifest's."""
-_ARRAY_TYPES = {65568: "FLOAT32", 65552: "FLOAT16", 131104: "INT32", 131080: "INT8"}
-"""`ArrayFeatureType.ArrayDataType` numbers of the model's description."""
+_DESCRIBED = {number: name for name, number in ARRAY_TYPES.items()}
 _MAX_CHAIN = 8
 
 
@@ -79,17 +78,6 @@ class Program:
             return self.function.constants[name].read()
         operation = self._decoded[name]
         return self._decode(operation)[list(operation.outputs).index(name)]
-
-    def weights(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """(name, dense value) of every constant in the weight file and of every compressed one, one at a time.
-
-        What only feeds a compressed value (indices, tables, scales) appears when it is a value of its own.
-        """
-        for name, constant in self.function.constants.items():
-            if constant.offset is not None:
-                yield name, constant.read()
-        for name in self._decoded:
-            yield name, self.constant(name)
 
     def argument(self, value: str | Constant) -> NDArray[Any]:
         """The array of a parameter that must be stored: a constant in place or the name of one."""
@@ -157,7 +145,7 @@ class Program:
         if form != "multiArrayType":
             raise TurbopocketError(f"{self.where}: {end} {spec.name} is an {form}, only arrays are supported")
         array = feature.multiArrayType
-        dtype = _INTERFACE.get(_ARRAY_TYPES.get(array.dataType, ""), f"type {array.dataType}")
+        dtype = _INTERFACE.get(_DESCRIBED.get(array.dataType, ""), f"type {array.dataType}")
         flexible = array.WhichOneof("ShapeFlexibility") is not None
         if dtype != spec.dtype or list(array.shape) != spec.shape or flexible:
             raise TurbopocketError(

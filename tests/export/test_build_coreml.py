@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A build for Core ML, end to end: packages, parity in three arithmetics, drawing from the packages alone."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from turbopocket.export.build import build
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.results import Built
+from turbopocket.export.target_coreml import CoreML
+from turbopocket.runtimes.coreml.program import Program
+from turbopocket.runtimes.errors import ParityFailed
 from turbopocket.runtimes.manifest import file_entries, load_manifest, write_manifest
 
 pytest.importorskip("coremltools")
@@ -67,6 +71,21 @@ def test_a_picture_is_drawn_from_the_packages_alone(
     assert np.array_equal(drawn, built.gaps.pictures.artifact[0])
 
 
+def test_on_a_mac_core_ml_is_one_more_runtime_and_draws_the_picture(
+    built: Built, tmp_path: Path, turbopocket: Callable[..., Any], mac: Any
+) -> None:
+    from PIL import Image
+
+    target = CoreML()
+    runtimes = target.runtimes(built.folder, load_manifest(built.folder), target.max_lowering_error)
+    assert tuple(runtimes) == target.runtime_names  # by which the manifest's bytes are planned
+    assert target.runtime_names[-1] == "Core ML on this Mac"
+    ran = turbopocket("generate", built.folder, built.gaps.total.pictures[0].prompt, "-o", tmp_path / "a.png")
+    assert ran.code == 0, ran.err
+    apart = np.asarray(Image.open(tmp_path / "a.png")).astype(int) - built.gaps.pictures.artifact[0]
+    assert 0 < np.abs(apart).max() <= 16  # fp16 rounds
+
+
 def test_check_passes_and_finds_a_changed_weight_and_names_its_layer(
     built: Built, tmp_path: Path, turbopocket: Callable[..., Any]
 ) -> None:
@@ -93,8 +112,6 @@ def test_check_passes_and_finds_a_changed_weight_and_names_its_layer(
 
 
 def test_guidance_gives_the_unet_two_items(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path: Path) -> None:
-    from turbopocket.runtimes.coreml.program import Program
-
     values = {**recipe_values, "sampler": {"steps": 1, "guidance": 3.0}}
     out = build(
         recipe_of(values, tiny_sdxl, formats=["fp16"]),
@@ -105,6 +122,48 @@ def test_guidance_gives_the_unet_two_items(tiny_sdxl: Path, recipe_values: dict[
     sample = next(spec for spec in Program.open(out.folder / "Unet.mlpackage").inputs if spec.name == "sample")
     assert sample.shape[0] == 2
     assert out.gaps.failure is None
+
+
+@pytest.fixture
+def loud(tiny_sd: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose decoder carries numbers beyond fp16 from its first convolution to its last norm."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_sd, tmp_path / "loud"))
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for name in ("decoder.conv_in.weight", "decoder.conv_in.bias"):
+        tensors[name] = tensors[name] * 3e4
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def build_loud(loud: Path, values: dict[str, Any], out: Path) -> Built:
+    recipe = recipe_of(
+        {**values, "sampler": {"steps": 1, "guidance": 1.0}},
+        loud,
+        formats=["fp16"],
+        pin={"vae_decoder.decoder.conv_in": "int8-row"},
+    )
+    return build(recipe, out, overwrite=False, progress=StageProgress(quiet=True))
+
+
+def test_what_calibration_saw_beyond_fp16_is_computed_in_fp32(
+    loud: Path, recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = build_loud(loud, recipe_values, tmp_path / "art")
+    errors = {name: max(row.relative_error for row in report.rows) for name, report in out.gaps.lowering.items()}
+    assert errors["evaluator fp32"] < 1e-3
+    assert errors["evaluator fp16"] < 0.01
+    assert all(math.isfinite(error) for error in errors.values())
+    program = Program.open(out.folder / "VAEDecoder.mlpackage")
+    widths = {name: program.function.types[name].dtype.name for name in ("decoder_conv_in", "decoder_conv_out")}
+    assert widths == {"decoder_conv_in": "FLOAT32", "decoder_conv_out": "FLOAT16"}
+    monkeypatch.setattr(CoreML, "fitted", lambda target, traced, component, largest: traced)
+    damage = r"evaluator fp16: vae_decoder: .* the first layer to diverge is vae_decoder\.decoder\.conv_in \(inf\)"
+    with pytest.raises(ParityFailed, match=damage):
+        build_loud(loud, recipe_values, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_formats_that_the_system_can_not_read_are_refused(

@@ -11,8 +11,8 @@ from turbopocket.export.targets import TARGETS
 from turbopocket.quant.formats import FORMATS, parse_format
 
 
-def _shown(show: object, rows: object) -> str:
-    console = Console(file=io.StringIO(), width=400)
+def _shown(show: object, rows: object, width: int = 400) -> str:
+    console = Console(file=io.StringIO(), width=width)
     show(rows, console)  # type: ignore[operator]
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -46,13 +46,38 @@ def test_codebooks_are_for_core_ml_and_not_for_onnx() -> None:
     assert told["onnx"] == (None, "ONNX has no compressed linear for vq8-d4")
 
 
-def test_formats_are_shown_with_their_operators_and_every_reason() -> None:
+def test_formats_are_shown_in_80_columns_each_answer_with_a_note() -> None:
     rows = listings.format_rows()
-    text = _shown(listings.show_formats, rows)
-    assert "MatMulNBits" in text
+    text = _shown(listings.show_formats, rows, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    table, read_by, because = (part.splitlines() for part in text.split("\n\n")[:3])
+    assert (read_by[0], because[0]) == ("yes, read by", "no, because")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    answers = {tuple(line.split()[:2]): line.split()[2:] for line in table[2:]}
+    wide = _shown(listings.show_formats, rows)
+    notes = {"yes": notes_of(wide, 1), "no": notes_of(wide, 2)}
     for row in rows:
-        assert row["format"] in text
-        assert row["reason"] is None or f"no: {row['reason']}" in text
+        at = 2 * layers.index(row["layer"])
+        answer, mark = answers[row["format"], row["target"]][at : at + 2]
+        assert answer == ("no" if row["reason"] else "yes")
+        note = notes[answer][mark]
+        assert note == row["stored_as"] or row["reason"] in (
+            note,
+            f"{note} in {row['format']}",
+            f"{note} for {row['format']}",
+        )
+
+
+def test_no_note_is_shown_twice() -> None:
+    text = _shown(listings.show_formats, listings.format_rows(), 400)
+    lines = [note for part in (1, 2) for note in notes_of(text, part).values()]
+    assert len(lines) == len(set(lines)) < 25
+
+
+def notes_of(text: str, part: int) -> dict[str, str]:
+    """Text by mark of one of the lists below the table."""
+    return dict(line.strip().split(maxsplit=1) for line in text.split("\n\n")[part].splitlines()[1:])
 
 
 def test_models_list_the_pipeline_classes_that_load() -> None:

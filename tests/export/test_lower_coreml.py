@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from turbopocket.export.graph import Component, text_encoder_component, unet_com
 from turbopocket.export.lower import coreml as target
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
-from turbopocket.runtimes.coreml.evaluator import Evaluator, run_chain
+from turbopocket.runtimes.coreml.chain import run_chain
+from turbopocket.runtimes.coreml.evaluator import Evaluator
 from turbopocket.runtimes.coreml.interface import layer_value, loop_outputs, loop_spec, package_file, package_inputs
 from turbopocket.runtimes.coreml.program import Program
 from turbopocket.runtimes.errors import TurbopocketError
@@ -173,7 +175,7 @@ def test_packages_have_the_tensors_that_the_swift_package_asks_for(traced: dict[
         ),
         "unet": (
             {
-                "sample": ("float16", (1, 4, 8, 8)),
+                "sample": ("float32", (1, 4, 8, 8)),
                 "timestep": ("float32", (1,)),
                 "encoder_hidden_states": ("float16", (1, 96, 1, 5)),
                 "time_ids": ("float32", (1, 6)),
@@ -364,9 +366,50 @@ def test_a_large_unet_becomes_two_packages_that_compute_the_same(traced: dict[st
     assert max(sizes) <= cut.max_package_bytes
     (call,) = package_inputs("unet", {name: tensor.numpy() for name, tensor in example(component, 1).items()}, 1)
     chunks = [Evaluator(Program.open(tmp_path / "cut" / name)) for name in names]
-    found = run_chain(chunks, call)["noise_pred"]
+    found = run_chain(chunks, call)[0]["noise_pred"]
     expected = Evaluator(Program.open(tmp_path / "whole" / "Unet.mlpackage")).run(call)["noise_pred"]
     assert snr_db(found, expected) >= LEAST_SNR_DB  # what crosses the cut is rounded to fp16
+
+
+class Late(nn.Module):
+    """In a UNet's place: its second half alone reads the pooled text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            in_channels=4,
+            sample_size=8,
+            cross_attention_dim=6,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=6 * 16 + 4,
+        )
+        self.first, self.second = nn.Conv2d(4, 256, 3, padding=1), nn.Conv2d(256, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor, added_cond_kwargs: Any, return_dict: bool) -> list[Tensor]:
+        early = t + states.mean((1, 2)) + added_cond_kwargs["time_ids"].mean(1)
+        x = self.first(x * early.reshape(-1, 1, 1, 1))
+        return [self.second(x) + added_cond_kwargs["text_embeds"].reshape(-1, 4, 1, 1)]
+
+
+def test_a_second_chunk_takes_what_crosses_and_the_inputs_that_it_reads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    component = unet_component(Late().eval(), text_tokens=5)
+    graph = target.trace(component)
+    weights = compressed(component, graph)
+    whole = target.lowered_bytes(graph, {name: weight.format for name, weight in weights.items()})
+    target.lower(graph, weights, tmp_path)
+    target.lower(replace(graph, max_package_bytes=round(0.7 * whole)), weights, tmp_path)
+    first, second = (Program.open(tmp_path / package_file("unet", chunk)) for chunk in (1, 2))
+    everything = Program.open(tmp_path / "Unet.mlpackage")
+    assert first.inputs == everything.inputs  # the Swift package reads their shapes from the first chunk
+    text = [spec for spec in everything.inputs if spec.name == "text_embeds"]
+    assert sorted(map(repr, second.inputs)) == sorted(map(repr, [*first.outputs, *text]))
+    assert second.outputs == everything.outputs
+    (call,) = package_inputs("unet", {name: tensor.numpy() for name, tensor in example(component, 1).items()}, 1)
+    found, _ = run_chain([Evaluator(first), Evaluator(second)], call)
+    expected = Evaluator(everything).run(call)
+    assert snr_db(found["noise_pred"], expected["noise_pred"]) >= 55
 
 
 def test_chunks_that_are_still_too_large_are_refused(traced: dict[str, Traced], tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from turbopocket.runtimes.coreml.constexpr import KINDS
 from turbopocket.runtimes.coreml.dtypes import DTYPES
 from turbopocket.runtimes.coreml.package import coremltools_module
+from turbopocket.runtimes.coreml.program import Program
 
 MIL = coremltools_module("proto.MIL_pb2")
 Model = coremltools_module("proto.Model_pb2").Model
@@ -207,6 +209,13 @@ def written_sum(x_shape: Sequence[int] = (2, 3)) -> Written:
     written.op("add", {"y": ("FLOAT32", (2, 3))}, {"x": "s", "y": "v"})
     written.ends({"x": x_shape}, {"y": (2, 3)})
     return written
+
+
+def weights(program: Program) -> dict[str, np.ndarray]:
+    """Every constant in the weight file and every compressed one, dense."""
+    stored = [name for name, constant in program.function.constants.items() if constant.offset is not None]
+    decoded = [name for op in program.function.operations if op.kind in KINDS for name in op.outputs]
+    return {name: program.constant(name) for name in (*stored, *decoded)}
 
 
 @pytest.fixture

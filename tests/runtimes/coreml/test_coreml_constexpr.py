@@ -13,7 +13,7 @@ from turbopocket.runtimes.coreml.dtypes import DTYPES, TensorType, unpack_bits
 from turbopocket.runtimes.coreml.program import Program
 from turbopocket.runtimes.errors import TurbopocketError
 
-from .conftest import MODEL_PATH, WEIGHTS_PATH, Written, coremltools_module, pack_bits, written_sum
+from .conftest import MODEL_PATH, WEIGHTS_PATH, Written, coremltools_module, pack_bits, weights, written_sum
 
 RNG = np.random.default_rng(3)
 
@@ -45,7 +45,7 @@ def stored_and_read(
     written.op("identity", {"y": ("FLOAT32", (1,))}, {"x": "x"})
     written.ends({"x": (1,)}, {"y": (1,)})
     program = Program.open(written.save(tmp_path / f"{kind}{len(list(tmp_path.iterdir()))}.mlpackage"))
-    read = dict(program.weights())
+    read = weights(program)
     assert list(read) == list(outputs)
     return [read[name] for name in outputs]
 

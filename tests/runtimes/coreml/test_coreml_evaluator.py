@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from turbopocket.runtimes.coreml.arithmetic import Arithmetic, to_fp16
-from turbopocket.runtimes.coreml.evaluator import Evaluator, run_chain
+from turbopocket.runtimes.coreml.evaluator import Evaluator
 from turbopocket.runtimes.coreml.program import Program
 from turbopocket.runtimes.errors import TurbopocketError
 
@@ -230,23 +230,6 @@ def test_values_die_at_their_last_use(tmp_path: Path, monkeypatch: pytest.Monkey
     found = Evaluator(Program.open(save_built(tmp_path / "chain.mlpackage", main, {"x": x}))).run({"x": x})
     assert max(held) == 1
     np.testing.assert_array_equal(found["out"], x + 20)
-
-
-def test_chunks_run_one_after_the_other(tmp_path: Path) -> None:
-    x, z = (RNG.standard_normal((1, 4), dtype=np.float32) for _ in range(2))
-    first = lambda x: mb.mul(x=x, y=np.float32(3), name="middle")  # noqa: E731
-    second = lambda middle, z: mb.add(x=middle, y=z, name="end")  # noqa: E731
-    chunks = [
-        Evaluator(Program.open(save_built(tmp_path / "one.mlpackage", first, {"x": x}))),
-        Evaluator(Program.open(save_built(tmp_path / "two.mlpackage", second, {"middle": x, "z": z}))),
-    ]
-    found = run_chain(chunks, {"x": x, "z": z})
-    assert list(found) == ["end"]
-    np.testing.assert_array_equal(found["end"], x * 3 + z)
-    with pytest.raises(TurbopocketError, match="two.mlpackage: input middle is made by no program before it"):
-        run_chain(chunks[::-1], {"x": x, "z": z})
-    with pytest.raises(TurbopocketError, match="no programs"):
-        run_chain([], {})
 
 
 def refused(

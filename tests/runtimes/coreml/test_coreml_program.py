@@ -17,7 +17,18 @@ from turbopocket.runtimes.coreml.program import Program
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import TensorSpec
 
-from .conftest import MODEL_PATH, WEIGHTS_PATH, Attentive, Model, Written, convert_module, converting, ct, written_sum
+from .conftest import (
+    MODEL_PATH,
+    WEIGHTS_PATH,
+    Attentive,
+    Model,
+    Written,
+    convert_module,
+    converting,
+    ct,
+    weights,
+    written_sum,
+)
 
 X = np.ones((2, 3), np.float32)
 
@@ -27,10 +38,10 @@ def test_tensors_operations_and_weights(small: Path) -> None:
     assert program.inputs == [TensorSpec(name="x", dtype="float32", shape=[2, 3])]
     assert program.outputs == [TensorSpec(name="y", dtype="float32", shape=[2, 3])]
     assert [operation.kind for operation in program.operations] == ["add", "add"]
-    weights = dict(program.weights())
-    np.testing.assert_array_equal(weights["w"], np.arange(6).reshape(2, 3))
-    np.testing.assert_array_equal(weights["v"], [[0.5, -1, 2], [4, 2, -1]])
-    np.testing.assert_array_equal(Evaluator(program).run({"x": X})["y"], X + weights["w"] + weights["v"])
+    stored = weights(program)
+    np.testing.assert_array_equal(stored["w"], np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(stored["v"], [[0.5, -1, 2], [4, 2, -1]])
+    np.testing.assert_array_equal(Evaluator(program).run({"x": X})["y"], X + stored["w"] + stored["v"])
 
 
 def test_open_needs_no_pytorch_of_ours() -> None:
