@@ -78,9 +78,12 @@ bench-distill: distill-pocket distill-baseline
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The C++ kernels for this machine, into runtimes/kernels/lib. Everything works without them, more slowly.
+HEADERS ?= build/kernels/headers
 kernels:
 	@command -v cmake >/dev/null && command -v c++ >/dev/null || { echo "make kernels needs CMake and a C++ compiler" >&2; exit 1; }
-	cmake -S runtimes/kernels -B build/kernels/release
+	test -f $(HEADERS)/onnxruntime_c_api.h || runtimes/kernels/onnxruntime/fetch_headers.sh $(HEADERS) || \
+	  { echo "no ONNX Runtime headers: make kernels HEADERS=<folder with onnxruntime_c_api.h>" >&2; exit 1; }
+	cmake -S runtimes/kernels -B build/kernels/release -DONNXRUNTIME_HEADERS=$(abspath $(HEADERS))
 	cmake --build build/kernels/release
 	cmake --install build/kernels/release --prefix runtimes/kernels
 

@@ -102,7 +102,8 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
     components, weights = target.components(model), load_weights(stored)
-    runtimes = target.runtimes(artifact, manifest, recipe.parity.max_lowering_error or target.max_lowering_error)
+    limit = recipe.parity.max_lowering_error or target.max_lowering_error
+    runtimes = target.runtimes(artifact, manifest, limit) | target.kernel_runtimes(artifact, manifest, limit)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
         gaps = measure_gaps(components, weights, runtimes, session, evidence, advance)
     here = next(iter(runtimes.values()))

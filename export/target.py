@@ -99,6 +99,13 @@ class Target(ABC):
     def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
         """One for each of `runtime_names`."""
 
+    def kernel_runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+        """The same with the kernels of `make kernels`, for artifacts that have work for them.
+
+        `check` measures these too; `build` does not, so that an artifact is the same with and without them.
+        """
+        return {}
+
     def emulated(self, folder: Path, manifest: Manifest, cpu: Cpu, emulator: Emulator) -> EmulatedRuntime:
         """The artifact on an emulated CPU. Raises TurbopocketError where that CPU does not run such artifacts."""
         raise TurbopocketError(f"{self.name} artifacts do not run on {PREFIX}{cpu.name}; those for onnx do")

@@ -6,21 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx import load
+
 from ..quant.formats import CompressedTensor, LayerFormat
 from ..runtimes.arm64.cpus import Cpu
 from ..runtimes.arm64.emulator import Emulator
 from ..runtimes.arm64.runner import EmulatedOnnxRunner
+from ..runtimes.kernels.library import onnx_operators
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.memory import MemoryFigures
 from ..runtimes.memory import measure as measure_memory
 from ..runtimes.parity import Limits
-from ..runtimes.runner import open_runner
 from .components import components_of
 from .emulated import EmulatedRuntime
 from .families import LoadedModel
 from .graph import Component
 from .lower import onnx
 from .lower.onnx_stores import STORES
+from .lower.onnx_trace import DOMAIN
 from .parity import Runtime
 from .side_files import write_side_files
 from .target import Kind, Target
@@ -70,9 +73,19 @@ class Onnx(Target):
         return [spec.file, f"{spec.file}.data"]
 
     def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
-        return {
-            self.runtime_names[0]: Runtime(open_runner(folder, manifest), Limits(max_relative_error=max_lowering_error))
-        }
+        from ..runtimes.onnx import OnnxRunner
+
+        limits = Limits(max_relative_error=max_lowering_error)
+        return {self.runtime_names[0]: Runtime(OnnxRunner(folder, manifest), limits)}
+
+    def kernel_runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+        operators = onnx_operators()
+        if operators is None or not any(_uses_ours(folder / spec.file) for spec in manifest.components.values()):
+            return {}
+        from ..runtimes.onnx import OnnxRunner
+
+        limits = Limits(max_relative_error=max_lowering_error)
+        return {"onnxruntime+kernels": Runtime(OnnxRunner(folder, manifest, operators=operators), limits)}
 
     def emulated(self, folder: Path, manifest: Manifest, cpu: Cpu, emulator: Emulator) -> EmulatedRuntime:
         runner = EmulatedOnnxRunner(folder, manifest, cpu, emulator)
@@ -81,3 +94,8 @@ class Onnx(Target):
 
     def memory(self, folder: Path, component: str) -> MemoryFigures:
         return measure_memory(folder, component)
+
+
+def _uses_ours(graph: Path) -> bool:
+    """Whether the graph has operators of our own domain."""
+    return any(opset.domain == DOMAIN for opset in load(graph, load_external_data=False).opset_import)

@@ -28,14 +28,23 @@ class OnnxRunner:
     """Runs an artifact's graphs; a session is opened on the first run of its component.
 
     `threads` limits the cores of one call (None: all). With `keep_open` False at most one session lives at a
-    time, so the memory needed is that of the largest component, paid for by loading again.
+    time, so the memory needed is that of the largest component, paid for by loading again. `operators` is the
+    library of our operators (see `kernels.library`); None runs the bodies that the files bring.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, keep_open: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        threads: int | None = None,
+        keep_open: bool = True,
+        operators: Path | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.threads = threads
         self.keep_open = keep_open
+        self.operators = operators
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -57,7 +66,7 @@ class OnnxRunner:
         model, values = with_layer_outputs(path, layers)
         if not values:
             return {}
-        session = _open(component, model, self.threads, weights=str(path.parent))
+        session = self._open(component, model, weights=str(path.parent))
         return dict(zip(values, session.run(list(values.values()), dict(inputs)), strict=True))
 
     def _session(self, component: str, spec: ComponentSpec) -> ort.InferenceSession:
@@ -67,18 +76,17 @@ class OnnxRunner:
             path = self.folder / spec.file
             if not path.is_file():
                 raise TurbopocketError(f"{component}: {path} is missing")
-            session = _open(component, str(path), self.threads)
+            session = self._open(component, str(path))
             _check_tensors(component, "inputs", spec.inputs, session.get_inputs())
             _check_tensors(component, "outputs", spec.outputs, session.get_outputs())
             self._sessions[component] = session
         return self._sessions[component]
 
-
-def _open(component: str, model: str | bytes, threads: int | None, weights: str | None = None) -> ort.InferenceSession:
-    try:
-        return open_session(model, threads, weights)
-    except Exception as error:  # ONNX Runtime's errors share no public base class
-        raise TurbopocketError(f"{component}: ONNX Runtime cannot open the graph: {error}") from error
+    def _open(self, component: str, model: str | bytes, weights: str | None = None) -> ort.InferenceSession:
+        try:
+            return open_session(model, self.threads, weights, self.operators)
+        except Exception as error:  # ONNX Runtime's errors share no public base class
+            raise TurbopocketError(f"{component}: ONNX Runtime cannot open the graph: {error}") from error
 
 
 def _check_tensors(component: str, kind: str, specs: Sequence[TensorSpec], found: Sequence[ort.NodeArg]) -> None:

@@ -30,12 +30,13 @@ class LayerRunner(Runner, Protocol):
 
 
 def open_runner(folder: Path, manifest: Manifest) -> LayerRunner:
-    """The runner for the manifest's target; the target's runtime is imported only now."""
+    """The runner for the manifest's target, our kernels included where built; the runtime is imported only now."""
     match manifest.target:
         case "onnx":
+            from .kernels.library import onnx_operators
             from .onnx import OnnxRunner
 
-            return OnnxRunner(folder, manifest)
+            return OnnxRunner(folder, manifest, operators=onnx_operators())
         case "coreml":
             from .coreml.apple import on_a_mac
             from .coreml.runner import CoreMLRunner

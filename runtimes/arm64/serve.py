@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ..kernels.library import onnx_operators
 from ..onnx_session import open_session
 from ..served import wire
 
@@ -32,7 +33,7 @@ class Server:
         match verb:
             case wire.OPEN:
                 model, weights = wire.read_text(pipe), wire.read_text(pipe)
-                self.sessions[key] = open_session(model, threads=1, weights=weights or None)
+                self.sessions[key] = open_session(model, threads=1, weights=weights or None, operators=onnx_operators())
                 return {}
             case wire.RUN:
                 inputs, outputs = wire.read_tensors(pipe), wire.read_texts(pipe)
