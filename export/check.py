@@ -11,8 +11,7 @@ from rich.console import Console
 
 from ..quant.compress import load_weights
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
-from ..runtimes.arm64.emulator import default_cache
-from ..runtimes.arm64.setup import open_emulator
+from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.tokenizer import open_tokenizers

@@ -242,8 +242,7 @@ def models(as_json: AsJson = False) -> None:
 @arm64_app.command("setup")
 def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
     """Fetches the emulator, ARM libraries and a cross compiler (about 175 MB) into a cache folder; once."""
-    from ..runtimes.arm64.emulator import default_cache
-    from ..runtimes.arm64.setup import prepare
+    from ..runtimes.arm64.setup import default_cache, prepare
 
     talk = Console(stderr=True, quiet=as_json)
     found = prepare(cache or default_cache(), lambda text: talk.print(text, highlight=False, soft_wrap=True))

@@ -25,6 +25,7 @@ from turbopocket.runtimes.arm64.setup import open_emulator
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.tokenizer import open_tokenizers
 
+pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
 Run = Callable[..., Any]
 CPU = "arm64:cortex-a76"
 GUILTY = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
