@@ -80,7 +80,10 @@ def check(artifact: Path, progress: StageProgress) -> Checked:
         evidence = evidence_for(model)
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
-    runtimes = target.runtimes(artifact, manifest, recipe.parity.max_lowering_error or target.max_lowering_error)
+    components, weights = target.components(model), load_weights(stored)
+    limit = recipe.parity.max_lowering_error or target.max_lowering_error
+    runtimes = target.runtimes(artifact, manifest, weights, limit)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
-        gaps = measure_gaps(target.components(model), load_weights(stored), runtimes, session, evidence, advance)
+        as_run = [target.as_run(component, weights) for component in components]
+        gaps = measure_gaps(components, as_run, weights, runtimes, session, evidence, advance)
     return Checked(manifest, gaps, None, unverified)

@@ -62,7 +62,9 @@ class Onnx(Target):
     def files(self, spec: ComponentSpec) -> list[str]:
         return [spec.file, f"{spec.file}.data"]
 
-    def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
         return {
             self.runtime_names[0]: Runtime(open_runner(folder, manifest), Limits(max_relative_error=max_lowering_error))
         }
