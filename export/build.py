@@ -222,7 +222,7 @@ def _lowered(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact
 
 def _compare(bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
-    limit = bench.recipe.parity.max_lowering_error or bench.target.max_lowering_error
+    limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(weights)
     runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
         as_run = [bench.target.as_run(component, weights) for component in bench.components]

@@ -81,7 +81,7 @@ def check(artifact: Path, progress: StageProgress) -> Checked:
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
     components, weights = target.components(model), load_weights(stored)
-    limit = recipe.parity.max_lowering_error or target.max_lowering_error
+    limit = recipe.parity.max_lowering_error or target.lowering_limit(weights)
     runtimes = target.runtimes(artifact, manifest, weights, limit)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
         as_run = [target.as_run(component, weights) for component in components]

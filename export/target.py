@@ -98,6 +98,10 @@ class Target(ABC):
     def files(self, spec: ComponentSpec) -> list[str]:
         """Paths of the files that `lower` writes for a component."""
 
+    def lowering_limit(self, weights: Mapping[str, CompressedTensor]) -> float:
+        """What `max_lowering_error` is for these stored weights."""
+        return self.max_lowering_error
+
     @abstractmethod
     def runtimes(
         self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..quant.formats import CompressedTensor, LayerFormat
+from ..quant.formats import CompressedTensor, Dense, LayerFormat
 from ..runtimes.executorch import ExecuTorchRunner
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.parity import Limits
@@ -18,6 +18,9 @@ from .lower.executorch_stores import GROUP_SCALE_DIGITS, STORES
 from .parity import Runtime
 from .side_files import write_tokenizers
 from .target import Kind, Target
+
+FLOAT_ERROR = 1e-4
+"""Where no activation is rounded, all that differs is the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class ExecuTorch(Target):
         limits = Limits(max_relative_error=max_lowering_error)
         runner = ExecuTorchRunner(folder, manifest, executorch.layers_by_key(weights))
         return {self.runtime_names[0]: Runtime(runner, limits)}
+
+    def lowering_limit(self, weights: Mapping[str, CompressedTensor]) -> float:
+        integers = any(not isinstance(weight.format, Dense) for weight in weights.values())
+        return self.max_lowering_error if integers else FLOAT_ERROR
 
     def memory(self, folder: Path, component: str) -> None:
         """Not measured: ExecuTorch's Python bindings bring PyTorch along, whose memory would be counted with it."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .errors import TurbopocketError
 from .executorch_file import read_layout
 from .executorch_import import executorch_module
-from .executorch_layers import as_pytorch_has_it, with_layer_outputs
+from .executorch_layers import LayerName, with_layer_outputs
 from .manifest import ComponentSpec, Manifest, TensorSpec
 from .runner import Arrays, check_inputs, component_spec
 
@@ -26,7 +26,9 @@ class ExecuTorchRunner:
     `layers` tells `run_layers` which layer of a component has which weight, by the SHA-256 of its bytes as lowered.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, layers: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, layers: Mapping[str, Mapping[str, LayerName]] | None = None
+    ) -> None:
         self.folder, self.manifest, self.layers = folder, manifest, layers or {}
         self._methods: dict[str, Any] = {}
 
@@ -48,7 +50,7 @@ class ExecuTorchRunner:
         method = executorch_module("runtime").Runtime.get().load_program(shown.program).load_method(METHOD)
         found = self._execute(component, method, inputs)
         outputs = zip(shown.layers, found[len(found) - len(shown.layers) :], strict=True)
-        return {layer: as_pytorch_has_it(value) for layer, value in outputs if layer in layers}
+        return {layer.path: layer.as_pytorch_has_it(value) for layer, value in outputs if layer.path in layers}
 
     def _execute(self, component: str, method: Any, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         import torch

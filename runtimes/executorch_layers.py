@@ -26,15 +26,27 @@ _ALIGNMENT = 16
 _SCHEMA = "schema.fbs"
 
 
+@dataclass(frozen=True)
+class LayerName:
+    """A layer's path in the component; a `pointwise` convolution runs as a Linear over pixels [B, H * W, C]."""
+
+    path: str
+    pointwise: bool = False
+
+    def as_pytorch_has_it(self, value: NDArray[Any]) -> NDArray[Any]:
+        """The layer's output with its channels where PyTorch has them: those of a convolution are last in XNNPACK."""
+        return value.transpose(0, 3, 1, 2) if value.ndim == 4 and not self.pointwise else value
+
+
 @dataclass
 class Shown:
     """A program's bytes and the layers whose outputs follow its own, in that order."""
 
     program: bytes
-    layers: list[str]
+    layers: list[LayerName]
 
 
-def with_layer_outputs(program: bytes, layer_by_key: Mapping[str, str]) -> Shown:
+def with_layer_outputs(program: bytes, layer_by_key: Mapping[str, LayerName]) -> Shown:
     """The program with one more output for each Linear and Conv2d, in order of execution.
 
     `layer_by_key` says which layer a weight belongs to, by the name of its constant: the SHA-256 of the bytes that it
@@ -43,7 +55,7 @@ def with_layer_outputs(program: bytes, layer_by_key: Mapping[str, str]) -> Shown
     files = executorch_module("exir._serialize._program")
     opened = files.deserialize_pte_binary(program)
     (plan,) = opened.program.execution_plan
-    layers: list[str] = []
+    layers: list[LayerName] = []
     for instruction in plan.chains[0].instructions:
         call = instruction.instr_args
         delegate = plan.delegates[call.delegate_index] if hasattr(call, "delegate_index") else None
@@ -57,11 +69,6 @@ def with_layer_outputs(program: bytes, layer_by_key: Mapping[str, str]) -> Shown
             graph.add_output(value)
         inline.data = graph.bytes()
     return Shown(bytes(files.serialize_pte_binary(opened, extract_delegate_segments=True)), layers)
-
-
-def as_pytorch_has_it(value: NDArray[Any]) -> NDArray[Any]:
-    """A layer's output with its channels where PyTorch has them: XNNPACK's pictures are [B, H, W, C]."""
-    return value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
 
 
 def _add_output(plan: Any, shape: list[int]) -> int:
@@ -123,16 +130,25 @@ class _Graph:
         header = serialize.XNNHeader(head, len(graph), head + body, 0).to_bytes()
         return bytes(serialize._pad_to(header, head) + serialize._pad_to(graph, body))
 
-    def layer_outputs(self, layer_by_key: Mapping[str, str]) -> list[tuple[str, int]]:
+    def layer_outputs(self, layer_by_key: Mapping[str, LayerName]) -> list[tuple[LayerName, int]]:
         """Layers that are known by their weights, each with the value it computes."""
         found = []
         for node in self.values["xnodes"]:
             if node["xnode_union_type"] in _LAYERS:
                 weight = self.tensors[node["xnode_union"]["filter_id"]]
                 key = self.values["constant_data"][weight["constant_buffer_idx"]]["named_key"]
-                if key in layer_by_key:
-                    found.append((layer_by_key[key], node["xnode_union"]["output_id"]))
+                value = node["xnode_union"]["output_id"]
+                layer = layer_by_key.get(key)
+                if layer is not None and layer.pointwise:
+                    value = self._after(self._after(value, "XNNStaticTranspose"), "XNNStaticReshape")
+                if layer is not None and value is not None:
+                    found.append((layer, value))
         return found
+
+    def _after(self, value: int | None, kind: str) -> int | None:
+        """What an operator of that kind makes of a value, None when there is none."""
+        made = (each["xnode_union"] for each in self.values["xnodes"] if each["xnode_union_type"] == kind)
+        return next((node["output_id"] for node in made if node["input_id"] == value), None)
 
     def shape(self, value: int) -> list[int]:
         return list(self.tensors[value]["dims"])

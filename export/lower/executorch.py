@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ...quant.formats import CompressedTensor, LayerFormat, parse_format
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.executorch_import import executorch_module
+from ...runtimes.executorch_layers import LayerName
 from ...runtimes.manifest import ComponentSpec, TensorSpec
 from ..graph import Component
 from .executorch_gate import constant_key, refuse_weight_only, require_constants
-from .executorch_layers import layer_as_run
+from .executorch_layers import is_pointwise, layer_as_run
 from .executorch_rewrite import Rewritten
 from .executorch_size import constants_bytes, graph_bytes
 from .executorch_stores import Kind, constant_bytes, constants_of, storable
@@ -110,12 +111,12 @@ def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder
     return component_spec(traced)
 
 
-def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str, str]]:
-    """Each component's layers, as paths, by the name that a program has for the weight."""
-    found: dict[str, dict[str, str]] = {}
+def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str, LayerName]]:
+    """Each component's layers by the name that a program has for the weight."""
+    found: dict[str, dict[str, LayerName]] = {}
     for name, weight in weights.items():
         component, path = name.split(".", 1)
-        found.setdefault(component, {})[constant_key(constants_of(weight)[0])] = path
+        found.setdefault(component, {})[constant_key(constants_of(weight)[0])] = LayerName(path, is_pointwise(weight))
     return found
 
 
@@ -210,6 +211,8 @@ def _layers(component: Component, used: Mapping[str, torch.fx.Node]) -> dict[str
         others = {str(user.target) for user in used[f"{name}.weight"].users} - set(_LAYER_OPS)
         if others:
             raise TurbopocketError(f"{name}: its weight is also read by {min(others)}, which can not be compressed")
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and _moves(module):
+            raise TurbopocketError(f"{name}: a 1x1 Conv2d with strides or padding is not supported for ExecuTorch")
         if isinstance(module, nn.Conv2d) and module.groups != 1:
             raise TurbopocketError(
                 f"{name}: a Conv2d of {module.groups} groups is not supported for ExecuTorch, only of 1"
@@ -217,6 +220,10 @@ def _layers(component: Component, used: Mapping[str, torch.fx.Node]) -> dict[str
         kind: Kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
         layers[name] = Layer(name, kind, tuple(module.weight.shape))
     return layers
+
+
+def _moves(conv: nn.Conv2d) -> bool:
+    return conv.stride != (1, 1) or conv.padding != (0, 0)
 
 
 def _outputs(component: Component, program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:

@@ -48,11 +48,13 @@ class IntegerLinear(nn.Module):
 class PointwiseConv2d(IntegerLinear):
     """A Conv2d of one tap as the Linear that it is: [B, I, H, W] to [B, O, H, W].
 
-    XNNPACK rounds the input of such a convolution pixel by pixel, as it does the rows of a Linear.
+    XNNPACK rounds the input of such a convolution pixel by pixel, as it does the rows of a Linear. Pixels are one
+    dimension here, since XNNPACK moves the channels of anything that has four.
     """
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
-        return super().forward(x_BIHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y_BPO = super().forward(x_BIHW.flatten(2).transpose(1, 2))
+        return y_BPO.transpose(1, 2).unflatten(2, x_BIHW.shape[2:])
 
 
 class IntegerConv2d(nn.Module):
@@ -86,6 +88,11 @@ def rounded_by_picture(x: Tensor) -> Tensor:
     return rounded
 
 
+def is_pointwise(weight: CompressedTensor) -> bool:
+    """Whether it is the weight of a convolution of one tap that runs as a Linear."""
+    return isinstance(weight.format, Affine) and weight.shape[2:] == (1, 1)
+
+
 def layer_as_run(name: str, layer: nn.Module, weight: CompressedTensor) -> nn.Module:
     """The layer with its weight as stored. Raises TurbopocketError for formats that XNNPACK has no kernel for."""
     if isinstance(weight.format, Dense) and weight.format.bits == 32:
@@ -99,7 +106,7 @@ def layer_as_run(name: str, layer: nn.Module, weight: CompressedTensor) -> nn.Mo
     if isinstance(layer, nn.Linear):
         return IntegerLinear(codes_OK, scale, weight.format.bits, layer.bias)
     assert isinstance(layer, nn.Conv2d)
-    if weight.shape[2:] == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0):
+    if is_pointwise(weight):
         return PointwiseConv2d(codes_OK, scale, weight.format.bits, layer.bias)
     return IntegerConv2d(from_matrix_view(codes_OK, weight.shape), scale, layer)
 

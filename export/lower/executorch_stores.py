@@ -42,6 +42,8 @@ def _refusal(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | N
         return f"XNNPACK has groups of scales for 4 bits only, not {format}" if format.group else None
     if kind == "conv2d" and math.prod(shape[2:]) != 1:
         return f"XNNPACK's convolutions have 8 bits, and 4 only as a Linear of 1x1: not {format} of {list(shape)}"
+    if shape[1] % 2:
+        return f"XNNPACK's 4-bit weights have an even number of columns, not {shape[1]}"
     if format.group and format.group % GROUP_MULTIPLE:
         return f"XNNPACK's groups are multiples of {GROUP_MULTIPLE} columns, not {format.group}"
     return None
