@@ -31,7 +31,7 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python benchmarks/onnx_unet.py
+	$(BIN)/python benchmarks/unet.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8 and about 4 bits, against float PyTorch.
 bench-quality: export OMP_NUM_THREADS = 1

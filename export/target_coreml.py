@@ -81,7 +81,9 @@ class CoreML(Target):
     def files(self, spec: ComponentSpec) -> list[str]:
         return coreml.package_files(spec)
 
-    def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
         modes: tuple[tuple[Mode, float], ...] = (
             ("fp32", max_lowering_error),
             ("fp16", max(FP16_ERROR, max_lowering_error)),

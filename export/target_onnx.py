@@ -69,12 +69,16 @@ class Onnx(Target):
     def files(self, spec: ComponentSpec) -> list[str]:
         return [spec.file, f"{spec.file}.data"]
 
-    def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
         return {
             self.runtime_names[0]: Runtime(open_runner(folder, manifest), Limits(max_relative_error=max_lowering_error))
         }
 
-    def emulated(self, folder: Path, manifest: Manifest, cpu: Cpu, emulator: Emulator) -> EmulatedRuntime:
+    def emulated(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
+    ) -> EmulatedRuntime:
         runner = EmulatedOnnxRunner(folder, manifest, cpu, emulator)
         to_pytorch, to_native = ARM64_LIMITS[self.options.accuracy_level]
         return EmulatedRuntime(runner, Limits(max_relative_error=to_pytorch), Limits(max_relative_error=to_native))

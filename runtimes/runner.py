@@ -40,6 +40,10 @@ def open_runner(folder: Path, manifest: Manifest) -> LayerRunner:
             from .coreml.runner import CoreMLRunner, has_apples_runtime
 
             return CoreMLRunner(folder, manifest, None if has_apples_runtime() else "fp32")
+        case "executorch":
+            from .executorch import ExecuTorchRunner
+
+            return ExecuTorchRunner(folder, manifest)
 
 
 def component_spec(manifest: Manifest, component: str) -> ComponentSpec:

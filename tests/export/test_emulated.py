@@ -58,8 +58,8 @@ def emulated_with(artifact: Path, on_arm: Path, emulator_cache: Path) -> Emulate
     prompts = evidence.prompts("report", 1, recipe.seed)
     session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
     weights = load_weights(artifact.with_name("art.report") / WEIGHTS_FILE)
-    native = target.runtimes(artifact, manifest, 1e-4)["onnxruntime"]
-    runtime = target.emulated(on_arm, manifest, parse_cpu(CPU), open_emulator(emulator_cache))
+    native = target.runtimes(artifact, manifest, weights, 1e-4)["onnxruntime"]
+    runtime = target.emulated(on_arm, manifest, weights, parse_cpu(CPU), open_emulator(emulator_cache))
     try:
         return measure_emulated(components_of(model), weights, runtime, native, session, evidence, lambda: None)
     finally:
