@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test check bench bench-quality bench-distill train-pocket distill-pocket distill-baseline test-optimum clean
+.PHONY: setup demo test check arm64 bench bench-quality bench-distill train-pocket distill-pocket distill-baseline test-optimum clean
 
 setup: .venv/.installed
 
@@ -48,6 +48,16 @@ test-optimum: setup
 	.venv-optimum/bin/python -m pip install --quiet torch==2.13.0 'optimum-onnx==0.1.*' 'transformers<4.58' diffusers onnxruntime
 	test -d build/demo || $(MAKE) demo
 	.venv-optimum/bin/python tests/compat/optimum_draws.py build/demo
+
+# Every emulated ARM CPU: ONNX Runtime with fp32 and with int8 products, and ExecuTorch.
+ARM64 := $(RUN) build pocket --steps 4 --budget 8MB --overwrite
+arm64: export OMP_NUM_THREADS = 1
+arm64: setup
+	$(ARM64) --out build/arm64/onnx
+	$(ARM64) --recipe benchmarks/int8_products.toml --out build/arm64/onnx-int8-products
+	$(ARM64) --target executorch --out build/arm64/executorch
+	$(BIN)/python benchmarks/arm64.py build/arm64/onnx build/arm64/onnx-int8-products build/arm64/executorch
+	$(BIN)/python benchmarks/readme_tables.py
 
 train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all
