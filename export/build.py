@@ -10,7 +10,7 @@ from torch import nn
 from ..quant.calibrate import LayerStats, calibrate
 from ..quant.compress import compress, save_weights
 from ..quant.errors import OverBudget
-from ..quant.fit import MSE, parse_fit
+from ..quant.fit import MSE, Fit, parse_fit
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
 from ..quant.sensitivity import measure, save_choices
@@ -64,6 +64,10 @@ class Workbench:
     draft: Manifest
     progress: StageProgress
 
+    def fit(self, fit: Fit) -> Fit:
+        """The fit, with scales as exact as the target keeps them."""
+        return replace(fit, group_scale_digits=self.target.group_scale_digits)
+
 
 def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -> Built:
     """Makes the artifact `out` and `<out>.report/` beside it, both or neither.
@@ -82,7 +86,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         choices = _measure(bench, session, stats)
         decided = _plan(bench, choices, artifact)
         with progress.stage("compress"):
-            weights = compress(bench.layers, decided, parse_fit(recipe.compress.fit), stats)
+            weights = compress(bench.layers, decided, bench.fit(parse_fit(recipe.compress.fit)), stats)
         bench = _lowered(bench, weights, artifact)
         gaps = _compare(bench, session, weights, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
@@ -175,7 +179,7 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
         probe = make_probe(replace(session, prompts=prompts), torch_runner(bench.components), PROBE_STEPS)
         for name, layer in bench.layers.items():
             outputs = probe.outputs_after(component_name(name))
-            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, MSE)
+            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, bench.fit(MSE))
             advance()
     return choices
 
@@ -218,10 +222,11 @@ def _lowered(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact
 
 def _compare(bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
-    limit = bench.recipe.parity.max_lowering_error or bench.target.max_lowering_error
-    runtimes = bench.target.runtimes(artifact, bench.draft, limit)
+    limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(weights)
+    runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
-        gaps = measure_gaps(bench.components, weights, runtimes, session, bench.evidence, advance)
+        as_run = [bench.target.as_run(component, weights) for component in bench.components]
+        gaps = measure_gaps(bench.components, as_run, weights, runtimes, session, bench.evidence, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")
     return gaps
