@@ -28,7 +28,7 @@ GROUP_SCALE_DIGITS = 8
 def storable(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
     """None when XNNPACK keeps a layer of this kind and shape compressed in that format, else the reason."""
     if (type(format), kind) not in STORES:
-        return f"XNNPACK has no lookup tables, so no {format}"
+        return "XNNPACK has no lookup tables"
     return format.fits(shape) or _refusal(format, kind, shape)
 
 
@@ -41,7 +41,7 @@ def _refusal(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | N
     if format.bits == 8:
         return f"XNNPACK has groups of scales for 4 bits only, not {format}" if format.group else None
     if kind == "conv2d" and math.prod(shape[2:]) != 1:
-        return f"XNNPACK's convolutions have 8 bits, and 4 only as a Linear of 1x1: not {format} of {list(shape)}"
+        return "XNNPACK has 8 bits for convolutions, 4 only for those of 1x1, which are Linear"
     if shape[1] % 2:
         return f"XNNPACK's 4-bit weights have an even number of columns, not {shape[1]}"
     if format.group and format.group % GROUP_MULTIPLE:
