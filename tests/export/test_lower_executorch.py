@@ -265,7 +265,7 @@ def test_two_lowerings_are_the_same_bytes(lowered: Lowered, tmp_path: Path) -> N
         ("int4-g32", "conv2d", (64, 64, 1, 1), None),
         ("fp32", "conv2d", (64, 20, 3, 3), None),
         ("fp16", "linear", (64, 64), "widen fp16 to fp32"),
-        ("int4-g32", "conv2d", (64, 64, 3, 3), "convolutions have 8 bits"),
+        ("int4-g32", "conv2d", (64, 64, 3, 3), "8 bits for convolutions"),
         ("int4-g48", "linear", (96, 96), "multiples of 32 columns, not 48"),
         ("int4-g32-asym", "linear", (64, 64), "no zero point"),
         ("int4-row", "linear", (64, 33), "an even number of columns, not 33"),
