@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz check bench bench-quality bench-distill train-pocket distill-pocket distill-baseline \
-	test-optimum kernels fuzz-kernels clean
+.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-distill train-pocket distill-pocket \
+	distill-baseline test-optimum kernels fuzz-kernels clean
 
 setup: .venv/.installed
 
@@ -41,7 +41,7 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python benchmarks/onnx_unet.py
+	$(BIN)/python benchmarks/unet.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8 and about 4 bits, against float PyTorch.
 bench-quality: export OMP_NUM_THREADS = 1
@@ -58,6 +58,16 @@ test-optimum: setup
 	.venv-optimum/bin/python -m pip install --quiet torch==2.13.0 'optimum-onnx==0.1.*' 'transformers<4.58' diffusers onnxruntime
 	test -d build/demo || $(MAKE) demo
 	.venv-optimum/bin/python tests/compat/optimum_draws.py build/demo
+
+# Every emulated ARM CPU: ONNX Runtime with fp32 and with int8 products, and ExecuTorch.
+ARM64 := $(RUN) build pocket --steps 4 --budget 8MB --overwrite
+arm64: export OMP_NUM_THREADS = 1
+arm64: setup
+	$(ARM64) --out build/arm64/onnx
+	$(ARM64) --recipe benchmarks/int8_products.toml --out build/arm64/onnx-int8-products
+	$(ARM64) --target executorch --out build/arm64/executorch
+	$(BIN)/python benchmarks/arm64.py build/arm64/onnx build/arm64/onnx-int8-products build/arm64/executorch
+	$(BIN)/python benchmarks/readme_tables.py
 
 train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all

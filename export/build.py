@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recipe to a checked artifact and its report: each verb once, top to bottom."""
 
+import resource
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +13,7 @@ from torch import nn
 from ..quant.calibrate import LayerStats, calibrate
 from ..quant.compress import compress, save_weights
 from ..quant.errors import OverBudget
-from ..quant.fit import MSE, parse_fit
+from ..quant.fit import MSE, Fit, parse_fit
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
 from ..quant.sensitivity import measure, save_choices
@@ -27,7 +30,7 @@ from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
 from .probe import make_probe
 from .progress import StageProgress
 from .recipe import Recipe
-from .report import Measurements, ReportData, write_report
+from .report import LoweringCost, Measurements, ReportData, write_report
 from .results import (
     Built,
     drawn_pictures,
@@ -45,6 +48,8 @@ from .targets import open_target
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
 PLANNING_PASSES = 3
+RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes in the unit of `ru_maxrss`."""
 CHOICES_FILE = "choices.json"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -64,6 +69,10 @@ class Workbench:
     draft: Manifest
     progress: StageProgress
 
+    def fit(self, fit: Fit) -> Fit:
+        """The fit, with scales as exact as the target keeps them."""
+        return replace(fit, group_scale_digits=self.target.group_scale_digits)
+
 
 def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -> Built:
     """Makes the artifact `out` and `<out>.report/` beside it, both or neither.
@@ -82,8 +91,8 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         choices = _measure(bench, session, stats)
         decided = _plan(bench, choices, artifact)
         with progress.stage("compress"):
-            weights = compress(bench.layers, decided, parse_fit(recipe.compress.fit), stats)
-        bench = _lowered(bench, weights, artifact)
+            weights = compress(bench.layers, decided, bench.fit(parse_fit(recipe.compress.fit)), stats)
+        bench, costs = _lowered(bench, weights, artifact)
         gaps = _compare(bench, session, weights, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
@@ -106,6 +115,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
                 alignment=gaps.alignment,
                 memory=_memory(bench, artifact),
                 stage_seconds=progress.stage_seconds,
+                lowering=costs,
             ),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
@@ -175,7 +185,7 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
         probe = make_probe(replace(session, prompts=prompts), torch_runner(bench.components), PROBE_STEPS)
         for name, layer in bench.layers.items():
             outputs = probe.outputs_after(component_name(name))
-            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, MSE)
+            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, bench.fit(MSE))
             advance()
     return choices
 
@@ -206,22 +216,28 @@ def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path)
     return min(fitting, key=lambda fit: (fit.predicted_loss, fit.total_bytes))
 
 
-def _lowered(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path) -> Workbench:
-    """Writes the components; the draft then says what their files are."""
-    specs = {}
+def _lowered(
+    bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path
+) -> tuple[Workbench, dict[str, LoweringCost]]:
+    """Writes the components; the draft then says what their files are. Also says what each one took."""
+    specs, costs = {}, {}
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for name, graph in bench.traced.items():
+            start = time.monotonic()
             specs[name] = bench.target.lower(graph, {layer: weights[layer] for layer in graph.layers}, artifact)
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
+            costs[name] = LoweringCost(seconds=time.monotonic() - start, peak_bytes=peak_bytes)
             advance()
-    return replace(bench, draft=bench.draft.model_copy(update={"components": specs}))
+    return replace(bench, draft=bench.draft.model_copy(update={"components": specs})), costs
 
 
 def _compare(bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
-    limit = bench.recipe.parity.max_lowering_error or bench.target.max_lowering_error
-    runtimes = bench.target.runtimes(artifact, bench.draft, limit)
+    limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(weights)
+    runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
-        gaps = measure_gaps(bench.components, weights, runtimes, session, bench.evidence, advance)
+        as_run = [bench.target.as_run(component, weights) for component in bench.components]
+        gaps = measure_gaps(bench.components, as_run, weights, runtimes, session, bench.evidence, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")
     return gaps

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from ..quant.compress import load_weights
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
-from ..runtimes.arm64.emulator import default_cache
-from ..runtimes.arm64.setup import open_emulator
+from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.tokenizer import open_tokenizers
@@ -102,15 +101,17 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
     components, weights = target.components(model), load_weights(stored)
-    limit = recipe.parity.max_lowering_error or target.max_lowering_error
-    runtimes = target.runtimes(artifact, manifest, limit) | target.kernel_runtimes(artifact, manifest, limit)
+    limit = recipe.parity.max_lowering_error or target.lowering_limit(weights)
+    asked_of = artifact, manifest, weights, limit
+    runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
+    as_run = [target.as_run(component, weights) for component in components]
     with progress.stage("compare", gap_steps(runtimes)) as advance:
-        gaps = measure_gaps(components, weights, runtimes, session, evidence, advance)
+        gaps = measure_gaps(components, as_run, weights, runtimes, session, evidence, advance)
     here = next(iter(runtimes.values()))
     emulated = {}
     for cpu, emulator in asked:
-        there = target.emulated(artifact, manifest, cpu, emulator)
+        there = target.emulated(artifact, manifest, weights, cpu, emulator)
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
-            measured = measure_emulated(components, weights, there, here, session, evidence, advance)
+            measured = measure_emulated(as_run, weights, there, here, session, evidence, advance)
         emulated[f"{PREFIX}{cpu.name}"] = measured
     return Checked(manifest, gaps, None, unverified, emulated)

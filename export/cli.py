@@ -26,10 +26,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, or a hub id."
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
 OptionalSource = Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket-turbo.")]
-TargetName = Annotated[str | None, typer.Option("--target", help="What the phone runs: onnx or coreml.")]
+TARGET_HELP = "What the phone runs: onnx, coreml or executorch."
+TargetName = Annotated[str | None, typer.Option("--target", help=TARGET_HELP)]
+TargetNames = Annotated[list[str] | None, typer.Option("--target", help=f"{TARGET_HELP} May be given several times.")]
 Deployment = Annotated[str | None, typer.Option(help="Oldest system for Core ML packages: iOS17, iOS18 or iOS26.")]
 Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of the emulated CPU; default: in the user's cache folder.")]
+Artifacts = Annotated[Path, typer.Argument(help="An artifact, or a folder of artifacts, that `build` made.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
@@ -64,7 +67,7 @@ def _pins(pins: list[str] | None) -> dict[str, str] | None:
 def build(
     out: Annotated[Path, typer.Option(help="The artifact folder to make.")],
     source: OptionalSource = None,
-    target: TargetName = None,
+    target: TargetNames = None,
     deployment: Deployment = None,
     budget: Budget = None,
     recipe: RecipeFile = None,
@@ -78,15 +81,14 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
-    from .build import build as run_build
-    from .progress import StageProgress
-    from .results import parity_table, show_unverified
-    from .units import format_bytes
+    from .build_targets import build_targets
+    from .results import show_built
 
     overrides = {
         "model.source": source,
         "model.lora": lora or None,
-        "target.name": target,
+        "target.name": target[0] if target else None,
+        "target.also": target[1:] if target else None,
         "target.coreml.deployment": deployment,
         "compress.budget": budget,
         "compress.formats": formats and formats.split(","),
@@ -95,19 +97,14 @@ def build(
         "sampler.steps": steps,
         "seed": seed,
     }
-    built = run_build(_recipe(recipe, overrides), out, overwrite, StageProgress(quiet=as_json))
+    made = build_targets(_recipe(recipe, overrides), out, overwrite, quiet=as_json)
+    summaries = {built.folder.name: built.summary() for built in made}
 
     def show(console: Console) -> None:
-        allowed = f" of {format_bytes(built.plan.budget_bytes)} allowed" if built.plan.budget_bytes else ""
-        console.print(parity_table(built.gaps))
-        show_unverified(built.unverified, console)
-        console.print(
-            f"bytes     {format_bytes(built.total_bytes)}{allowed} (plan: {format_bytes(built.plan.total_bytes)})"
-        )
-        console.print(f"artifact  {built.folder}", soft_wrap=True)
-        console.print(f"report    {built.report}", soft_wrap=True)
+        for built in made:
+            show_built(built, console)
 
-    _emit(built.summary(), as_json, show)
+    _emit(made[0].summary() if len(made) == 1 else summaries, as_json, show)
 
 
 @app.command()
@@ -180,7 +177,7 @@ def plan(
 
 @app.command()
 def check(
-    artifact: Artifact,
+    artifact: Artifacts,
     cpu: Annotated[list[str] | None, typer.Option(help="Also on an emulated CPU, such as arm64:cortex-a76.")] = None,
     cache: Cache = None,
     as_json: AsJson = False,
@@ -188,11 +185,20 @@ def check(
     """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
     from .check import check as run_check
     from .progress import StageProgress
+    from .staging import artifacts_in
 
-    result = run_check(artifact, StageProgress(quiet=as_json), cpu or (), cache)
-    _emit(result.summary(), as_json, result.show)
-    if result.failure is not None:
-        raise ParityFailed(f"{artifact}: {result.failure}")
+    asked = StageProgress(quiet=as_json), cpu or (), cache
+    results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
+    summaries = {path.name: result.summary() for path, result in results.items()}
+
+    def show(console: Console) -> None:
+        for result in results.values():
+            result.show(console)
+
+    _emit(summaries if len(summaries) > 1 else next(iter(summaries.values())), as_json, show)
+    for path, result in results.items():
+        if result.failure is not None:
+            raise ParityFailed(f"{path}: {result.failure}")
 
 
 @app.command()
@@ -244,8 +250,7 @@ def models(as_json: AsJson = False) -> None:
 @arm64_app.command("setup")
 def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
     """Fetches the emulator, ARM libraries and a cross compiler (about 175 MB) into a cache folder; once."""
-    from ..runtimes.arm64.emulator import default_cache
-    from ..runtimes.arm64.setup import prepare
+    from ..runtimes.arm64.setup import default_cache, prepare
 
     talk = Console(stderr=True, quiet=as_json)
     found = prepare(cache or default_cache(), lambda text: talk.print(text, highlight=False, soft_wrap=True))

@@ -79,7 +79,10 @@ def measure_emulated(
     evidence: Evidence,
     advance: Callable[[], None],
 ) -> Emulated:
-    """Draws the session's first picture on the emulated CPU and compares; `advance` is called twice."""
+    """Draws the session's first picture on the emulated CPU and compares; `advance` is called twice.
+
+    `components` are those of the lowering gap: as the target's runtimes are to compute them from the stored weights.
+    """
     manifest, tokenizers, prompt = session.manifest, session.tokenizers, session.prompts[0]
     shipped = manifest.sampler.steps
     steps = shipped if manifest.only_these_steps else min(shipped, PICTURE_STEPS)

@@ -96,6 +96,7 @@ class Session:
 
 def measure_gaps(
     components: Sequence[Component],
+    as_run: Sequence[Component],
     weights: Mapping[str, CompressedTensor],
     runtimes: Mapping[str, Runtime],
     session: Session,
@@ -104,24 +105,26 @@ def measure_gaps(
 ) -> Gaps:
     """Draws every prompt with the float model, with the stored weights and with the artifact, and compares.
 
-    The modules hold the float weights before and after. `advance` is called `gap_steps(runtimes)` times.
+    `as_run` are the components as the target's runtimes are to compute them from the stored weights; they are the
+    reference of the lowering gap. The modules hold the float weights before and after. `advance` is called
+    `gap_steps(runtimes)` times.
     """
-    torch = torch_runner(components)
+    torch, stored_torch = torch_runner(components), torch_runner(as_run)
     shared = session.manifest, session.tokenizers
     floats = record(torch, *shared, session.prompts, session.seed)
     advance()
     lowering: dict[str, ParityReport] = {}
     drawn: dict[str, list[Picture]] = {}
     with decompressed({component.name: component.module.model for component in components}, weights):
-        stored = record(torch, *shared, session.prompts, session.seed)
+        stored = record(stored_torch, *shared, session.prompts, session.seed)
         rows = [
-            compare_call(torch, call, index, NO_LIMITS)
+            compare_call(stored_torch, call, index, NO_LIMITS)
             for index, recording in enumerate(floats)
             for call in recording.calls
         ]
         advance()
         for name, runtime in runtimes.items():
-            asked = torch, stored, runtime.runner, *shared, runtime.limits, evidence.feature_distance
+            asked = stored_torch, stored, runtime.runner, *shared, runtime.limits, evidence.feature_distance
             lowering[name], found = compare(*asked)
             drawn[name] = [_shown(picture, stored[0].picture) for picture in found]
             advance()

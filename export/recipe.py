@@ -8,10 +8,10 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..quant.errors import QuantError
 from ..quant.fit import parse_fit
@@ -57,12 +57,24 @@ class CoreMLSection(_Section):
         return value
 
 
+TargetName = Literal["onnx", "coreml", "executorch"]
+
+
 class TargetSection(_Section):
     """What the phone runs; of the sections for single targets, the named one's counts."""
 
-    name: Literal["onnx", "coreml"] = "onnx"
+    name: TargetName = "onnx"
+    also: tuple[TargetName, ...] = ()
+    """Further targets of the same build; each target's artifact is then a folder of its name in the output folder."""
     onnx: OnnxSection = OnnxSection()
     coreml: CoreMLSection = CoreMLSection()
+
+    @model_validator(mode="after")
+    def _targets_differ(self) -> Self:
+        names = (self.name, *self.also)
+        if len(set(names)) < len(names):
+            raise ValueError(f"targets {', '.join(names)}: each may be asked for once")
+        return self
 
 
 class CompressSection(_Section):
@@ -113,7 +125,8 @@ class ParitySection(_Section):
     max_lowering_error: float | None = Field(default=None, gt=0)
     """Largest ||runtime - PyTorch|| / ||PyTorch||, both with the stored weights, per component and timestep.
 
-    Without it what the target is held to: 1e-4 for onnx, 1e-3 for coreml, whose programs compute with fp16 constants.
+    Without it what the target is held to: 1e-4 for onnx, 1e-3 for coreml, whose programs compute with fp16 constants,
+    for executorch 1e-4, and 1e-2 where activations are rounded to int8: on either side of a tie, they differ by a step.
     """
 
 
@@ -127,6 +140,12 @@ class Recipe(_Section):
     calibrate: CalibrateSection = CalibrateSection()
     parity: ParitySection = ParitySection()
     seed: int = Field(default=0, ge=0)
+
+    def per_target(self) -> dict[str, Self]:
+        """Returns one recipe for each target that is asked for, by its name."""
+        names = (self.target.name, *self.target.also)
+        targets = {name: self.target.model_copy(update={"name": name, "also": ()}) for name in names}
+        return {name: self.model_copy(update={"target": target}) for name, target in targets.items()}
 
     def to_toml(self) -> str:
         """Returns the recipe with every default filled in, as TOML that `load_recipe` reads back."""

@@ -15,7 +15,7 @@ from .report_charts import layer_chart, timestep_chart, tradeoff_chart
 from .report_data import ReportData
 
 _DRAWN_BY = {"float_model": "float", "stored": "stored weights", "artifact": "artifact"}
-TARGET_NAMES = {"onnx": "ONNX Runtime", "coreml": "Core ML"}
+TARGET_NAMES = {"onnx": "ONNX Runtime", "coreml": "Core ML", "executorch": "ExecuTorch"}
 _FORMAT_COLOURS = 6
 _BLOCK = re.compile(r"(.+?\.(?:\w*_blocks\.\d+|mid_block))\.")
 """A U-shaped network's blocks: `unet.down_blocks.1`, `vae_decoder.mid_block`."""

@@ -24,6 +24,7 @@ from ..runtimes.parity import ParityReport
 from .emulated import Emulated
 from .parity import Gaps, Pictures
 from .report import DrawnPicture, TradeoffPoint
+from .units import format_bytes
 
 _WORDIEST_FORMAT = "int4-g128-asym"
 _WORST_NUMBER = -1.2345678901234567e-100
@@ -73,6 +74,18 @@ def parity_table(gaps: Gaps, emulated: Mapping[str, Emulated] | None = None) -> 
             snr = f"{-20 * math.log10(error):.1f}" if error > 0 else "exact"
             table.add_row(name, runtime, f"{compression[name]:.2e}", f"{error:.2e}", snr, f"{limit:.0e}", verdict)
     return table
+
+
+def show_built(built: Built, console: Console) -> None:
+    """Prints what a build came to."""
+    allowed = f" of {format_bytes(built.plan.budget_bytes)} allowed" if built.plan.budget_bytes else ""
+    console.print(parity_table(built.gaps))
+    show_unverified(built.unverified, console)
+    console.print(
+        f"bytes     {format_bytes(built.total_bytes)}{allowed} (plan: {format_bytes(built.plan.total_bytes)})"
+    )
+    console.print(f"artifact  {built.folder}", soft_wrap=True)
+    console.print(f"report    {built.report}", soft_wrap=True)
 
 
 def show_unverified(unverified: Sequence[str], console: Console) -> None:

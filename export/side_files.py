@@ -24,12 +24,13 @@ def write_side_files(model: LoadedModel, components: Mapping[str, Any], folder: 
     for component in components:
         config = model.modules[CONFIG_OWNERS.get(component, component)].config
         _write_json(folder / component / "config.json", _plain(config))
-    _write_tokenizers(model, folder, TOKENIZER_FILES)
+    write_tokenizers(model, folder, TOKENIZER_FILES)
     _write_json(folder / "scheduler" / "scheduler_config.json", dict(model.scheduler_config))
     _write_json(folder / "model_index.json", _model_index(model, components))
 
 
-def _write_tokenizers(model: LoadedModel, folder: Path, also: Sequence[str]) -> None:
+def write_tokenizers(model: LoadedModel, folder: Path, also: Sequence[str] = ()) -> None:
+    """Writes every tokenizer.json for our readers, and the files named in `also` where the checkpoint has them."""
     for encoder, source in model.tokenizers.items():
         target = folder / encoder.replace("text_encoder", "tokenizer")
         target.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def write_swift_files(model: LoadedModel, folder: Path) -> None:
 
     Raises TurbopocketError when the model has no vocab.json and merges.txt.
     """
-    _write_tokenizers(model, folder, ())
+    write_tokenizers(model, folder)
     for name in ("vocab.json", "merges.txt"):
         source = model.tokenizers["text_encoder"] / name
         if not source.is_file():

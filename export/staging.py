@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..runtimes.errors import TurbopocketError
+from ..runtimes.manifest import MANIFEST_NAME
 
 
 def report_folder(artifact: Path) -> Path:
@@ -16,10 +17,18 @@ def report_folder(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + ".report")
 
 
+def artifacts_in(folder: Path) -> list[Path]:
+    """Returns the folder itself when it is an artifact, else the artifacts that lie in it, by name."""
+    if (folder / MANIFEST_NAME).is_file():
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))
+
+
 def refuse_occupied(out: Path, overwrite: bool) -> None:
     """Raises TurbopocketError when `out` can not become a new folder, before any work is done.
 
-    An artifact may be replaced with `overwrite`; anything else in the way never is.
+    An artifact, or a folder of nothing but artifacts and their reports, may be replaced with `overwrite`; anything
+    else in the way never is.
     """
     if out.exists() and not out.is_dir():
         raise TurbopocketError(f"output {out} is a file; it must be a new or empty folder")
@@ -27,7 +36,9 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise TurbopocketError(f"output folder {out} is not empty", hint="give another folder, or --overwrite")
-    if not (out / "manifest.json").is_file():
+    artifacts = artifacts_in(out)
+    ours = {path for artifact in artifacts for path in (artifact, report_folder(artifact))}
+    if not artifacts or (out not in artifacts and set(out.iterdir()) - ours):
         raise TurbopocketError(
             f"output folder {out} is not empty and has no manifest.json, so it is not an artifact; "
             "--overwrite replaces artifacts only"

@@ -40,11 +40,13 @@ class Target(ABC):
     Attributes:
         name: as in recipes and manifests; tools: packages whose versions decide what is written.
         max_lowering_error: largest relative error of a call that counts as right, if the recipe says nothing.
+        group_scale_digits: significant bits of a scale that a group of weights shares; fp16 has 11.
     """
 
     name: ClassVar[str]
     tools: ClassVar[tuple[str, ...]]
     max_lowering_error: ClassVar[float]
+    group_scale_digits: ClassVar[int] = 11
 
     @property
     @abstractmethod
@@ -87,6 +89,14 @@ class Target(ABC):
     def lower(self, traced: Any, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
         """Writes its files under `folder`, and says what they are."""
 
+    def as_run(self, component: Component, weights: Mapping[str, CompressedTensor]) -> Component:
+        """The component, given the stored weights, as the runtimes are to compute it: what they are compared with.
+
+        By default itself: all that lowering changes is the program. A target that also rounds activations by design
+        gives a component that does.
+        """
+        return component
+
     @abstractmethod
     def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
         """Writes configs and tokenizers."""
@@ -95,20 +105,32 @@ class Target(ABC):
     def files(self, spec: ComponentSpec) -> list[str]:
         """Paths of the files that `lower` writes for a component."""
 
-    @abstractmethod
-    def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
-        """One for each of `runtime_names`."""
+    def lowering_limit(self, weights: Mapping[str, CompressedTensor]) -> float:
+        """What `max_lowering_error` is for these stored weights."""
+        return self.max_lowering_error
 
-    def kernel_runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+    @abstractmethod
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
+        """One for each of `runtime_names`; `weights` are the stored ones, by which layers may be found again."""
+
+    def kernel_runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
         """The same with the kernels of `make kernels`, for artifacts that have work for them.
 
         `check` measures these too; `build` does not, so that an artifact is the same with and without them.
         """
         return {}
 
-    def emulated(self, folder: Path, manifest: Manifest, cpu: Cpu, emulator: Emulator) -> EmulatedRuntime:
+    def emulated(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
+    ) -> EmulatedRuntime:
         """The artifact on an emulated CPU. Raises TurbopocketError where that CPU does not run such artifacts."""
-        raise TurbopocketError(f"{self.name} artifacts do not run on {PREFIX}{cpu.name}; those for onnx do")
+        raise TurbopocketError(
+            f"{self.name} artifacts do not run on {PREFIX}{cpu.name}; those for onnx and executorch do"
+        )
 
     def inspect(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
         """What only a device can tell. Raises TurbopocketError for files that no device would accept."""

@@ -85,7 +85,9 @@ class CoreML(Target):
     def files(self, spec: ComponentSpec) -> list[str]:
         return coreml.package_files(spec)
 
-    def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
         return {
             name: Runtime(CoreMLRunner(folder, manifest, mode), Limits(max_relative_error=limit))
             for name, (mode, limit) in _runs(max_lowering_error).items()

@@ -72,13 +72,17 @@ class Onnx(Target):
     def files(self, spec: ComponentSpec) -> list[str]:
         return [spec.file, f"{spec.file}.data"]
 
-    def runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
         from ..runtimes.onnx import OnnxRunner
 
         limits = Limits(max_relative_error=max_lowering_error)
         return {self.runtime_names[0]: Runtime(OnnxRunner(folder, manifest), limits)}
 
-    def kernel_runtimes(self, folder: Path, manifest: Manifest, max_lowering_error: float) -> dict[str, Runtime]:
+    def kernel_runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
         operators = onnx_operators()
         if operators is None or not any(_uses_ours(folder / spec.file) for spec in manifest.components.values()):
             return {}
@@ -87,7 +91,9 @@ class Onnx(Target):
         limits = Limits(max_relative_error=max_lowering_error)
         return {"onnxruntime+kernels": Runtime(OnnxRunner(folder, manifest, operators=operators), limits)}
 
-    def emulated(self, folder: Path, manifest: Manifest, cpu: Cpu, emulator: Emulator) -> EmulatedRuntime:
+    def emulated(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
+    ) -> EmulatedRuntime:
         runner = EmulatedOnnxRunner(folder, manifest, cpu, emulator)
         to_pytorch, to_native = ARM64_LIMITS[self.options.accuracy_level]
         return EmulatedRuntime(runner, Limits(max_relative_error=to_pytorch), Limits(max_relative_error=to_native))

@@ -6,10 +6,11 @@ from .lower.onnx import OnnxOptions
 from .recipe import TargetSection
 from .target import Target
 from .target_coreml import CoreML
+from .target_executorch import ExecuTorch
 from .target_onnx import Onnx
 from .units import parse_bytes
 
-TARGETS: tuple[Target, ...] = (Onnx(), CoreML())
+TARGETS: tuple[Target, ...] = (Onnx(), CoreML(), ExecuTorch())
 """Every target, with its default options."""
 
 
@@ -19,4 +20,6 @@ def open_target(section: TargetSection, guided: bool = False) -> Target:
         wanted = section.coreml
         batch = 2 if guided else 1
         return CoreML(CoreMLOptions(wanted.deployment, batch, max_package_bytes=parse_bytes(wanted.max_package)))
+    if section.name == "executorch":
+        return ExecuTorch()
     return Onnx(OnnxOptions(section.onnx.accuracy_level, section.onnx.prepacked))

@@ -36,6 +36,7 @@ __all__ = [
     "compare_call",
     "compare_outputs",
     "compare_pictures",
+    "divergence_among",
     "first_divergence",
     "locate_divergence",
     "record",
@@ -127,9 +128,7 @@ def compare(
             rows.append(compare_call(candidate, call, index, limits))
             if not failed and not rows[-1].passed:
                 failed = True
-                divergence = locate_divergence(
-                    reference.layers(call.component), reference, candidate, call, limits.max_relative_error
-                )
+                divergence = locate_divergence(reference, candidate, call, limits.max_relative_error)
         try:
             drawn.append(generate(candidate, manifest, tokenizers, recording.prompt, recording.seed))
         except NotFinite:
@@ -183,6 +182,13 @@ def compare_pictures(
 
 
 def locate_divergence(
+    reference: Reference, candidate: LayerRunner, call: Call, max_relative_error: float
+) -> Divergence | None:
+    """The first diverging layer of a recorded call, run again on both sides with all layers shown."""
+    return divergence_among(reference.layers(call.component), reference, candidate, call, max_relative_error)
+
+
+def divergence_among(
     layers: Sequence[str], reference: LayerRunner, candidate: LayerRunner, call: Call, max_relative_error: float
 ) -> Divergence | None:
     """The first of `layers` to diverge in a recorded call, run again on both sides with all of them shown."""

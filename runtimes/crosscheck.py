@@ -7,7 +7,7 @@ Here every slow call counts for both, and an error still belongs to the componen
 
 from collections.abc import Mapping, Sequence
 
-from .compare import Call, Limits, ParityReport, Picture, Recorder, Reference, compare_outputs, locate_divergence
+from .compare import Call, Limits, ParityReport, Picture, Recorder, Reference, compare_outputs, divergence_among
 from .manifest import Manifest
 from .runner import LayerRunner, Runner
 from .text_to_image import NotFinite, generate
@@ -37,5 +37,5 @@ def crosscheck(
         rows.append(compare_outputs(call, call.outputs, other.run(call.component, call.inputs), 0, limits))
         if not rows[-1].passed and all(row.passed for row in rows[:-1]):
             layers = names.layers(call.component)
-            divergence = locate_divergence(layers, other, candidate, call, limits.max_relative_error)
+            divergence = divergence_among(layers, other, candidate, call, limits.max_relative_error)
     return ParityReport(limits=limits, rows=rows, pictures=[], first_divergence=divergence)

@@ -90,7 +90,7 @@ class Manifest(_Record):
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str = Field(min_length=1)
     family: Literal["sdxl", "sd"]
-    target: Literal["onnx", "coreml"]
+    target: Literal["onnx", "coreml", "executorch"]
     files: list[FileEntry]
     components: dict[str, ComponentSpec]
     tokenizers: dict[str, RelativePath]

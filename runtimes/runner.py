@@ -42,6 +42,10 @@ def open_runner(folder: Path, manifest: Manifest) -> LayerRunner:
             from .coreml.runner import CoreMLRunner
 
             return CoreMLRunner(folder, manifest, None if on_a_mac() else "fp32")
+        case "executorch":
+            from .executorch import ExecuTorchRunner
+
+            return ExecuTorchRunner(folder, manifest)
 
 
 def component_spec(manifest: Manifest, component: str) -> ComponentSpec:

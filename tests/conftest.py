@@ -199,8 +199,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def emulator_cache() -> Path:
     """The emulated ARM CPUs, in the user's cache folder; set up (about 175 MB) where they are not yet."""
-    from turbopocket.runtimes.arm64.emulator import default_cache
-    from turbopocket.runtimes.arm64.setup import prepare
+    from turbopocket.runtimes.arm64.setup import default_cache, prepare
 
     prepare(default_cache(), print)
     return default_cache()

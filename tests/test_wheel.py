@@ -19,7 +19,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = out.glob("*.whl")
-    assert wheel.stat().st_size < 40_000_000
+    assert wheel.stat().st_size < 60_000_000  # two models of 25 MB each
     return set(zipfile.ZipFile(wheel).namelist())
 
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 
-from ...quant.formats import Affine, Codebook, Dense, LayerFormat, Palette
+from ...quant.formats import Additive, Affine, Codebook, Dense, LayerFormat, Palette
 from ...runtimes.errors import TurbopocketError
 from .coreml_affine import AffineForm, DenseForm
 from .coreml_form import Deployment, Form, Kind, Layer
@@ -26,6 +26,8 @@ def storable(
 ) -> str | None:
     """None when this target keeps a layer of this kind and shape compressed in that format, else the reason."""
     form = STORES.get(type(format))
+    if isinstance(format, Additive):
+        return f"Core ML looks a weight up once, {format} adds {format.count} vectors"
     if form is None:
         return f"Core ML has no compressed {kind} for {format}"
     return format.fits(shape) or form.refusal(format, shape, deployment)

@@ -5,16 +5,17 @@
 weight is compressed, and `lower` writes the same bytes every time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ...quant.formats import CompressedTensor, LayerFormat, parse_format
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.manifest import ComponentSpec, TensorSpec
+from .onnx_codebook import distinct
 from .onnx_data import DATA_FILE, MODEL_FILE, StoredTensor, data_bytes, external_initializers, write_data
 from .onnx_form import Array, Form, Layer
 from .onnx_integer import MICROSOFT
@@ -54,8 +55,17 @@ class OnnxOptions:
 
 DEFAULTS = OnnxOptions()
 
-WORDIEST = tuple(map(parse_format, ("int4-row-asym", "int8-row-asym", "int4-g32-asym", "fp16", "fp32")))
-"""Formats of which one takes the most nodes for any layer: sizes counted with these hold for all formats."""
+WORDIEST = tuple(
+    map(
+        parse_format,
+        (
+            *("int4-row-asym", "int8-row-asym", "int4-g32-asym", "fp16", "fp32"),
+            *("vq8-d2", "avq2x8-d2", "avq3x8-d2", "avq4x8-d2"),
+        ),
+    )
+)
+"""Formats of which one takes the most nodes for any layer, and which need all operators of our own: sizes counted with
+these hold for all formats."""
 
 
 def lower(
@@ -108,16 +118,24 @@ def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat] = WORDIES
     skeleton_bytes = _Graph(traced, {}).model().ByteSize()
     by_path = {layer.path: layer for layer in traced.layers.values()}
     uses = [node for node in traced.skeleton.graph.node if node.domain == DOMAIN]
-    return skeleton_bytes + sum(_overhead_bytes(by_path[layer_path(node)], node, formats) for node in uses)
+    forms = [(node, _storable_forms(by_path[layer_path(node)], formats)) for node in uses]
+    in_nodes = sum(max((form.overhead_bytes(node) for form in options), default=0) for node, options in forms)
+    bodies = distinct([body for node, options in forms for form in options for body in form.functions(node)])
+    return skeleton_bytes + in_nodes + _function_bytes(bodies)
 
 
-def _overhead_bytes(layer: Layer, node: NodeProto, candidates: Iterable[LayerFormat]) -> int:
-    forms = [
+def _storable_forms(layer: Layer, candidates: Iterable[LayerFormat]) -> list[Form]:
+    return [
         form_of(layer, format, accuracy_level=1)
         for format in candidates
         if storable(format, layer.kind, layer.shape) is None
     ]
-    return max((form.overhead_bytes(node) for form in forms), default=0)
+
+
+def _function_bytes(functions: Sequence[FunctionProto]) -> int:
+    """Bytes of the functions, and of the version of their domain, in a model."""
+    opsets = [helper.make_opsetid(DOMAIN, 1)] if functions else []
+    return ModelProto(functions=functions, opset_import=opsets).ByteSize()
 
 
 def rest_bytes(traced: TracedGraph) -> int:
@@ -156,7 +174,15 @@ class _Graph:
         model.graph.initializer.extend(external_initializers(self.tensors()))
         for form in self.forms.values():
             model.graph.input.extend(form.overridable_inputs())
+        model.functions.extend(distinct([function for use in self._uses() for function in use]))
+        if model.functions:
+            model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
         return model
+
+    def _uses(self) -> Iterator[list[FunctionProto]]:
+        for node in self.traced.skeleton.graph.node:
+            if node.domain == DOMAIN and layer_path(node) in self.forms:
+                yield self.forms[layer_path(node)].functions(node)
 
     def _nodes(self) -> list[NodeProto]:
         """Nodes that read initializers only come first, though ONNX Runtime then runs them last.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ...quant.formats import CompressedTensor
 from .onnx_data import StoredTensor, data_bytes, external_initializers
@@ -67,6 +67,10 @@ class Form(ABC):
 
     def overridable_inputs(self) -> list[ValueInfoProto]:
         """Initializers that a caller may override, as graph inputs: ONNX Runtime does not fold what reads them."""
+        return []
+
+    def functions(self, node: NodeProto) -> list[FunctionProto]:
+        """Bodies of operators of our own that `apply` uses for this traced node; the same for every layer alike."""
         return []
 
     def overhead_bytes(self, node: NodeProto) -> int:

@@ -3,8 +3,9 @@
 
 from collections.abc import Mapping
 
-from ...quant.formats import Affine, Dense, LayerFormat
+from ...quant.formats import Additive, Affine, Codebook, Dense, LayerFormat
 from ...runtimes.errors import TurbopocketError
+from .onnx_codebook import CodebookConv2d, CodebookLinear
 from .onnx_dense import DenseConv2d, DenseLinear
 from .onnx_form import Form, Kind, Layer
 from .onnx_integer import DequantizedConv2d, MatMulNBits
@@ -14,6 +15,10 @@ STORES: Mapping[tuple[type[LayerFormat], Kind], type[Form]] = {
     (Dense, "conv2d"): DenseConv2d,
     (Affine, "linear"): MatMulNBits,
     (Affine, "conv2d"): DequantizedConv2d,
+    (Codebook, "linear"): CodebookLinear,
+    (Codebook, "conv2d"): CodebookConv2d,
+    (Additive, "linear"): CodebookLinear,
+    (Additive, "conv2d"): CodebookConv2d,
 }
 """What this target stores natively. A format that is not here has no compressed form in ONNX."""
 

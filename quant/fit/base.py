@@ -14,18 +14,22 @@ from torch import Tensor
 from ..errors import QuantError
 
 LARGEST_SCALE = torch.finfo(torch.float16).max
+FP16_DIGITS = 11
+"""Significant bits of an fp16 number."""
 
 
 @dataclass(frozen=True)
 class Grid:
     """Legal values of one group: (code - zero) * scale for integer codes in [lowest_code, highest_code].
 
-    `group` is the number of neighbouring columns that share a scale. A symmetric grid has zero = 0.
+    `group` is the number of neighbouring columns that share a scale, which has `scale_digits` significant bits.
+    A symmetric grid has zero = 0.
     """
 
     bits: int
     symmetric: bool
     group: int
+    scale_digits: int = FP16_DIGITS
 
     @property
     def lowest_code(self) -> int:
@@ -88,12 +92,14 @@ class Fit:
     """A way to choose codes, for float32 weights [O, K] and H = E[x xᵀ] of the layer's inputs [K, K].
 
     `choose(weight_OK, grid, hessian_KK)` is for integers, `choose_vectors` for sums of codebook vectors.
+    `group_scale_digits` are the significant bits of a group's scale, for runtimes that keep it shorter than fp16.
     """
 
     name: str
     needs_hessian: bool
     choose: Callable[[Tensor, Grid, Tensor | None], GridCodes]
     choose_vectors: Callable[[Tensor, AdditiveGrid, Tensor | None], AdditiveCodes]
+    group_scale_digits: int = FP16_DIGITS
 
     def __str__(self) -> str:
         return self.name
@@ -127,20 +133,24 @@ def summed_vectors(codebooks_MPD: Tensor, codes_MOJ: Tensor) -> Tensor:
     return torch.stack(vectors).sum(0).reshape(outputs, -1)
 
 
-def storable_scale(scale: Tensor) -> Tensor:
-    """float32 copies of the smallest fp16 numbers that are not under `scale`; 1 where a group is all zeros.
+def storable_scale(scale: Tensor, digits: int = FP16_DIGITS) -> Tensor:
+    """float32 copies of the smallest fp16 numbers of so many significant bits that are not under `scale`; 1 for zeros.
 
     Upwards, so that the largest weight of a group never falls off the grid, and so that a scale under fp16's
     smallest subnormal (6e-8) becomes that number and not a division by zero. QuantError over 65,504.
     """
     largest = float(scale.max()) if scale.numel() else 0.0
-    if largest > LARGEST_SCALE:
-        raise QuantError(f"a group needs scale {largest:.6g}, and fp16 scales end at {LARGEST_SCALE:.0f}")
+    end = LARGEST_SCALE // 2 ** (16 - digits) * 2 ** (16 - digits)
+    if largest > end:
+        raise QuantError(f"a group needs scale {largest:.6g}, and fp16 scales end at {end:.0f}")
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     nearest = scale.to(torch.float16)
     # Positive floats are ordered like their bits: adding one to the bits is the next fp16 number.
     above = (nearest.view(torch.int16) + 1).view(torch.float16)
-    return torch.where(nearest.to(torch.float32) < scale, above, nearest).to(torch.float32)
+    least = torch.where(nearest.to(torch.float32) < scale, above, nearest)
+    step = 2 ** (FP16_DIGITS - digits)
+    bits = (least.view(torch.int16).to(torch.int32) + (step - 1)) // step * step
+    return bits.to(torch.int16).view(torch.float16).to(torch.float32)
 
 
 def value_range(weight_OGg: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,8 +164,9 @@ def covering_scale(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor,
     float32 [O, G] both; low <= 0 <= high. Every value in the range is within half a step of the grid.
     """
     if grid.symmetric:
-        return storable_scale(torch.maximum(low_OG / grid.lowest_code, high_OG / grid.highest_code)), None
-    scale_OG = storable_scale((high_OG - low_OG) / grid.highest_code)
+        least_OG = torch.maximum(low_OG / grid.lowest_code, high_OG / grid.highest_code)
+        return storable_scale(least_OG, grid.scale_digits), None
+    scale_OG = storable_scale((high_OG - low_OG) / grid.highest_code, grid.scale_digits)
     zero_OG = torch.round(-low_OG / scale_OG).clamp_(0, grid.highest_code)
     return scale_OG, zero_OG
 

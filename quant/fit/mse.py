@@ -85,7 +85,8 @@ class _Best:
         steps_OGg = nearest_steps(self.weight_OGg, self.scale_OG, self.zero_OG, self.grid)
         projection_OG = self._sum(steps_OGg * self.weight_OGg)
         energy_OG = self._sum(steps_OGg.square_())
-        return storable_scale(torch.where(energy_OG > 0, projection_OG / energy_OG, self.scale_OG))
+        least_squares_OG = torch.where(energy_OG > 0, projection_OG / energy_OG, self.scale_OG)
+        return storable_scale(least_squares_OG, self.grid.scale_digits)
 
     def _sum(self, values_OGg: Tensor) -> Tensor:
         return (values_OGg if self.importance_Gg is None else values_OGg.mul_(self.importance_Gg)).sum(-1)

@@ -18,9 +18,9 @@ from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_vi
 from .bits import pack, packed_columns, unpack
 from .palette import refused_rows, require_codes
 
-_NAME = re.compile(r"avq([2-8])x([123468])-d([248])")
+_NAME = re.compile(r"avq([2-4])x([123468])-d([248])")
 _LENGTHS = (2, 4, 8)
-_MOST_CODEBOOKS = 8
+_MOST_CODEBOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Additive(LayerFormat):
     bits: int
     length: int
 
-    syntax: ClassVar[str] = "avq<2-8>x<1|2|3|4|6|8>-d<2|4|8>"
+    syntax: ClassVar[str] = "avq<2|3|4>x<1|2|3|4|6|8>-d<2|4|8>"
 
     def __post_init__(self) -> None:
         require_codes(self.bits, None)

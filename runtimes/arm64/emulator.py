@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The emulator and the ARM libraries as `setup` left them, and how a program is started on one of the CPUs."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from .cpus import Cpu
 
-HOST_LIBRARIES = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
+_HOST_LIBRARIES = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
 _LOADER = "ld-linux-x86-64.so.2"
 _PYTHON = re.compile(r"python3\.\d+")
 
@@ -43,14 +42,12 @@ class Emulator:
             qemu += ["-E", f"{name}={value}"]
         return [*self.host_loader(), *qemu, str(program), *arguments]
 
+    def host_libraries(self) -> list[Path]:
+        """Folders of the libraries of `host`."""
+        return [self.trees / "host" / folder for folder in _HOST_LIBRARIES]
+
     def host_loader(self) -> list[str]:
         """What programs of `host` are started through, so that they find libraries of their own release."""
-        folders = [self.trees / "host" / folder for folder in HOST_LIBRARIES]
+        folders = self.host_libraries()
         loader = next(path for folder in folders if (path := folder / _LOADER).exists())
         return [str(loader), "--library-path", ":".join(map(str, folders))]
-
-
-def default_cache() -> Path:
-    """Where the emulator lies unless told otherwise: the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "turbopocket" / "arm64"

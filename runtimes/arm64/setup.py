@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..cache import cache_folder
 from ..errors import TurbopocketError
 from ..manifest import FileEntry, sha256_of
 from .apt import PrivateApt
@@ -60,6 +61,11 @@ def prepare(cache: Path, tell: Tell) -> dict[str, Any]:
     tell(f"{len(entries)} packages, {total / 1e6:.1f} MB, are in {cache}")
     files = [entry.model_dump() for entry in entries]
     return {"cache": str(cache), "fetched": len(fetched), "download_bytes": total, "files": files}
+
+
+def default_cache() -> Path:
+    """Where the emulator lies unless told otherwise."""
+    return cache_folder("arm64")
 
 
 def open_emulator(cache: Path) -> Emulator:

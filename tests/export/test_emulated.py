@@ -25,6 +25,7 @@ from turbopocket.runtimes.arm64.setup import open_emulator
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.tokenizer import open_tokenizers
 
+pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
 Run = Callable[..., Any]
 CPU = "arm64:cortex-a76"
 GUILTY = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
@@ -57,8 +58,8 @@ def emulated_with(artifact: Path, on_arm: Path, emulator_cache: Path) -> Emulate
     prompts = evidence.prompts("report", 1, recipe.seed)
     session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
     weights = load_weights(artifact.with_name("art.report") / WEIGHTS_FILE)
-    native = target.runtimes(artifact, manifest, 1e-4)["onnxruntime"]
-    runtime = target.emulated(on_arm, manifest, parse_cpu(CPU), open_emulator(emulator_cache))
+    native = target.runtimes(artifact, manifest, weights, 1e-4)["onnxruntime"]
+    runtime = target.emulated(on_arm, manifest, weights, parse_cpu(CPU), open_emulator(emulator_cache))
     try:
         return measure_emulated(components_of(model), weights, runtime, native, session, evidence, lambda: None)
     finally:

@@ -22,7 +22,7 @@ from turbopocket.export.graph import (
 )
 from turbopocket.export.lower import onnx as target
 from turbopocket.quant.fit import ABSMAX
-from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
+from turbopocket.quant.formats import Additive, Codebook, CompressedTensor, LayerFormat, parse_format
 
 FORMATS = (
     "fp32",
@@ -35,6 +35,9 @@ FORMATS = (
     "int4-g16",
     "int4-g32",
     "int4-g32-asym",
+    "vq8-d4",
+    "avq2x8-d8",
+    "avq3x8-d4",
 )
 MOST_ERROR = 2e-5
 """Relative; single precision in another order of summation gives about 1e-6, one wrong code about 1e-2."""
@@ -103,11 +106,26 @@ def first_storable(names: tuple[str, ...], kind: str, shape: tuple[int, ...]) ->
 def compressed(component: Component, graph: target.TracedGraph, *names: str) -> dict[str, CompressedTensor]:
     """Every layer in the first format of `names` that fits it, else in fp32."""
     return {
-        name: first_storable((*names, "fp32"), layer.kind, layer.shape).compress(
-            component.module.get_parameter(f"{name}.weight"), ABSMAX
+        name: stored(
+            first_storable((*names, "fp32"), layer.kind, layer.shape),
+            component.module.get_parameter(f"{name}.weight"),
         )
         for name, layer in graph.layers.items()
     }
+
+
+def stored(format: LayerFormat, weight: Tensor) -> CompressedTensor:
+    """The weight in that format; in a codebook format random vectors of its size, for k-means would take minutes."""
+    if not isinstance(format, Codebook | Additive):
+        return format.compress(weight, ABSMAX)
+    shape, size = tuple(weight.shape), float(weight.detach().std())
+    parts = {
+        part: torch.randint(0, 256, spec.shape, dtype=torch.uint8)
+        if spec.dtype == torch.uint8
+        else (torch.rand(spec.shape) * size if part == "scale" else torch.randn(spec.shape)).to(spec.dtype)
+        for part, spec in format.part_specs(shape).items()
+    }
+    return CompressedTensor(format, shape, parts)
 
 
 @contextmanager
@@ -176,7 +194,7 @@ def test_a_lowered_component_computes_what_pytorch_does_with_the_stored_weights(
             assert max(errors) <= MOST_ERROR
 
 
-@pytest.mark.parametrize("name", ["fp16", "int8-row", "int4-g32", "int4-row-asym"])
+@pytest.mark.parametrize("name", ["fp16", "int8-row", "int4-g32", "int4-row-asym", "avq2x8-d4", "avq4x8-d2"])
 def test_files_have_exactly_the_predicted_bytes(traced: dict[str, Traced], name: str, tmp_path: Path) -> None:
     for component, graph in traced.values():
         weights = compressed(component, graph, name, "int8-row")
@@ -190,6 +208,16 @@ def test_files_have_exactly_the_predicted_bytes(traced: dict[str, Traced], name:
         assert on_disk <= exact_candidates <= 1.01 * on_disk
 
 
+def test_a_file_holds_one_body_per_operator_and_number_of_codebooks(traced: dict[str, Traced], tmp_path: Path) -> None:
+    component, graph = traced["vae_decoder"]
+    target.lower(graph, compressed(component, graph, "avq2x8-d8", "vq8-d4"), tmp_path)
+    model = onnx.load(tmp_path / "vae_decoder" / "model.onnx", load_external_data=False)
+    called = {(node.op_type, node.overload) for node in model.graph.node if node.domain == "turbopocket"}
+    assert called == {(function.name, function.overload) for function in model.functions}
+    assert len(model.functions) == len(called)
+    assert {"CodebookLinear", "CodebookConv2d"} == {name for name, _ in called}
+
+
 def test_lowering_twice_gives_the_same_bytes(traced: dict[str, Traced], tmp_path: Path) -> None:
     component, graph = traced["vae_decoder"]
     weights = compressed(component, graph, "int4-g32", "fp16")
@@ -200,7 +228,7 @@ def test_lowering_twice_gives_the_same_bytes(traced: dict[str, Traced], tmp_path
         assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["int8-row", "fp16"])
+@pytest.mark.parametrize("name", ["int8-row", "fp16", "avq2x8-d4"])
 def test_every_layers_output_is_found_by_its_module_path(traced: dict[str, Traced], name: str, tmp_path: Path) -> None:
     component, graph = traced["unet"]
     weights = compressed(component, graph, name)

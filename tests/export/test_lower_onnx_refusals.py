@@ -36,6 +36,10 @@ def graph() -> target.TracedGraph:
         ("int8-row", "linear", (32, 40), "40 columns are a multiple of 8 only"),
         ("int4-g32", "linear", (32, 48), "48 input channels are not a multiple of group 32"),
         ("int4-g32", "conv2d", (32, 4, 3, 3), "4 input channels are not a multiple of group 32"),
+        ("avq2x6-d4", "linear", (32, 96), "codes of 8 bits, avq2x6-d4 has 6"),
+        ("avq2x8-d8", "conv2d", (32, 4, 3, 3), "4 input channels are not a multiple of vector length 8"),
+        ("vq8-d4-out", "linear", (32, 96), "one codebook of vectors along the inputs, not vq8-d4-out"),
+        ("vq8-d4-r16", "linear", (32, 96), "one codebook of vectors along the inputs, not vq8-d4-r16"),
     ],
 )
 def test_a_format_that_does_not_fit_has_a_reason_with_numbers(
@@ -54,6 +58,8 @@ def test_a_format_that_does_not_fit_has_a_reason_with_numbers(
         ("int4-g16", "linear", (1, 48)),
         ("fp16", "linear", (3, 5)),
         ("fp32", "conv2d", (3, 5, 1, 1)),
+        ("vq8-d2", "conv2d", (3, 4, 3, 3)),
+        ("avq4x8-d8", "linear", (3, 8)),
     ],
 )
 def test_a_format_that_fits_has_none(name: str, kind: str, shape: tuple[int, ...]) -> None:

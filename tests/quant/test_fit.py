@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each fit against the one before it, and the cases where scales and Hessians go wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import ABSMAX, FITS, GPTQ, MSE, Fit, Grid, parse_fit
 from turbopocket.quant.fit.base import storable_scale
 from turbopocket.quant.fit.gptq import DAMPING, error_feedback
+from turbopocket.quant.formats import parse_format
 
 GRIDS = [Grid(bits, symmetric, group) for bits in (4, 8) for symmetric in (True, False) for group in (8, 48)]
 
@@ -145,3 +148,25 @@ def test_fit_names_parse_back_and_others_are_refused() -> None:
     assert [parse_fit(str(fit)) for fit in FITS] == list(FITS)
     with pytest.raises(QuantError, match="`hqq` is not a fit: known are absmax, mse, gptq"):
         parse_fit("hqq")
+
+
+@pytest.mark.parametrize("fit", FITS, ids=str)
+def test_scales_of_groups_are_as_short_as_asked_and_those_of_rows_are_fp16(fit: Fit) -> None:
+    """bfloat16 has 8 significant bits, which XNNPACK keeps of a group's scale."""
+    torch.manual_seed(0)
+    weight, hessian = torch.randn(16, 64), torch.eye(64)
+    short = replace(fit, group_scale_digits=8)
+    grouped = parse_format("int4-g32").compress(weight, short, hessian).parts["scale"]
+    assert torch.equal(grouped.float(), grouped.bfloat16().float())
+    by_row = parse_format("int4-row").compress(weight, short, hessian).parts["scale"]
+    assert torch.equal(by_row, parse_format("int4-row").compress(weight, fit, hessian).parts["scale"])
+    assert not torch.equal(by_row.float(), by_row.bfloat16().float())
+
+
+def test_a_short_scale_is_never_under_the_one_that_is_needed() -> None:
+    needed = torch.rand(1000) * 10 ** torch.linspace(-4, 4, 1000)
+    short = storable_scale(needed, 8)
+    assert (short >= needed).all()
+    assert (short <= needed * (1 + 2**-7) * (1 + 2**-10) + 2**-21).all()
+    with pytest.raises(QuantError, match="fp16 scales end at 65280"):
+        storable_scale(torch.tensor([65_400.0]), 8)

@@ -17,6 +17,8 @@ from turbopocket.runtimes.onnx import OnnxRunner
 
 from ..conftest import LATENT, TOKENS, WIDTH
 
+pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
+
 
 def unet_inputs() -> dict[str, Any]:
     rng = np.random.default_rng(1)

@@ -10,7 +10,6 @@ import pytest
 
 from turbopocket.runtimes.arm64 import setup
 from turbopocket.runtimes.arm64.cpus import CPUS, parse_cpu
-from turbopocket.runtimes.arm64.emulator import default_cache
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import FileEntry, sha256_of
 
@@ -86,7 +85,7 @@ def test_other_machines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_cache_lies_where_the_user_keeps_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "turbopocket" / "arm64"
+    assert setup.default_cache() == tmp_path / "turbopocket" / "arm64"
 
 
 def test_cpu_is_known_by_its_name() -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds `pocket` in fp32, int8 and int4 and measures the three UNets side by side on this machine's CPU.
+"""Builds `pocket` in fp32, int8 and int4 for ONNX Runtime and ExecuTorch and measures the UNets side by side.
 
-    python benchmarks/onnx_unet.py [--out benchmarks/results/onnx_unet.json]
+    python benchmarks/unet.py [--out benchmarks/results/unet.json]
 
 Latencies are taken in turns (one run of each, again and again), so that a noisy machine slows all alike; read the
-ratios. Memory is that of a fresh process without PyTorch.
+ratios, all to ONNX Runtime's fp32. Memory is that of a fresh process without PyTorch, so ExecuTorch's is not here:
+its Python bindings bring PyTorch along. Both runtimes may use all cores.
 """
 
 import argparse
@@ -20,30 +21,43 @@ from typing import Any
 import numpy as np
 
 from turbopocket.export.build import build
-from turbopocket.export.components import components_of, layers_of, shapes_of
+from turbopocket.export.components import layers_of, shapes_of
 from turbopocket.export.families import load_shapes
 from turbopocket.export.progress import StageProgress
-from turbopocket.export.recipe import make_recipe
+from turbopocket.export.recipe import TargetSection, make_recipe
+from turbopocket.export.targets import open_target
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.manifest import load_manifest
-from turbopocket.runtimes.memory import measure
-from turbopocket.runtimes.onnx import OnnxRunner
+from turbopocket.runtimes.memory import component_bytes, measure
+from turbopocket.runtimes.runner import open_runner
 
-FORMATS = {"fp32": "fp32", "int8": "int8-g32", "int4": "int4-g32"}
+BUILDS = {
+    "onnx fp32": ("onnx", "fp32", "fp16"),
+    "onnx int8": ("onnx", "int8-g32", "fp16"),
+    "onnx int4": ("onnx", "int4-g32", "fp16"),
+    "executorch fp32": ("executorch", "fp32", "fp32"),
+    "executorch int8": ("executorch", "int8-row", "fp32"),
+    "executorch int4": ("executorch", "int4-g32", "int8-row"),
+}
+"""Target, format, and format of the layers that it can not store in the first."""
+BASE = "onnx fp32"
 ROUNDS = 60
 WARM_UP = 5
 
 
 def build_all(folder: Path, model: str) -> dict[str, float]:
     """Seconds of each build, artifacts in `folder/<name>`; values by absmax, since speed does not depend on them."""
-    shapes = shapes_of(layers_of(components_of(load_shapes(model))))
     seconds = {}
-    for name, text in FORMATS.items():
-        weight_format = parse_format(text)
-        pins = {layer: "fp16" for layer, shape in shapes.items() if weight_format.fits(shape) is not None}
+    for name, (target_name, text, otherwise) in BUILDS.items():
+        target = open_target(TargetSection(name=target_name))
+        shapes = shapes_of(layers_of(target.components(load_shapes(model))))
+        kinds = {layer: "conv2d" if len(shape) == 4 else "linear" for layer, shape in shapes.items()}
+        wanted = parse_format(text)
+        unfit = [layer for layer, shape in shapes.items() if target.storable(wanted, kinds[layer], shape) is not None]
         values = {
             "model": {"source": model},
-            "compress": {"formats": [text], "fit": "absmax", "pin": pins},
+            "target": {"name": target_name},
+            "compress": {"formats": [text], "fit": "absmax", "pin": dict.fromkeys(unfit, otherwise)},
             "calibrate": {"pictures": 1},
             "parity": {"pictures": 1},
         }
@@ -55,13 +69,13 @@ def build_all(folder: Path, model: str) -> dict[str, float]:
 
 def latencies_ms(folder: Path) -> dict[str, float]:
     """Median milliseconds of one UNet call (batch 1) per artifact, taken in turns."""
-    runners = {name: OnnxRunner(folder / name, load_manifest(folder / name)) for name in FORMATS}
-    inputs = unet_inputs(folder / "fp32")
-    taken: dict[str, list[float]] = {name: [] for name in FORMATS}
+    runners = {name: open_runner(folder / name, load_manifest(folder / name)) for name in BUILDS}
+    inputs = {name: unet_inputs(folder / name) for name in BUILDS}
+    taken: dict[str, list[float]] = {name: [] for name in BUILDS}
     for round_index in range(WARM_UP + ROUNDS):
         for name, runner in runners.items():
             start = time.perf_counter()
-            runner.run("unet", inputs)
+            runner.run("unet", inputs[name])
             if round_index >= WARM_UP:
                 taken[name].append(1000 * (time.perf_counter() - start))
     return {name: median(values) for name, values in taken.items()}
@@ -81,19 +95,22 @@ def main() -> None:
     """Measures and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="pocket")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "onnx_unet.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "unet.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         seconds = build_all(folder, options.model)
         latency = latencies_ms(folder)
-        memory = {name: asdict(measure(folder / name, "unet")) for name in FORMATS}
+        onnx = [name for name, (target, *_) in BUILDS.items() if target == "onnx"]
+        memory = {name: asdict(measure(folder / name, "unet")) for name in onnx}
+        unet_bytes = {name: component_bytes(load_manifest(folder / name), "unet") for name in BUILDS}
     result = {
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "model": options.model,
         "build_seconds": seconds,
         "unet_latency_ms": latency,
-        "latency_ratio_to_fp32": {name: value / latency["fp32"] for name, value in latency.items()},
+        "latency_ratio_to_fp32": {name: value / latency[BASE] for name, value in latency.items()},
+        "unet_bytes": unet_bytes,
         "unet_memory": memory,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

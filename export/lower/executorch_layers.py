@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear and Conv2d as XNNPACK computes them: what is exported, and what the lowered program is compared with.
+
+A compressed layer rounds its input to int8 while it runs, one scale and zero per row of features (Linear) or per
+picture (Conv2d), multiplies integers and scales the sums. Written with PyTorch's `quantized_decomposed` operators,
+which round as XNNPACK does, the same module is the pattern that XNNPACK's partitioner takes whole and, run in
+PyTorch, the arithmetic of the runtime.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the operators
+
+from ...quant.formats import Affine, CompressedTensor, Dense
+from ...quant.formats.base import from_matrix_view
+from ...runtimes.errors import TurbopocketError
+
+OPS = torch.ops.quantized_decomposed
+_LOWEST, _HIGHEST = -128, 127
+_SMALLEST_SCALE = torch.finfo(torch.float32).eps
+
+
+class IntegerLinear(nn.Module):
+    """y = round(x) Wᵀ + b with int8 activations; codes int8 [O, I], scale float32 [O] or [O, G], bias [O] or None."""
+
+    def __init__(self, codes_OI: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.codes, self.scale = _constant(codes_OI), _constant(scale)
+        self.zero = _constant(torch.zeros_like(scale, dtype=torch.int8 if scale.ndim > 1 else torch.int64))
+        self.bias = None if bias is None else _constant(bias)
+        self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(rounded_by_row(x), self._weight(), self.bias)
+
+    def _weight(self) -> Tensor:
+        """The dense weight [O, I], by the operator from which XNNPACK takes codes and scales."""
+        limits = self.lowest, self.highest, torch.int8
+        if self.scale.ndim == 1:
+            return OPS.dequantize_per_channel(self.codes, self.scale, self.zero, 0, *limits)
+        group = self.codes.shape[1] // self.scale.shape[1]
+        return OPS.dequantize_per_channel_group(self.codes, self.scale, self.zero, *limits, group, torch.float32)
+
+
+class PointwiseConv2d(IntegerLinear):
+    """A Conv2d of one tap as the Linear that it is: [B, I, H, W] to [B, O, H, W].
+
+    XNNPACK rounds the input of such a convolution pixel by pixel, as it does the rows of a Linear. Pixels are one
+    dimension here, since XNNPACK moves the channels of anything that has four.
+    """
+
+    def forward(self, x_BIHW: Tensor) -> Tensor:
+        y_BPO = super().forward(x_BIHW.flatten(2).transpose(1, 2))
+        return y_BPO.transpose(1, 2).unflatten(2, x_BIHW.shape[2:])
+
+
+class IntegerConv2d(nn.Module):
+    """A Conv2d with int8 activations; codes int8 [O, I, kh, kw], scale float32 [O], bias [O] or None."""
+
+    def __init__(self, codes_OIhw: Tensor, scale_O: Tensor, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.codes, self.scale = _constant(codes_OIhw), _constant(scale_O)
+        self.zero = _constant(torch.zeros_like(scale_O, dtype=torch.int64))
+        self.bias = conv.bias
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = OPS.dequantize_per_channel(self.codes, self.scale, self.zero, 0, _LOWEST, _HIGHEST, torch.int8)
+        return F.conv2d(rounded_by_picture(x), weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def rounded_by_row(x: Tensor) -> Tensor:
+    """x as XNNPACK's int8 holds it: 255 steps from least to greatest of each row of the last dimension, 0 exact."""
+    scale, zero = OPS.choose_qparams_per_token_asymmetric(x, torch.int8)
+    codes = OPS.quantize_per_token(x, scale, zero, _LOWEST, _HIGHEST, torch.int8)
+    rounded: Tensor = OPS.dequantize_per_token(codes, scale, zero, _LOWEST, _HIGHEST, torch.int8, torch.float32)
+    return rounded
+
+
+def rounded_by_picture(x: Tensor) -> Tensor:
+    """x [1, I, H, W] as XNNPACK's int8 holds it, one scale and zero for all of it."""
+    scale, zero = OPS.choose_qparams.tensor(x, _LOWEST, _HIGHEST, _SMALLEST_SCALE, torch.int8)
+    codes = OPS.quantize_per_tensor.tensor(x, scale, zero, _LOWEST, _HIGHEST, torch.int8)
+    rounded: Tensor = OPS.dequantize_per_tensor.tensor(codes, scale, zero, _LOWEST, _HIGHEST, torch.int8)
+    return rounded
+
+
+def is_pointwise(weight: CompressedTensor) -> bool:
+    """Whether it is the weight of a convolution of one tap that runs as a Linear."""
+    return isinstance(weight.format, Affine) and weight.shape[2:] == (1, 1)
+
+
+def layer_as_run(name: str, layer: nn.Module, weight: CompressedTensor) -> nn.Module:
+    """The layer with its weight as stored. Raises TurbopocketError for formats that XNNPACK has no kernel for."""
+    if isinstance(weight.format, Dense) and weight.format.bits == 32:
+        dense = copy.deepcopy(layer, {id(tensor): tensor for tensor in layer.parameters()})
+        dense.weight = _constant(weight.parts["weight"])
+        return dense
+    if not isinstance(weight.format, Affine):
+        raise TurbopocketError(f"{name}: XNNPACK has no kernel for {weight.format}")
+    codes_OK, scale_OG, _ = weight.format.unpack(weight)
+    scale = scale_OG.float() if weight.format.group else scale_OG[:, 0].float()
+    if isinstance(layer, nn.Linear):
+        return IntegerLinear(codes_OK, scale, weight.format.bits, layer.bias)
+    assert isinstance(layer, nn.Conv2d)
+    if is_pointwise(weight):
+        return PointwiseConv2d(codes_OK, scale, weight.format.bits, layer.bias)
+    return IntegerConv2d(from_matrix_view(codes_OK, weight.shape), scale, layer)
+
+
+def _constant(values: Tensor) -> nn.Parameter:
+    """A parameter, so that runners know the module as a layer with a weight."""
+    return nn.Parameter(values.detach().contiguous(), requires_grad=False)

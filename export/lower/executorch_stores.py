@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which format fits which kind of layer on this target, and what of a weight a program must then hold."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from ...quant.formats import Affine, Dense, LayerFormat
+from ...quant.formats.base import CompressedTensor, matrix_view
+
+Kind = Literal["linear", "conv2d"]
+
+STORES: Mapping[tuple[type[LayerFormat], Kind], str] = {
+    (Dense, "linear"): "fully connected f32",
+    (Dense, "conv2d"): "convolution f32",
+    (Affine, "linear"): "fully connected qd8: activations are rounded to int8 row by row while it runs",
+    (Affine, "conv2d"): "convolution qd8: activations are rounded to int8 per picture, of 1x1 per pixel, while it runs",
+}
+"""XNNPACK's operator for each. A format that is not here has no compressed form."""
+
+GROUP_MULTIPLE = 32
+GROUP_SCALE_DIGITS = 8
+"""XNNPACK keeps the scale of a group as bfloat16."""
+
+
+def storable(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
+    """None when XNNPACK keeps a layer of this kind and shape compressed in that format, else the reason."""
+    if (type(format), kind) not in STORES:
+        return "XNNPACK has no lookup tables"
+    return format.fits(shape) or _refusal(format, kind, shape)
+
+
+def _refusal(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
+    if isinstance(format, Dense):
+        return None if format.bits == 32 else f"XNNPACK would widen {format} to fp32 for fp32 activations"
+    assert isinstance(format, Affine)
+    if not format.symmetric:
+        return f"XNNPACK's integer weights have no zero point, {format} does"
+    if format.bits == 8:
+        return f"XNNPACK has groups of scales for 4 bits only, not {format}" if format.group else None
+    if kind == "conv2d" and math.prod(shape[2:]) != 1:
+        return "XNNPACK has 8 bits for convolutions, 4 only for those of 1x1, which are Linear"
+    if shape[1] % 2:
+        return f"XNNPACK's 4-bit weights have an even number of columns, not {shape[1]}"
+    if format.group and format.group % GROUP_MULTIPLE:
+        return f"XNNPACK's groups are multiples of {GROUP_MULTIPLE} columns, not {format.group}"
+    return None
+
+
+def constants_of(weight: CompressedTensor) -> list[Tensor]:
+    """The tensors that a program holds for a weight, byte for byte: codes and scales, or the dense weight.
+
+    Rows are outputs and columns in (kh, kw, I) order, as in the matrix view; 4-bit codes are two a byte, the
+    earlier column low, counted from -8; the scale of a row is float32, that of a group bfloat16.
+    """
+    if isinstance(weight.format, Dense):
+        return [matrix_view(weight.parts["weight"]).contiguous()]
+    assert isinstance(weight.format, Affine)
+    codes, scale = weight.parts["codes"], weight.parts["scale"].float()
+    four_bits = weight.format.bits == 4
+    return [codes ^ 0x88 if four_bits else codes, scale.bfloat16() if weight.format.group else scale]
+
+
+def constant_bytes(format: LayerFormat, shape: tuple[int, ...]) -> list[int]:
+    """Bytes of each of `constants_of`, from the shape alone."""
+    specs = format.part_specs(shape)
+    if isinstance(format, Dense):
+        return [specs["weight"].nbytes]
+    scales = math.prod(specs["scale"].shape)
+    grouped = isinstance(format, Affine) and format.group is not None
+    return [specs["codes"].nbytes, scales * (2 if grouped else 4)]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ExecuTorch programs whose layers XNNPACK runs, as a target."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..quant.formats import CompressedTensor, Dense, LayerFormat
+from ..runtimes.arm64.cpus import Cpu
+from ..runtimes.arm64.emulator import Emulator
+from ..runtimes.executorch import ExecuTorchRunner
+from ..runtimes.executorch_native.memory import measure_program
+from ..runtimes.executorch_native.runner import EmulatedExecuTorchRunner
+from ..runtimes.manifest import ComponentSpec, Manifest
+from ..runtimes.memory import MemoryFigures
+from ..runtimes.parity import Limits
+from .components import components_of
+from .emulated import EmulatedRuntime
+from .families import LoadedModel
+from .graph import Component
+from .lower import executorch
+from .lower.executorch_stores import GROUP_SCALE_DIGITS, STORES
+from .parity import Runtime
+from .side_files import write_tokenizers
+from .target import Kind, Target
+
+FLOAT_ERROR = 1e-4
+"""Where no activation is rounded, all that differs is the order of sums."""
+
+
+@dataclass(frozen=True)
+class ExecuTorch(Target):
+    """ExecuTorch with XNNPACK."""
+
+    name = "executorch"
+    tools = ("executorch",)
+    max_lowering_error = 1e-2
+    runtime_names = ("executorch",)
+    group_scale_digits = GROUP_SCALE_DIGITS
+
+    def components(self, model: LoadedModel) -> list[Component]:
+        return components_of(model, all_states=False)
+
+    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
+        return executorch.storable(format, kind, shape)
+
+    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
+        return STORES[type(format), kind]
+
+    def trace(self, component: Component) -> executorch.TracedProgram:
+        return executorch.trace(component)
+
+    def component_spec(self, traced: executorch.TracedProgram) -> ComponentSpec:
+        return executorch.component_spec(traced)
+
+    def fixed_bytes(self, traced: executorch.TracedProgram) -> int:
+        return executorch.fixed_bytes(traced)
+
+    def lowered_bytes(self, traced: executorch.TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
+        return executorch.lowered_bytes(traced, formats)
+
+    def lower(
+        self, traced: executorch.TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path
+    ) -> ComponentSpec:
+        return executorch.lower(traced, weights, folder)
+
+    def as_run(self, component: Component, weights: Mapping[str, CompressedTensor]) -> Component:
+        return executorch.as_run(component, weights)
+
+    def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
+        write_tokenizers(model, folder)
+
+    def files(self, spec: ComponentSpec) -> list[str]:
+        return [spec.file]
+
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
+        limits = Limits(max_relative_error=max_lowering_error)
+        runner = ExecuTorchRunner(folder, manifest, executorch.layers_by_key(weights))
+        return {self.runtime_names[0]: Runtime(runner, limits)}
+
+    def lowering_limit(self, weights: Mapping[str, CompressedTensor]) -> float:
+        integers = any(not isinstance(weight.format, Dense) for weight in weights.values())
+        return self.max_lowering_error if integers else FLOAT_ERROR
+
+    def emulated(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
+    ) -> EmulatedRuntime:
+        layers = executorch.layers_by_key(weights)
+        runner = EmulatedExecuTorchRunner(folder, manifest, layers, cpu, emulator)
+        limit = self.lowering_limit(weights)
+        to_native = limit if limit > FLOAT_ERROR else FLOAT_ERROR / 10
+        return EmulatedRuntime(runner, Limits(max_relative_error=limit), Limits(max_relative_error=to_native))
+
+    def memory(self, folder: Path, component: str) -> MemoryFigures:
+        """Of the C++ runner: the Python bindings bring PyTorch along, whose memory would be counted with it."""
+        return measure_program(folder, component)

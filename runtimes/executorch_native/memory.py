@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that one program takes in a process that holds the C++ runner, it and nothing else."""
+
+import json
+from pathlib import Path
+
+from ..arm64.apt import run
+from ..manifest import load_manifest
+from ..memory import MemoryFigures, component_bytes
+from ..runner import component_spec
+from .build import native_runner
+
+
+def measure_program(folder: Path, component: str) -> MemoryFigures:
+    """The memory of a component's program, opened and run once on zeros. Raises TurbopocketError when that fails."""
+    manifest = load_manifest(folder)
+    program = folder / component_spec(manifest, component).file
+    found = json.loads(run([str(native_runner()), "measure", "1", str(program)], f"memory of {component}"))
+    return MemoryFigures(
+        start_anon_bytes=found["start"]["anon_bytes"],
+        loaded_anon_bytes=found["loaded"]["anon_bytes"],
+        ran_anon_bytes=found["ran"]["anon_bytes"],
+        start_file_bytes=found["start"]["file_bytes"],
+        loaded_file_bytes=found["loaded"]["file_bytes"],
+        ran_file_bytes=found["ran"]["file_bytes"],
+        peak_bytes=found["peak_bytes"],
+        weight_bytes=component_bytes(manifest, component),
+    )

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundled model on an emulated ARM CPU: what continuous integration knows about phones."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from turbopocket.export.build import WEIGHTS_FILE
+from turbopocket.export.components import layers_of
+from turbopocket.export.families import load
+from turbopocket.export.lower.onnx import storable
+from turbopocket.export.recipe import make_recipe
+from turbopocket.export.spec import pipeline_manifest
+from turbopocket.export.staging import report_folder
+from turbopocket.export.targets import open_target
+from turbopocket.quant.compress import save_weights
+from turbopocket.quant.fit import parse_fit
+from turbopocket.quant.formats import parse_format
+from turbopocket.runtimes.manifest import file_entries, write_manifest
+
+pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
+CPU = "arm64:cortex-a76"
+FORMATS = ("int4-g32", "int8-g32", "fp16")
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pocket` lowered without a plan, which takes minutes: layers in turn in each format, values by absmax."""
+    recipe = make_recipe({"sampler": {"steps": 2}, "parity": {"pictures": 1}}, "test")
+    model, target = load("pocket", (), 2), open_target(recipe.target)
+    components = target.components(model)
+    layers, traced = layers_of(components), {each.name: target.trace(each) for each in components}
+    folder = tmp_path_factory.mktemp("arm64") / "pocket"
+    folder.mkdir()
+    target.write_side_files(model, traced, folder)
+    weights = {}
+    for index, name in enumerate(name for graph in traced.values() for name in graph.layers):
+        weight: Any = layers[name].weight.detach()
+        kind = "linear" if weight.ndim == 2 else "conv2d"
+        wanted = parse_format(FORMATS[index % len(FORMATS)])
+        fits = storable(wanted, kind, tuple(weight.shape)) is None
+        weights[name] = (wanted if fits else parse_format("fp16")).compress(weight, parse_fit("absmax"))
+    specs = {
+        name: target.lower(graph, {layer: weights[layer] for layer in graph.layers}, folder)
+        for name, graph in traced.items()
+    }
+    manifest = pipeline_manifest(model, recipe, specs, target.tools)
+    write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder)}))
+    report_folder(folder).mkdir()
+    save_weights(report_folder(folder) / WEIGHTS_FILE, weights)
+    return folder
+
+
+def test_bundled_model_computes_on_arm_what_it_computes_here(
+    turbopocket: Callable[..., Any], pocket: Path, emulator_cache: Path
+) -> None:
+    ran = turbopocket("check", pocket, "--cpu", CPU, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    on_arm, compression = found["emulated"][CPU], found["parity"]["compression"]
+    assert set(compression) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder"}
+    for other, limit in (("to_pytorch", 1e-4), ("to_native", 1e-5)):
+        assert {row["component"] for row in on_arm[other]["rows"]} == set(compression)
+        for row in on_arm[other]["rows"]:
+            assert row["relative_error"] <= limit < compression[row["component"]] / 10
+    (picture,) = on_arm["to_pytorch"]["pictures"]
+    assert picture["psnr_db"] is None or picture["psnr_db"] > 45
+    assert on_arm["instructions_by_kernel"]["fp32"] > 100
