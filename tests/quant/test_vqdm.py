@@ -124,9 +124,9 @@ def test_vqdm_is_far_below_residual_kmeans_on_correlated_inputs(grid: AdditiveGr
 
 
 def test_a_fit_to_few_inputs_is_good_for_others_too() -> None:
-    """Both Hessians are of 30 inputs of 48 columns: what the first leaves open the second asks for."""
-    x_NK = torch.randn(60, 48) @ (torch.randn(48, 48) * torch.logspace(0, -1, 48).unsqueeze(1))
-    seen_KK, unseen_KK = (half.T @ half / 30 for half in x_NK.split(30))
+    """The fit sees 12 inputs of 48 columns: three quarters of all directions look free, and others use them."""
+    x_NK = torch.randn(412, 48) @ (torch.randn(48, 48) * torch.logspace(0, -1, 48).unsqueeze(1))
+    seen_KK, unseen_KK = (some.T @ some / len(some) for some in x_NK.split([12, 400]))
     weight_OK = torch.randn(128, 48)
     plain, fitted = (loss_of(weight_OK, fit.choose_vectors(weight_OK, GRID, seen_KK), unseen_KK) for fit in (MSE, VQDM))
     assert fitted < plain
