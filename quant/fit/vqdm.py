@@ -18,9 +18,9 @@ from .beam import best_codes
 from .codebook_solve import solved_codebooks
 from .residual import residual_kmeans
 
-# Added to the Hessian's diagonal as a share of its mean, for the search alone: a search that does not look back must
-# not trust that later vectors will repair what weakly driven columns lose.
-DAMPING = 1e-3
+# Added to the Hessian's diagonal as a share of its mean. A fit this close believes every direction that calibration did
+# not drive to be free: by the inputs of other pictures it would be worse than k-means on some layers of `pocket`.
+DAMPING = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,17 @@ class Refinement:
 
     def __init__(self, weight_OK: Tensor, hessian_KK: Tensor, start: AdditiveCodes, search: Search) -> None:
         device = weight_OK.device
-        # Inputs that were never seen count alike, as they do for k-means.
-        self.hessian_KK = hessian_KK if hessian_KK.any() else torch.eye(len(hessian_KK), device=device)
+        self.hessian_KK = damped_hessian(hessian_KK)
         self.weight_OK, self.search = weight_OK, search
         self.codes_MOJ = start.codes_MOJ.to(device)
         self.codebooks_MPD = start.codebooks_MPD.to(device, torch.float32)
         self.scale_O1 = start.scale_O.to(device, torch.float32).unsqueeze(1)
-        self.damping = DAMPING * float(self.hessian_KK.diagonal().mean())
         self.random = torch.Generator().manual_seed(0)
         self._measure()
 
     @property
     def loss(self) -> float:
-        """tr[(Ŵ - W) H (Ŵ - W)ᵀ] of what `codes` would give."""
+        """tr[(Ŵ - W) H (Ŵ - W)ᵀ] with the damped H, of what `codes` would give."""
         return float(self.loss_O.sum(dtype=torch.float64))
 
     def codes(self) -> AdditiveCodes:
@@ -159,22 +157,20 @@ class _Sweep:
 
     def __init__(self, fitted: Refinement, target_OK: Tensor) -> None:
         self.fitted = fitted
-        self.error_OK = target_OK - fitted.rows_OK
-        self.pulled_OK = self.error_OK @ fitted.hessian_KK
+        self.pulled_OK = (target_OK - fitted.rows_OK) @ fitted.hessian_KK
 
     def search(self, members: Tensor) -> None:
         """Searches for codes of the member vectors, the others as they are; rows for which it is better take them.
 
         With the others fixed the loss is (t - q) H_SS (t - q)ᵀ + constant for sums of vectors q, where
-        t = q₀ + (e H)_S H_SS⁻¹; damping draws t to the weight's own values.
+        t = q₀ + (e H)_S H_SS⁻¹.
         """
         fitted, length = self.fitted, self.fitted.codebooks_MPD.shape[2]
         columns = (members.unsqueeze(1) * length + torch.arange(length, device=members.device)).flatten()
         hessian_CC = fitted.hessian_KK.index_select(0, columns).index_select(1, columns)
-        lower_CC = damped_factor(hessian_CC, fitted.damping)
-        error_OC, pulled_OC = (each.index_select(1, columns) for each in (self.error_OK, self.pulled_OK))
-        wanted_OC = (pulled_OC + fitted.damping * error_OC).to(torch.float64)
-        moved_OC = torch.cholesky_solve(wanted_OC.T, lower_CC).T.to(torch.float32)
+        lower_CC = lower_factor(hessian_CC)
+        pulled_OC = self.pulled_OK.index_select(1, columns)
+        moved_OC = torch.cholesky_solve(pulled_OC.T.to(torch.float64), lower_CC).T.to(torch.float32)
         rows_OC = summed_vectors(fitted.codebooks_MPD, fitted.codes_MOJ.index_select(2, members))
         found_MOJ = best_codes(rows_OC + moved_OC, fitted.codebooks_MPD, lower_CC.to(torch.float32), fitted.search.beam)
         change_OC = summed_vectors(fitted.codebooks_MPD, found_MOJ) - rows_OC
@@ -183,15 +179,19 @@ class _Sweep:
         found_MOJ = torch.where(better_O.unsqueeze(1), found_MOJ, fitted.codes_MOJ.index_select(2, members))
         fitted.codes_MOJ.index_copy_(2, members, found_MOJ)
         change_OC *= better_O.unsqueeze(1)
-        self.error_OK.index_add_(1, columns, change_OC, alpha=-1)
         self.pulled_OK.addmm_(change_OC, fitted.hessian_KK.index_select(0, columns), alpha=-1)
 
 
-def damped_factor(hessian_CC: Tensor, damping: float) -> Tensor:
-    """Lower triangular L in float64 with L Lᵀ = H + damping; QuantError when H has a negative direction."""
-    damped_CC = hessian_CC.to(torch.float64, copy=True)
-    damped_CC.diagonal().add_(damping)
-    lower_CC, failed_at = torch.linalg.cholesky_ex(damped_CC)
+def damped_hessian(hessian_KK: Tensor) -> Tensor:
+    """H + DAMPING * mean of its diagonal; the identity for inputs that were never driven, as k-means has it."""
+    mean = float(hessian_KK.diagonal().mean())
+    identity_KK = torch.eye(len(hessian_KK), device=hessian_KK.device)
+    return hessian_KK + DAMPING * mean * identity_KK if mean > 0 else identity_KK
+
+
+def lower_factor(hessian_CC: Tensor) -> Tensor:
+    """Lower triangular L in float64 with L Lᵀ = H; QuantError when H has a negative direction."""
+    lower_CC, failed_at = torch.linalg.cholesky_ex(hessian_CC.to(torch.float64))
     if int(failed_at):
         raise QuantError(f"vqdm: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)")
     return lower_CC

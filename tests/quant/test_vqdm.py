@@ -13,7 +13,7 @@ from turbopocket.quant.fit.base import summed_vectors
 from turbopocket.quant.fit.beam import _least, best_codes
 from turbopocket.quant.fit.codebook_solve import solved_codebooks
 from turbopocket.quant.fit.residual import residual_kmeans
-from turbopocket.quant.fit.vqdm import Refinement, Search, damped_factor
+from turbopocket.quant.fit.vqdm import Refinement, Search, damped_hessian, lower_factor
 
 GRID = AdditiveGrid(2, 4, 4)
 
@@ -41,15 +41,16 @@ def hessian(columns: int, rank: int) -> Tensor:
 def test_no_step_ever_raises_the_loss_of_what_is_stored(grid: AdditiveGrid, rank: int) -> None:
     weight_OK, hessian_KK = torch.randn(40, 48) ** 3 * torch.logspace(-3, 3, 40).unsqueeze(1), hessian(48, rank)
     weight_OK[7] = 0.0
+    counted_KK = damped_hessian(hessian_KK)
     fitted = Refinement(weight_OK, hessian_KK, residual_kmeans(weight_OK, grid, hessian_KK), Search(beam=3))
-    losses = [loss_of(weight_OK, fitted.codes(), hessian_KK)]
+    losses = [loss_of(weight_OK, fitted.codes(), counted_KK)]
     # What single precision can tell from nothing, of the loss of a weight that is not stored at all.
-    slack = 1e-7 * float(torch.einsum("ok,kl,ol->", weight_OK, hessian_KK, weight_OK))
+    slack = 1e-7 * float(torch.einsum("ok,kl,ol->", weight_OK, counted_KK, weight_OK))
     steps = [lambda w=w: fitted.improve_codes(w) for w in (48 // grid.length, 2, 5, 1)]
     for step in steps:
         for improve in (step, fitted.improve_codebooks, fitted.improve_scales):
             improve()
-            losses.append(loss_of(weight_OK, fitted.codes(), hessian_KK))
+            losses.append(loss_of(weight_OK, fitted.codes(), counted_KK))
             # What the fit believes is what the stored parts say.
             assert fitted.loss == pytest.approx(losses[-1], rel=1e-3, abs=slack)
     assert all(later <= earlier + slack for earlier, later in pairwise(losses))
@@ -58,7 +59,7 @@ def test_no_step_ever_raises_the_loss_of_what_is_stored(grid: AdditiveGrid, rank
 
 def test_a_wide_beam_finds_the_best_codes_there_are() -> None:
     target_OK, codebooks_MPD, hessian_KK = torch.randn(9, 6), torch.randn(2, 2, 2), hessian(6, 6)
-    lower_KK = damped_factor(hessian_KK, 0.0).float()
+    lower_KK = lower_factor(hessian_KK).float()
     found_MOJ = best_codes(target_OK, codebooks_MPD, lower_KK, beam=2**6)
     choices = (
         torch.tensor(list(product(range(2), repeat=6)), dtype=torch.uint8).reshape(-1, 2, 1, 3).expand(-1, -1, 9, -1)
@@ -70,7 +71,7 @@ def test_a_wide_beam_finds_the_best_codes_there_are() -> None:
 
 def test_wider_beams_find_lower_losses() -> None:
     target_OK, codebooks_MPD, hessian_KK = torch.randn(200, 96), 0.7 * torch.randn(2, 16, 4), hessian(96, 96)
-    lower_KK = damped_factor(hessian_KK, 1e-3).float()
+    lower_KK = lower_factor(damped_hessian(hessian_KK)).float()
     found = [best_codes(target_OK, codebooks_MPD, lower_KK, beam) for beam in (1, 4, 16)]
     losses = [float(row_losses(target_OK, codebooks_MPD, each, hessian_KK).sum()) for each in found]
     assert losses[1] < 0.9 * losses[0]
@@ -79,7 +80,7 @@ def test_wider_beams_find_lower_losses() -> None:
 
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     target_OK, codebooks_MPD = torch.randn(50, 80), torch.randn(2, 16, 4)
-    lower_KK = damped_factor(hessian(80, 80), 1e-2).float()
+    lower_KK = lower_factor(damped_hessian(hessian(80, 80))).float()
     whole_MOJ = best_codes(target_OK, codebooks_MPD, lower_KK, beam=4)
     monkeypatch.setattr("turbopocket.quant.fit.beam.CHUNK_CANDIDATES", 7 * 4 * 16)
     assert torch.equal(best_codes(target_OK, codebooks_MPD, lower_KK, beam=4), whole_MOJ)
@@ -100,7 +101,7 @@ def test_solved_codebooks_are_the_least_squares_solution() -> None:
     start_MPD = torch.randn(2, 4, 4)
     units = torch.eye(32).reshape(32, 2, 4, 4)
     design = torch.stack([summed_vectors(unit, codes_MOJ) for unit in units], dim=-1).double()
-    root_KK = damped_factor(hessian_KK, 0.0)
+    root_KK = lower_factor(hessian_KK)
     weighted = importance_O1.sqrt().double().unsqueeze(-1) * torch.einsum("okn,kl->oln", design, root_KK)
     wanted = (importance_O1.sqrt() * target_OK).double() @ root_KK
     # Two codebooks may move a constant from one to the other, so only the loss is unique, not the solution.
@@ -120,6 +121,15 @@ def test_vqdm_is_far_below_residual_kmeans_on_correlated_inputs(grid: AdditiveGr
     )
     # The authors report 5 to 6.5 dB on trained layers.
     assert fitted < 10 ** (-0.5) * plain
+
+
+def test_a_fit_to_few_inputs_is_good_for_others_too() -> None:
+    """The fit sees 12 inputs of 48 columns: three quarters of all directions look free, and others use them."""
+    x_NK = torch.randn(412, 48) @ (torch.randn(48, 48) * torch.logspace(0, -1, 48).unsqueeze(1))
+    seen_KK, unseen_KK = (some.T @ some / len(some) for some in x_NK.split([12, 400]))
+    weight_OK = torch.randn(128, 48)
+    plain, fitted = (loss_of(weight_OK, fit.choose_vectors(weight_OK, GRID, seen_KK), unseen_KK) for fit in (MSE, VQDM))
+    assert fitted < plain
 
 
 def test_same_input_gives_the_same_parts(correlated_hessian: Tensor) -> None:
