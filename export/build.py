@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recipe to a checked artifact and its report: each verb once, top to bottom."""
 
+import resource
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +30,7 @@ from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
 from .probe import make_probe
 from .progress import StageProgress
 from .recipe import Recipe
-from .report import Measurements, ReportData, write_report
+from .report import LoweringCost, Measurements, ReportData, write_report
 from .results import (
     Built,
     drawn_pictures,
@@ -45,6 +48,8 @@ from .targets import open_target
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
 PLANNING_PASSES = 3
+RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes in the unit of `ru_maxrss`."""
 CHOICES_FILE = "choices.json"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -87,7 +92,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         decided = _plan(bench, choices, artifact)
         with progress.stage("compress"):
             weights = compress(bench.layers, decided, bench.fit(parse_fit(recipe.compress.fit)), stats)
-        bench = _lowered(bench, weights, artifact)
+        bench, costs = _lowered(bench, weights, artifact)
         gaps = _compare(bench, session, weights, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
@@ -110,6 +115,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
                 alignment=gaps.alignment,
                 memory=_memory(bench, artifact),
                 stage_seconds=progress.stage_seconds,
+                lowering=costs,
             ),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
@@ -210,14 +216,19 @@ def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path)
     return min(fitting, key=lambda fit: (fit.predicted_loss, fit.total_bytes))
 
 
-def _lowered(bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path) -> Workbench:
-    """Writes the components; the draft then says what their files are."""
-    specs = {}
+def _lowered(
+    bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path
+) -> tuple[Workbench, dict[str, LoweringCost]]:
+    """Writes the components; the draft then says what their files are. Also says what each one took."""
+    specs, costs = {}, {}
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for name, graph in bench.traced.items():
+            start = time.monotonic()
             specs[name] = bench.target.lower(graph, {layer: weights[layer] for layer in graph.layers}, artifact)
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
+            costs[name] = LoweringCost(seconds=time.monotonic() - start, peak_bytes=peak_bytes)
             advance()
-    return replace(bench, draft=bench.draft.model_copy(update={"components": specs}))
+    return replace(bench, draft=bench.draft.model_copy(update={"components": specs})), costs
 
 
 def _compare(bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:

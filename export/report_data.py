@@ -49,6 +49,15 @@ class DrawnPicture:
     artifact_png: bytes
 
 
+class LoweringCost(BaseModel):
+    """Seconds that lowering one component took, and the build's largest resident memory up to its end."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds: float
+    peak_bytes: int
+
+
 class Measurements(BaseModel):
     """Numbers of a build that no other file holds.
 
@@ -70,6 +79,7 @@ class Measurements(BaseModel):
     alignment: dict[str, float | None]
     memory: dict[str, MemoryFigures]
     stage_seconds: dict[str, float]
+    lowering: dict[str, LoweringCost] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 ALIGNMENT = 16
 KEY_BYTES = 120
 """A constant's entry: its name, which is its SHA-256 in hexadecimal, and where it lies."""
-OPERATOR_BYTES = 400
+OPERATOR_BYTES = 180
 LAYER_BYTES = 300
 PROGRAM_BYTES = 4096
 

@@ -168,19 +168,32 @@ def test_a_layer_whose_input_is_not_rounded_is_refused_by_name(
     lowered: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executorch_layers, "rounded_by_row", lambda x: x)
-    with pytest.raises(TurbopocketError, match=r"point: its weight is integers, its input is not"):
+    with pytest.raises(TurbopocketError, match=r"part\.point: its weight is integers, its input is not"):
         target.lower(lowered.traced, lowered.weights, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def weight_only(self: executorch_layers.IntegerLinear) -> Tensor:
+    """The weight by torchao's operator, as its weight-only configurations write it."""
+    from torchao.quantization.quant_primitives import dequantize_affine
+
+    block, limits = (1, self.codes.shape[1]), (self.lowest, self.highest)
+    scale, zero = self.scale.unsqueeze(1), self.zero.unsqueeze(1)
+    return dequantize_affine(self.codes, block, scale, zero, torch.int8, *limits, output_dtype=torch.float32)
 
 
 def test_codes_that_xnnpack_widened_are_missed_in_the_finished_file(
     lowered: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The miscompiled form itself, past the first gate: scales are dropped and codes stored as fp32."""
+    """The form that is miscompiled without a word, past the first gate: scales dropped, codes stored as fp32."""
+    weights = compressed(lowered.component, {**dict.fromkeys(FORMATS, "fp32"), "query": "int8-row"})
+    monkeypatch.setattr(executorch_layers.IntegerLinear, "_weight", weight_only)
     monkeypatch.setattr(executorch_layers, "rounded_by_row", lambda x: x)
+    with pytest.raises(TurbopocketError, match=r"part\.query: its weight is integers, its input is not"):
+        target.lower(lowered.traced, weights, tmp_path)
     monkeypatch.setattr(target, "refuse_weight_only", lambda program: None)
-    with pytest.raises(TurbopocketError, match=r"part\.point: part\.pte does not hold its int4-g32 values"):
-        target.lower(lowered.traced, lowered.weights, tmp_path)
+    with pytest.raises(TurbopocketError, match=r"part\.query: part\.pte does not hold its int8-row values"):
+        target.lower(lowered.traced, weights, tmp_path)
 
 
 def test_a_program_that_is_cut_off_is_refused(lowered: Lowered, sample: dict[str, Any], tmp_path: Path) -> None:
