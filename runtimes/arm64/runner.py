@@ -33,7 +33,6 @@ class EmulatedOnnxRunner:
         self.manifest = manifest
         self.cpu = cpu
         self.emulator = emulator
-        self._scratch = tempfile.TemporaryDirectory(prefix="turbopocket-arm64-")
         self._process: ServedProcess | None = None
         self._opened: set[str] = set()
 
@@ -55,9 +54,9 @@ class EmulatedOnnxRunner:
         model, values = with_layer_outputs(path, layers)
         if not values:
             return {}
+        process, key = self._started(), f"{component} with layers"
         graph = Path(self._scratch.name) / "layers.onnx"
         graph.write_bytes(model)
-        process, key = self._started(), f"{component} with layers"
         process.open(key, graph, str(path.parent))
         found = process.run(key, inputs, list(values.values()))
         process.shut(key)
@@ -72,7 +71,7 @@ class EmulatedOnnxRunner:
         """Ends the emulated process."""
         if self._process is not None:
             self._process.close()
-        self._scratch.cleanup()
+            self._scratch.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +85,7 @@ class EmulatedOnnxRunner:
 
     def _started(self) -> ServedProcess:
         if self._process is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="turbopocket-arm64-")
             # The ARM Python finds our package by a link, so that it sees nothing of this machine's packages.
             package = Path(self._scratch.name) / "turbopocket"
             package.mkdir()

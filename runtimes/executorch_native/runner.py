@@ -29,7 +29,6 @@ class ExecuTorchNativeRunner:
         self.folder = folder.absolute()
         self.manifest = manifest
         self.layers = layers
-        self._scratch = tempfile.TemporaryDirectory(prefix="turbopocket-executorch-")
         self._process: ServedProcess | None = None
         self._opened: set[str] = set()
 
@@ -48,9 +47,9 @@ class ExecuTorchNativeRunner:
         spec = component_spec(self.manifest, component)
         check_inputs(component, spec.inputs, inputs)
         shown = with_layer_outputs((self.folder / spec.file).read_bytes(), self.layers.get(component, {}))
+        process, key = self._started(), f"{component} with layers"
         program = Path(self._scratch.name) / "layers.pte"
         program.write_bytes(shown.program)
-        process, key = self._started(), f"{component} with layers"
         process.open(key, program)
         names = [f"layer {index}" for index in range(len(shown.layers))]
         outputs = [output.name for output in spec.outputs] + names
@@ -63,7 +62,7 @@ class ExecuTorchNativeRunner:
         """Ends the process."""
         if self._process is not None:
             self._process.close()
-        self._scratch.cleanup()
+            self._scratch.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +76,7 @@ class ExecuTorchNativeRunner:
 
     def _started(self) -> ServedProcess:
         if self._process is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="turbopocket-executorch-")
             self._process = self._start()
         return self._process
 

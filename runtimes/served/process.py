@@ -17,7 +17,7 @@ from ..errors import TurbopocketError
 from . import wire
 
 Arrays = dict[str, NDArray[Any]]
-_ANSWER_SECONDS = 900
+_ANSWER_SECONDS = 3600
 _END_SECONDS = 20
 
 

@@ -37,8 +37,9 @@ def test_cpp_runner_agrees_with_the_bindings_on_every_layer(
     bindings = ExecuTorchRunner(*asked)
     expected, layers = bindings.run("part", sample), bindings.run_layers("part", sample, list(FORMATS))
     emulator = open_emulator(emulator_cache)
-    runner = ExecuTorchNativeRunner(*asked)
-    if cpu is not None:
+    if cpu is None:
+        runner = ExecuTorchNativeRunner(*asked)
+    else:
         runner = EmulatedExecuTorchRunner(*asked, parse_cpu(cpu), emulator)
     with closing(runner):
         assert relative_error(runner.run("part", sample)["row"], expected["row"]) < 1e-5
