@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-distill train-pocket distill-pocket \
+.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-distill bench-vqdm train-pocket distill-pocket \
 	distill-baseline test-optimum kernels fuzz-kernels clean
 
 setup: .venv/.installed
@@ -42,6 +42,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/unet.py
+
+# VQDM beside residual k-means on every layer of pocket: about half an hour of one core.
+bench-vqdm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vqdm.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8 and about 4 bits, against float PyTorch.
 bench-quality: export OMP_NUM_THREADS = 1

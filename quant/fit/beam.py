@@ -140,7 +140,7 @@ def _least(values_RC: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` least of each row and their places, [R, count] each, in no order.
 
     The least of all lie in the columns of least minimum when a row is folded: one fast look at everything, then a
-    sort of few, where `topk` of all would take ten times as long.
+    sort of few.
     """
     rows, candidates = values_RC.shape
     columns = candidates // _FOLD

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The codebooks of least loss while all codes stay: a linear least-squares problem, solved by conjugate gradients.
 
-VQDM takes Adam here; the loss is quadratic in the codebooks, so that a few exact steps get further than a hundred of a
-fixed rate. O outputs, K columns, M codebooks, P entries of one, D length of a vector, J vectors per row.
+VQDM takes Adam here; the loss is quadratic in the codebooks, so no learning rate has to be chosen. O outputs,
+K columns, M codebooks, P entries of one, D length of a vector, J vectors per row.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import summed_vectors
 
-# Steps after which the loss of trained layers no longer falls by 1 %.
+# Three times as many gained nothing on the three layers of `pocket` where that was tried.
 STEPS = 10
 # Added to the preconditioner's blocks as a share of their own and of all blocks' mean: entries may go unused.
 _DAMPING_OWN, _DAMPING_ALL = 1e-4, 1e-8
