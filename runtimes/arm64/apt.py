@@ -4,14 +4,14 @@
 apt works on a private state in which nothing is installed, so it needs no root and leaves the system's database alone.
 """
 
-import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..command import run
 from ..errors import TurbopocketError
 
 _CONFIG = """\
@@ -81,16 +81,6 @@ def unpack(archive: Path, into: Path, leave_out: Sequence[str]) -> None:
         done = subprocess.run(command, stdin=unpacking.stdout, capture_output=True, text=True, check=False)
     if unpacking.returncode != 0 or done.returncode != 0:
         raise TurbopocketError(f"{archive} can not be unpacked: {done.stderr.strip() or 'it is damaged'}")
-
-
-def run(command: Sequence[str], label: str, environment: Mapping[str, str] | None = None) -> str:
-    """What a command prints, in this environment or the given one. TurbopocketError with the last of its complaint."""
-    env = os.environ | {"LC_ALL": "C"} if environment is None else environment
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    if done.returncode != 0:
-        complaint = (done.stderr.strip() or done.stdout.strip() or "nothing on stderr").splitlines()
-        raise TurbopocketError(f"`{label}` failed with {done.returncode}: {complaint[-1]}")
-    return done.stdout
 
 
 def _tool(name: str) -> list[str]:

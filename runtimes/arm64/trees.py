@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from .apt import run, unpack
+from ..command import run
+from .apt import unpack
 from .cpus import CPUS, Cpu
 from .emulator import Emulator
 from .wheels import unpack_wheel

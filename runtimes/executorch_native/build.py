@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..arm64.apt import run
 from ..arm64.emulator import Emulator
 from ..cache import cache_folder
+from ..command import run
 from ..errors import TurbopocketError
 
 SOURCES = Path(__file__).parent

@@ -4,7 +4,7 @@
 import json
 from pathlib import Path
 
-from ..arm64.apt import run
+from ..command import run
 from ..manifest import load_manifest
 from ..memory import MemoryFigures, component_bytes
 from ..runner import component_spec
