@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
 .PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-distill bench-vqdm train-pocket distill-pocket \
-	distill-baseline test-optimum kernels fuzz-kernels clean
+	distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
 
 setup: .venv/.installed
 
@@ -99,6 +99,16 @@ kernels:
 	cmake -S runtimes/kernels -B build/kernels/release -DONNXRUNTIME_HEADERS=$(abspath $(HEADERS))
 	cmake --build build/kernels/release
 	cmake --install build/kernels/release --prefix runtimes/kernels
+
+# The same for 64-bit ARM, with the compiler that `turbopocket arm64 setup` unpacked; the emulated ONNX Runtime then uses them.
+CROSS_ROOT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/turbopocket/arm64/trees/host
+kernels-arm64: export LD_LIBRARY_PATH = $(CROSS_ROOT)/lib/x86_64-linux-gnu:$(CROSS_ROOT)/usr/lib/x86_64-linux-gnu
+kernels-arm64: export PATH := $(CROSS_ROOT)/usr/bin:$(PATH)
+kernels-arm64: kernels
+	cmake -S runtimes/kernels -B build/kernels/aarch64 -DONNXRUNTIME_HEADERS=$(abspath $(HEADERS)) \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DCROSS_ROOT=$(CROSS_ROOT)
+	cmake --build build/kernels/aarch64
+	cmake --install build/kernels/aarch64 --prefix runtimes/kernels
 
 # A million hostile and honest layers under AddressSanitizer and UndefinedBehaviorSanitizer; another SEED, other layers.
 SEED ?= 0
