@@ -2,6 +2,8 @@
 """The `turbopocket` command: parses, calls one verb, prints. Data goes to stdout, talk to stderr."""
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -271,6 +273,7 @@ def recipe_show(
 
 def main() -> None:
     """Runs the command; a user's mistake becomes one message on stderr and an exit code, never a traceback."""
+    _silence_libraries()
     try:
         code = app(standalone_mode=False)
     except (TurbopocketError, QuantError) as error:
@@ -286,6 +289,14 @@ def main() -> None:
         _fail(error.format_message(), "turbopocket --help", 1)
     else:
         sys.exit(code or 0)
+
+
+def _silence_libraries() -> None:
+    """Libraries tell of GPU kernels and tensor types that they miss and nobody asked for; their errors still show."""
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from onnx import load
 
 from ..quant.formats import CompressedTensor, LayerFormat
-from ..runtimes.arm64.cpus import Cpu
+from ..runtimes.arm64.cpus import PREFIX, Cpu
 from ..runtimes.arm64.emulator import Emulator
 from ..runtimes.arm64.runner import EmulatedOnnxRunner
+from ..runtimes.errors import TurbopocketError
 from ..runtimes.kernels.library import onnx_operators
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.memory import MemoryFigures
@@ -94,6 +95,11 @@ class Onnx(Target):
     def emulated(
         self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
     ) -> EmulatedRuntime:
+        if self.options.prepacked:
+            raise TurbopocketError(
+                f"the weights are prepacked for the CPU that built them, they do not run on {PREFIX}{cpu.name}",
+                hint="build without target.onnx.prepacked",
+            )
         runner = EmulatedOnnxRunner(folder, manifest, cpu, emulator)
         to_pytorch, to_native = ARM64_LIMITS[self.options.accuracy_level]
         return EmulatedRuntime(runner, Limits(max_relative_error=to_pytorch), Limits(max_relative_error=to_native))

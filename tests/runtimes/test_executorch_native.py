@@ -2,6 +2,7 @@
 """The C++ runner of ExecuTorch programs, here and on an emulated ARM CPU: right answers, and no trust in its input."""
 
 import json
+import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -18,11 +19,16 @@ from turbopocket.runtimes.arm64.setup import open_emulator
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.executorch_native import build
 from turbopocket.runtimes.executorch_native.build import arm64_runner, native_runner
+from turbopocket.runtimes.executorch_native.memory import measure_program
+from turbopocket.runtimes.manifest import file_entries, load_manifest, write_manifest
 from turbopocket.runtimes.served import wire
 from turbopocket.runtimes.served.process import ServedProcess
 
 pytest.importorskip("executorch.exir")
-pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
+pytestmark = [
+    pytest.mark.timeout(1800),  # the first run sets up the emulated CPU
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch.export's own
+]
 NAMES = ["y", "hidden"]
 
 
@@ -152,6 +158,20 @@ def test_memory_and_times_are_json(program: Path) -> None:
     assert found["start"]["anon_bytes"] <= found["loaded"]["anon_bytes"] <= found["peak_bytes"] < 100_000_000
     assert len(found["run_ms"]) == 3
     assert min(found["run_ms"]) > 0
+
+
+def test_memory_of_a_component_is_that_of_its_program(program: Path, toy_artifact: Path) -> None:
+    shutil.copy(program, toy_artifact / "vae_decoder.pte")
+    manifest = load_manifest(toy_artifact)
+    spec = manifest.components["vae_decoder"].model_copy(update={"file": "vae_decoder.pte"})
+    changed = {"components": manifest.components | {"vae_decoder": spec}, "files": file_entries(toy_artifact)}
+    write_manifest(toy_artifact, manifest.model_copy(update=changed))
+    found = measure_program(toy_artifact, "vae_decoder")
+    assert found.weight_bytes == program.stat().st_size
+    assert 0 < found.start_anon_bytes <= found.loaded_anon_bytes <= found.peak_bytes
+    (toy_artifact / "vae_decoder.pte").write_bytes(b"")
+    with pytest.raises(TurbopocketError, match="memory of vae_decoder.* can not be read"):
+        measure_program(toy_artifact, "vae_decoder")
 
 
 def test_missing_cmake_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
