@@ -56,7 +56,7 @@ class ExecuTorchRunner:
         import torch
 
         spec = component_spec(self.manifest, component)
-        given = [torch.from_numpy(np.ascontiguousarray(inputs[tensor.name])) for tensor in spec.inputs]
+        given = [torch.from_numpy(np.asarray(inputs[tensor.name], order="C")) for tensor in spec.inputs]
         try:
             return [value.numpy().copy() for value in method.execute(given)]
         except RuntimeError as error:

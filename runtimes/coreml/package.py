@@ -4,6 +4,7 @@
 import importlib
 import json
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -51,12 +52,15 @@ def load_model(package: Package) -> Any:
 
 def coremltools_module(name: str) -> Any:
     """A module of coremltools; its import says nothing. TurbopocketError when coremltools is not installed."""
+    whole = f"coremltools.{name}"
+    if sys.modules.get(whole) is not None:  # asked for at every operator, and setting a level empties logging's caches
+        return sys.modules[whole]
     logger = logging.getLogger("coremltools")
     level = logger.level
     # at import it reports an untested PyTorch and, away from a Mac, that Core ML itself is absent
     logger.setLevel(logging.CRITICAL)
     try:
-        return importlib.import_module(f"coremltools.{name}")
+        return importlib.import_module(whole)
     except ImportError as error:
         raise TurbopocketError("Core ML packages need coremltools", hint="pip install 'turbopocket[coreml]'") from error
     finally:
