@@ -50,7 +50,7 @@ def require_constants(path: Path, weights: Mapping[str, CompressedTensor]) -> No
 
 def constant_key(constant: Tensor) -> str:
     """What XNNPACK names a constant: the SHA-256 of its bytes, in hexadecimal."""
-    return hashlib.sha256(constant.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(constant.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _is_dequantized(node: object) -> bool:
