@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from turbopocket.export.graph import Component, ComponentModule
 from turbopocket.export.lower import executorch as target
 from turbopocket.export.lower import executorch_layers
+from turbopocket.export.lower.executorch_gate import require_constants
 from turbopocket.export.lower.executorch_rewrite import attention, chunk
 from turbopocket.export.lower.executorch_stores import GROUP_SCALE_DIGITS
 from turbopocket.export.parity import torch_runner
@@ -182,18 +183,23 @@ def weight_only(self: executorch_layers.IntegerLinear) -> Tensor:
     return dequantize_affine(self.codes, block, scale, zero, torch.int8, *limits, output_dtype=torch.float32)
 
 
-def test_codes_that_xnnpack_widened_are_missed_in_the_finished_file(
+def test_a_weight_only_layer_as_torchao_writes_it_is_refused(
     lowered: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The form that is miscompiled without a word, past the first gate: scales dropped, codes stored as fp32."""
+    """The form that upstream miscompiles without a word: scales dropped, codes stored as fp32."""
     weights = compressed(lowered.component, {**dict.fromkeys(FORMATS, "fp32"), "query": "int8-row"})
     monkeypatch.setattr(executorch_layers.IntegerLinear, "_weight", weight_only)
     monkeypatch.setattr(executorch_layers, "rounded_by_row", lambda x: x)
     with pytest.raises(TurbopocketError, match=r"part\.query: its weight is integers, its input is not"):
         target.lower(lowered.traced, weights, tmp_path)
-    monkeypatch.setattr(target, "refuse_weight_only", lambda program: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_that_were_widened_to_fp32_are_missed_in_the_finished_file(lowered: Lowered, tmp_path: Path) -> None:
+    target.lower(lowered.traced, compressed(lowered.component, dict.fromkeys(FORMATS, "fp32")), tmp_path)
+    wanted = compressed(lowered.component, {**dict.fromkeys(FORMATS, "fp32"), "query": "int8-row"})
     with pytest.raises(TurbopocketError, match=r"part\.query: part\.pte does not hold its int8-row values"):
-        target.lower(lowered.traced, weights, tmp_path)
+        require_constants(tmp_path / "part.pte", wanted)
 
 
 def test_a_program_that_is_cut_off_is_refused(lowered: Lowered, sample: dict[str, Any], tmp_path: Path) -> None:
