@@ -97,10 +97,23 @@ def ablations() -> str:
     return _table(header, rows)
 
 
+def arm64() -> str:
+    """Every artifact on every emulated CPU: errors, and the kernels that ran."""
+    rows = []
+    for artifact, cpus in _load("arm64").items():
+        for cpu, row in cpus.items():
+            kernels = ", ".join(f"{count} {kind}" for kind, count in row["instructions_by_kernel"].items() if count)
+            errors = (f"{max(row[other].values()):.1e}" for other in ("compression", "to_pytorch", "to_x86_64"))
+            rows.append([artifact, cpu, *errors, kernels])
+    header = ["artifact", "CPU", "compression", "to PyTorch", "to x86-64", "instructions by kernel"]
+    return _table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "memory": memory,
     "pocket": pocket,
+    "arm64": arm64,
     "students": students,
     "ablations": ablations,
 }

@@ -16,12 +16,16 @@ from turbopocket.export.components import components_of
 from turbopocket.export.emulated import Emulated, measure_emulated
 from turbopocket.export.families import load
 from turbopocket.export.families.evidence import evidence_for
+from turbopocket.export.lower.onnx import OnnxOptions
 from turbopocket.export.parity import Session
 from turbopocket.export.recipe import parse_recipe
+from turbopocket.export.target_onnx import Onnx
 from turbopocket.export.targets import open_target
 from turbopocket.quant.compress import load_weights
 from turbopocket.runtimes.arm64.cpus import parse_cpu
+from turbopocket.runtimes.arm64.emulator import Emulator
 from turbopocket.runtimes.arm64.setup import open_emulator
+from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.tokenizer import open_tokenizers
 
@@ -84,13 +88,37 @@ def test_weight_that_is_wrong_on_arm_turns_its_component_red_and_is_named(
     artifact: Path, emulator_cache: Path, tmp_path: Path
 ) -> None:
     on_arm = Path(shutil.copytree(artifact, tmp_path / "on_arm"))
-    scale_weight(on_arm, GUILTY, 1.2)
+    scale_weight(on_arm, GUILTY, 2.0)
     found = emulated_with(artifact, on_arm, emulator_cache)
     for report in (found.to_pytorch, found.to_native):
         assert {row.component for row in report.rows if not row.passed} == {"unet"}
         assert report.first_divergence is not None
         assert (report.first_divergence.component, report.first_divergence.layer) == ("unet", GUILTY)
     assert f"the first layer to diverge is unet.{GUILTY}" in (found.failure or "")
+
+
+@pytest.mark.parametrize(
+    ("accuracy_level", "cpu", "to_pytorch", "to_native"),
+    [
+        (1, "arm64:cortex-a53", 1e-4, 1e-5),
+        (1, "arm64:i8mm", 1e-4, 1e-5),
+        (4, "arm64:cortex-a53", 1e-4, 1.5e-2),  # it has no kernels for int8 and computes in fp32
+        (4, "arm64:cortex-a76", 1e-2, 1.5e-2),
+    ],
+)
+def test_limits_are_those_of_the_kernels_that_run(
+    built: Any, accuracy_level: int, cpu: str, to_pytorch: float, to_native: float
+) -> None:
+    target, anywhere = Onnx(OnnxOptions(accuracy_level)), Emulator(Path("nowhere"))
+    runtime = target.emulated(built.folder, load_manifest(built.folder), {}, parse_cpu(cpu), anywhere)
+    assert runtime.to_pytorch.max_relative_error == to_pytorch
+    assert runtime.to_native.max_relative_error == to_native
+
+
+def test_weights_prepacked_for_this_cpu_are_not_run_on_another(built: Any) -> None:
+    target, anywhere = Onnx(OnnxOptions(prepacked=True)), Emulator(Path("nowhere"))
+    with pytest.raises(TurbopocketError, match="prepacked for the CPU that built them, they do not run on arm64:"):
+        target.emulated(built.folder, load_manifest(built.folder), {}, parse_cpu(CPU), anywhere)
 
 
 @pytest.mark.parametrize(
