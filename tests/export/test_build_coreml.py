@@ -77,7 +77,7 @@ def test_on_a_mac_core_ml_is_one_more_runtime_and_draws_the_picture(
     from PIL import Image
 
     target = CoreML()
-    runtimes = target.runtimes(built.folder, load_manifest(built.folder), target.max_lowering_error)
+    runtimes = target.runtimes(built.folder, load_manifest(built.folder), {}, target.max_lowering_error)
     assert tuple(runtimes) == target.runtime_names  # by which the manifest's bytes are planned
     assert target.runtime_names[-1] == "Core ML on this Mac"
     ran = turbopocket("generate", built.folder, built.gaps.total.pictures[0].prompt, "-o", tmp_path / "a.png")
