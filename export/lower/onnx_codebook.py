@@ -12,6 +12,7 @@ j D up to (j + 1) D of (kh, kw, I). O outputs, I inputs, K = kh kw I columns, M 
 J = K / D vectors per row.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -90,8 +91,9 @@ class _CodebookForm(Form):
     def _attributes(self, node: NodeProto) -> list[AttributeProto]:
         return []
 
+    @abstractmethod
     def _product(self, biased: bool) -> list[NodeProto]:
-        raise NotImplementedError
+        """Nodes from the weight's vectors to `y`."""
 
 
 class CodebookLinear(_CodebookForm):

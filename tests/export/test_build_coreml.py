@@ -3,6 +3,7 @@
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,16 +182,8 @@ def test_formats_that_the_system_can_not_read_are_refused(
 def test_without_coremltools_the_message_says_what_to_install(
     tiny_sdxl: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
-    real = importlib.import_module
-
-    def absent(name: str, package: str | None = None) -> Any:
-        if name.startswith("coremltools"):
-            raise ImportError(name)
-        return real(name, package)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
+    for name in ["coremltools", *(name for name in sys.modules if name.startswith("coremltools."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # what Python's import then finds absent
     ran = turbopocket("build", tiny_sdxl, "--target", "coreml", "--out", tmp_path / "art")
     assert ran.code == 1
     assert "pip install 'turbopocket[coreml]'" in ran.err

@@ -120,7 +120,8 @@ def test_private_memory_grows_by_at_most_one_and_a_half_times_the_weights(
 ) -> None:
     model, weight_bytes = lowered(layers, name, tmp_path)
     assert weight_bytes >= 50 * MB
-    assert measured(model)["anonymous"] <= 1.5 * weight_bytes
+    # without that, glibc keeps now more, now fewer of the freed blocks: the same graph gave 1.48 to 1.52 (int4-g32)
+    assert measured(model, frees_at_once=True)["anonymous"] <= 1.5 * weight_bytes
 
 
 @pytest.mark.parametrize(("layers", "name"), [("blocks", "int4-g32"), ("convolutions", "int4-g32")])
