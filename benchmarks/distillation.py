@@ -133,7 +133,7 @@ def shown(painter: Painter) -> Tensor:
     return painter.draw(SHOWN_PROMPTS, range(len(SHOWN_PROMPTS)))
 
 
-def ablate(teacher: str, options: DistillOptions, folder: Path) -> dict[str, Any]:
+def ablate(teacher: str, options: DistillOptions, folder: Path, frechet_pictures: int) -> dict[str, Any]:
     """All devices, each one off, and regression for as many network evaluations: one run each, equal compute."""
     judge, results, rows = load_judge(), {}, {}
     runs: list[tuple[str, str, list[str]]] = [("all devices", "tdm", [])]
@@ -148,7 +148,7 @@ def ablate(teacher: str, options: DistillOptions, folder: Path) -> dict[str, Any
         results[title] = {"iterations": iterations}
         for steps in (4, 2, 1):
             painter = Painter(str(out), steps, 1.0, step_biases=True)
-            results[title][str(steps)] = asdict(measured(painter, judge, PROMPTS))
+            results[title][str(steps)] = asdict(measured(painter, judge, frechet_pictures if steps == 4 else 0))
             rows[f"{title}, {steps} steps"] = shown(painter)
         print(title, results[title], flush=True)
     write_rows(
@@ -184,7 +184,7 @@ def main() -> None:
         results = compare_students(asked.teacher, *[*asked.folders, None][:2], asked.frechet_pictures)
     else:
         options = DistillOptions(asked.iterations, batch=asked.batch, **rates)
-        results = ablate(asked.teacher, options, asked.runs)
+        results = ablate(asked.teacher, options, asked.runs, asked.frechet_pictures)
     about = {"prompts": PROMPTS, "split": "test"}
     if asked.what == "ablations":
         about |= {"batch": asked.batch, **rates, "guidance": GUIDANCE, "precision": fastest_precision()}
