@@ -23,6 +23,7 @@ from ...runtimes.manifest import ComponentSpec, TensorSpec
 from ..graph import Component
 from .executorch_gate import constant_key, refuse_weight_only, require_constants
 from .executorch_layers import is_pointwise, layer_as_run
+from .executorch_partition import partitioner
 from .executorch_rewrite import Rewritten
 from .executorch_size import constants_bytes, graph_bytes
 from .executorch_stores import Kind, constant_bytes, constants_of, storable
@@ -185,10 +186,9 @@ def _example_item(component: Component) -> dict[str, Tensor]:
 
 def _write(program: torch.export.ExportedProgram, path: Path) -> None:
     exir = executorch_module("exir")
-    partitioner = executorch_module("backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        edge = exir.to_edge_transform_and_lower(program, partitioner=[partitioner])
+        edge = exir.to_edge_transform_and_lower(program, partitioner=[partitioner()])
         executable = edge.to_executorch()
     with path.open("wb") as file:
         executable.write_to_file(file)

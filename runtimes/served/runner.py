@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runner whose components run in a process of its own, started when it is first needed."""
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from ..errors import TurbopocketError
+from ..manifest import Manifest
+from ..runner import Arrays, check_inputs, component_spec
+from .process import ServedProcess
+
+
+class ServedRunner(ABC):
+    """Runs an artifact's components in one process, which the first call starts and which lives until `close`.
+
+    A component is opened there on its first run. `scratch` is a folder that lives as long as the process.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder.absolute()
+        self.manifest = manifest
+        self._process: ServedProcess | None = None
+        self._opened: set[str] = set()
+
+    def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The component's outputs by name; TurbopocketError when model, manifest and inputs disagree."""
+        spec = component_spec(self.manifest, component)
+        given = self._in_order(component, inputs)
+        process = self._started()
+        if component not in self._opened:
+            process.open(component, self.folder / spec.file)
+            self._opened.add(component)
+        return process.run(component, given, [output.name for output in spec.outputs])
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.close()
+            self._scratch.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def scratch(self) -> Path:
+        return Path(self._scratch.name)
+
+    def _in_order(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The inputs in the manifest's order, for programs without names. TurbopocketError when they do not fit."""
+        specs = component_spec(self.manifest, component).inputs
+        check_inputs(component, specs, inputs)
+        return {tensor.name: inputs[tensor.name] for tensor in specs}
+
+    def _started(self) -> ServedProcess:
+        if self._process is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="turbopocket-")
+            command, label, environment = self._command()
+            try:
+                self._process = ServedProcess(command, label, environment)
+            except OSError as error:
+                raise TurbopocketError(f"{command[0]} can not be started: {error.strerror}") from error
+        return self._process
+
+    @abstractmethod
+    def _command(self) -> tuple[list[str], str, Mapping[str, str] | None]:
+        """What starts the process, what errors call it, and its environment (None: this process's)."""
