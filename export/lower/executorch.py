@@ -26,7 +26,7 @@ from .executorch_layers import is_pointwise, layer_as_run
 from .executorch_partition import partitioner
 from .executorch_rewrite import Rewritten
 from .executorch_size import constants_bytes, graph_bytes
-from .executorch_stores import Kind, constant_bytes, constants_of, storable
+from .executorch_stores import Kind, constant_bytes, constants_of, runs_rounded_as_convolution, storable
 
 __all__ = [
     "TracedProgram",
@@ -142,8 +142,10 @@ def component_spec(traced: TracedProgram) -> ComponentSpec:
 
 def fixed_bytes(traced: TracedProgram) -> int:
     """Bytes of the file beside the layers' `nbytes`, at most, whatever formats they get."""
+    int8 = parse_format("int8-row")
+    convolutions = sum(runs_rounded_as_convolution(int8, layer.shape) for layer in traced.layers.values())
     return (
-        graph_bytes(traced.operators, len(traced.layers))
+        graph_bytes(traced.operators, len(traced.layers), convolutions)
         + constants_bytes(traced.rest_bytes)
         + sum(_overhead_bytes(layer) for layer in traced.layers.values())
     )
@@ -153,7 +155,10 @@ def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> 
     """Bytes of the file that `lower` would write for layers in these formats, at most."""
     _require_formats(traced, formats)
     constants = [size for name, layer in traced.layers.items() for size in constant_bytes(formats[name], layer.shape)]
-    return graph_bytes(traced.operators, len(traced.layers)) + constants_bytes((*traced.rest_bytes, *constants))
+    rounded = sum(runs_rounded_as_convolution(formats[name], layer.shape) for name, layer in traced.layers.items())
+    return graph_bytes(traced.operators, len(traced.layers), rounded) + constants_bytes(
+        (*traced.rest_bytes, *constants)
+    )
 
 
 def _overhead_bytes(layer: Layer) -> int:

@@ -32,6 +32,11 @@ def storable(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | N
     return format.fits(shape) or _refusal(format, kind, shape)
 
 
+def runs_rounded_as_convolution(format: LayerFormat, shape: tuple[int, ...]) -> bool:
+    """Whether it is a Conv2d with integer input; those of one tap run as Linear."""
+    return isinstance(format, Affine) and len(shape) == 4 and shape[2:] != (1, 1)
+
+
 def _refusal(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
     if isinstance(format, Dense):
         return None if format.bits == 32 else f"XNNPACK would widen {format} to fp32 for fp32 activations"
