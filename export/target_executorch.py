@@ -29,13 +29,22 @@ FLOAT_ERROR = 1e-4
 """Where no activation is rounded, all that differs is the order of sums."""
 
 
+ROUNDED_ERROR = 1e-2
+"""Where activations are rounded, a difference of 1e-6 flips some roundings, and after a few layers all of them differ.
+
+PyTorch against itself, inputs moved by 1e-6 to 1e-5 of their size, int8-row: 0.9e-2 (VAE decoder), 0.85e-2 to 0.96e-2
+(UNet); the programs against PyTorch: 0.89e-2, 0.86e-2, with 4 bits 0.83e-2. One random input each: that is the floor of
+comparing whole components, hardly below this limit, so that a right program may fail it.
+"""
+
+
 @dataclass(frozen=True)
 class ExecuTorch(Target):
     """ExecuTorch with XNNPACK."""
 
     name = "executorch"
     tools = ("executorch",)
-    max_lowering_error = 1e-2
+    max_lowering_error = ROUNDED_ERROR
     runtime_names = ("executorch",)
     group_scale_digits = GROUP_SCALE_DIGITS
 
