@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recipe to a checked artifact and its report: each verb once, top to bottom."""
 
+import json
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from torch import nn
@@ -13,16 +16,17 @@ from torch import nn
 from ..quant.calibrate import LayerStats, calibrate
 from ..quant.compress import compress, save_weights
 from ..quant.errors import OverBudget
-from ..quant.fit import MSE, Fit, parse_fit
+from ..quant.fit import Fit, measuring_fit, parse_fit
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
 from ..quant.sensitivity import measure, save_choices
+from ..quant.sequential import compress_in_blocks
 from ..runtimes.errors import ParityFailed
 from ..runtimes.manifest import Manifest, write_manifest
 from ..runtimes.memory import MemoryFigures
 from ..runtimes.tokenizer import open_tokenizers
 from .budget import candidate_formats, curve, parameter_count
-from .components import component_name, layers_of, shapes_of
+from .components import component_name, group_name, layers_of, shapes_of
 from .families import LoadedModel, load
 from .families.evidence import Evidence, evidence_for, read_prompts
 from .graph import Component
@@ -41,7 +45,7 @@ from .results import (
     tradeoff_points,
 )
 from .spec import pipeline_manifest, sampler_spec
-from .staging import refuse_occupied, report_folder, staged_folders
+from .staging import refuse_occupied, report_folder, run_folder, staged_folders
 from .target import Target, Traced
 from .targets import open_target
 
@@ -69,6 +73,11 @@ class Workbench:
     draft: Manifest
     progress: StageProgress
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Each component's model, which holds the float weights between stages."""
+        return {component.name: component.module.model for component in self.components}
+
     def fit(self, fit: Fit) -> Fit:
         """The fit, with scales as exact as the target keeps them."""
         return replace(fit, group_scale_digits=self.target.group_scale_digits)
@@ -90,8 +99,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         bench = _fitted(bench, stats)
         choices = _measure(bench, session, stats)
         decided = _plan(bench, choices, artifact)
-        with progress.stage("compress"):
-            weights = compress(bench.layers, decided, bench.fit(parse_fit(recipe.compress.fit)), stats)
+        weights = _compress(bench, session, stats, decided, run_folder(out))
         bench, costs = _lowered(bench, weights, artifact)
         gaps = _compare(bench, session, weights, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
@@ -121,6 +129,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         )
         data.save(report)
         page = write_report(report, data)
+    shutil.rmtree(run_folder(out), ignore_errors=True)
     return Built(out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, progress.stage_seconds)
 
 
@@ -151,22 +160,40 @@ def _session(bench: Workbench, artifact: Path) -> Session:
 
 def _calibrate(bench: Workbench, session: Session) -> dict[str, LayerStats]:
     """Statistics of every layer while the float model draws at the shipped steps and guidance."""
+    with bench.progress.stage("calibrate", bench.recipe.calibrate.pictures) as advance:
+        return calibrate(bench.modules, _calibration_drawing(bench, session, advance))
+
+
+def _calibration_drawing(bench: Workbench, session: Session, advance: Callable[[], None]) -> Callable[[], None]:
+    """What draws the calibration pictures with the weights that the modules then hold."""
     wanted, file = bench.recipe.calibrate.pictures, bench.recipe.calibrate.prompts
     prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
     if file is not None:
         own = read_prompts(file)
         prompts = [own[index % len(own)] for index in range(wanted)]
-    drawing = replace(session, prompts=prompts)
-    runner = torch_runner(bench.components)
-    with bench.progress.stage("calibrate", len(prompts)) as advance:
+    drawing, runner = replace(session, prompts=prompts), torch_runner(bench.components)
 
-        def draw_all() -> None:
-            for index in range(len(prompts)):
-                drawing.draw(runner, index)
-                advance()
+    def draw_all() -> None:
+        for index in range(len(prompts)):
+            drawing.draw(runner, index)
+            advance()
 
-        modules = {component.name: component.module.model for component in bench.components}
-        return calibrate(modules, draw_all)
+    return draw_all
+
+
+def _compress(
+    bench: Workbench, session: Session, stats: Mapping[str, LayerStats], decided: Plan, run: Path
+) -> dict[str, CompressedTensor]:
+    """The plan carried out; block by block if asked for, with finished blocks kept in `run` until the build is done."""
+    fit = bench.fit(parse_fit(bench.recipe.compress.fit))
+    with bench.progress.stage("compress"):
+        if not bench.recipe.compress.sequential:
+            return compress(bench.layers, decided, fit, stats)
+        draw = _calibration_drawing(bench, session, lambda: None)
+        # The plan's losses are measured on the model's weights, so another model's blocks have another name.
+        asked = bench.recipe.to_toml() + json.dumps(decided.to_json())
+        folder = run / sha256(asked.encode()).hexdigest()[:16]
+        return compress_in_blocks(bench.modules, bench.layers, decided, fit, stats, group_name, draw, folder)
 
 
 def _fitted(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
@@ -181,11 +208,12 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
     """Predicted loss of each layer in each format the target can store."""
     prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
     choices: dict[str, LayerChoices] = {}
+    fit = bench.fit(measuring_fit(parse_fit(bench.recipe.compress.fit)))
     with bench.progress.stage("measure", len(bench.layers)) as advance:
         probe = make_probe(replace(session, prompts=prompts), torch_runner(bench.components), PROBE_STEPS)
         for name, layer in bench.layers.items():
             outputs = probe.outputs_after(component_name(name))
-            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, bench.fit(MSE))
+            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, fit)
             advance()
     return choices
 

@@ -30,7 +30,7 @@ from .families.steps import STEP_BIASES_FILE
 from .progress import Advance, StageProgress
 from .prompt_states import PromptStates
 from .spec import DEFAULT_GUIDANCE, model_sampling
-from .staging import staged_folders
+from .staging import run_folder, staged_folders
 
 PROMPTS = 20_000
 WATCHED_PROMPTS = 4
@@ -89,11 +89,6 @@ def fastest_precision() -> Precision:
     else:
         native = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     return "bf16" if native else "no"
-
-
-def run_folder(out: Path) -> Path:
-    """Returns where checkpoints and logs of a run lie: beside its output, kept after it."""
-    return out.with_name(out.name + ".run")
 
 
 def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageProgress) -> dict[str, Any]:

@@ -85,6 +85,8 @@ class CompressSection(_Section):
     formats: tuple[str, ...] = ("fp16", "int8-g32", "int4-g32", "int8-row", "int4-row")
     fit: str = "gptq"
     """How values are chosen: absmax, mse, gptq (error feedback), or vqdm (gptq, and a tree search for `avq`)."""
+    sequential: bool = False
+    """Fit block by block, each to the inputs that the stored blocks before it cause; a killed build goes on there."""
     pin: Mapping[str, str] = Field(default_factory=dict)
     """Glob over layer names to format, such as {"unet.conv_out" = "fp16"}."""
 

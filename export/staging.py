@@ -17,6 +17,11 @@ def report_folder(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + ".report")
 
 
+def run_folder(out: Path) -> Path:
+    """Returns where the work lies that a killed run goes on from: beside its output."""
+    return out.with_name(out.name + ".run")
+
+
 def artifacts_in(folder: Path) -> list[Path]:
     """Returns the folder itself when it is an artifact, else the artifacts that lie in it, by name."""
     if (folder / MANIFEST_NAME).is_file():

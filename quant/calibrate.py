@@ -4,7 +4,7 @@
 B batch, I input channels, H W input size, Y X output size, K columns of the matrix view, N input vectors.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -47,23 +47,32 @@ def weight_of(name: str, layer: nn.Module) -> Tensor:
     raise QuantError(f"{name}: {type(layer).__name__} is not a Linear or a Conv2d with groups=1")
 
 
-def calibrate(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, LayerStats]:
-    """The statistics of every compressible layer of the components that `run()` put to use.
+def calibrate(
+    modules: Mapping[str, nn.Module], run: Callable[[], object], only: Collection[str] | None = None
+) -> dict[str, LayerStats]:
+    """The statistics of every compressible layer of the components that `run()` put to use, first to run first.
 
-    Sums are kept in float64, K² * 8 bytes per layer. A layer that did not run is not in the result.
+    Sums are kept in float64, K² * 8 bytes per layer. A layer that did not run, or is not among `only`, is not in the
+    result.
     QuantError naming the layer when an input is NaN or infinite.
     """
     moments = {
         name: _Moments(name, layer)
         for component, module in modules.items()
         for name, layer in compressible_layers(component, module).items()
+        if only is None or name in only
     }
+    order: dict[str, None] = {}
     with ExitStack() as hooks, torch.no_grad():
-        for moment in moments.values():
-            handle = moment.layer.register_forward_hook(moment.observe)
-            hooks.callback(handle.remove)
+        for name, moment in moments.items():
+
+            def observe(*call: Any, name: str = name, moment: _Moments = moment) -> None:
+                order.setdefault(name)
+                moment.observe(*call)
+
+            hooks.callback(moment.layer.register_forward_hook(observe).remove)
         run()
-    stats = {name: moment.stats() for name, moment in moments.items()}
+    stats = {name: moments[name].stats() for name in order}
     return {name: layer_stats for name, layer_stats in stats.items() if layer_stats is not None}
 
 

@@ -40,6 +40,9 @@ class Search:
             raise QuantError(f"a beam keeps at least 1 hypothesis, not {self.beam}")
 
 
+QUICK = Search(beam=2, rounds=1)
+
+
 def vqdm_codes(
     weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None, search: Search = Search()
 ) -> AdditiveCodes:
@@ -56,6 +59,11 @@ def vqdm_codes(
     refined = Refinement(weight_OK.to(device), hessian_KK.to(device), start, search)
     refined.run()
     return refined.codes()
+
+
+def quick_vqdm_codes(weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None) -> AdditiveCodes:
+    """`vqdm_codes` cut short: one round with a narrow beam, for comparing formats. Same errors."""
+    return vqdm_codes(weight_OK, grid, hessian_KK, QUICK)
 
 
 class Refinement:

@@ -79,3 +79,13 @@ def test_hooks_are_gone_afterwards_even_after_an_error(denoiser: nn.Module, late
     with pytest.raises(QuantError, match=r"unet\.conv_in: an input is NaN or infinite"):
         calibrate({"unet": denoiser}, lambda: denoiser(latents))
     assert not any(layer._forward_hooks for layer in denoiser.modules())
+
+
+def test_layers_come_in_the_order_in_which_they_ran_and_only_those_asked_for() -> None:
+    late_first = nn.ModuleDict({"late": nn.Linear(4, 4), "early": nn.Linear(4, 4)})
+
+    def run() -> None:
+        late_first["late"](late_first["early"](torch.randn(2, 4)))
+
+    assert list(calibrate({"unet": late_first}, run)) == ["unet.early", "unet.late"]
+    assert list(calibrate({"unet": late_first}, run, {"unet.late"})) == ["unet.late"]

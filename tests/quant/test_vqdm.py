@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from turbopocket.quant.errors import QuantError
-from turbopocket.quant.fit import MSE, VQDM, AdditiveCodes, AdditiveGrid
+from turbopocket.quant.fit import GPTQ, MSE, VQDM, AdditiveCodes, AdditiveGrid, measuring_fit
 from turbopocket.quant.fit.base import summed_vectors
 from turbopocket.quant.fit.beam import _least, best_codes
 from turbopocket.quant.fit.codebook_solve import solved_codebooks
@@ -180,3 +180,15 @@ def test_hessian_that_is_not_the_layers_is_refused(hessian_KK: Tensor, message: 
 def test_a_beam_without_hypotheses_is_refused() -> None:
     with pytest.raises(QuantError, match="a beam keeps at least 1 hypothesis, not 0"):
         Search(beam=0)
+
+
+def test_what_a_plan_compares_is_nearer_to_the_fit_than_k_means_is() -> None:
+    weight_OK, hessian_KK = torch.randn(64, 48), hessian(48, 12)
+    grid = AdditiveGrid(2, 4, 4)
+    quick, fitted, plain = (
+        loss_of(weight_OK, fit.choose_vectors(weight_OK, grid, hessian_KK), hessian_KK)
+        for fit in (measuring_fit(VQDM), VQDM, measuring_fit(GPTQ))
+    )
+    # Nearer, in dB, to the fit than to k-means, and never flattering.
+    assert fitted < quick
+    assert quick / fitted < plain / quick
