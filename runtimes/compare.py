@@ -33,6 +33,7 @@ __all__ = [
     "Recording",
     "Reference",
     "compare",
+    "compare_by_layer",
     "compare_call",
     "compare_outputs",
     "compare_pictures",
@@ -52,6 +53,12 @@ class Reference(LayerRunner, Protocol):
 
     def layers(self, component: str) -> list[str]:
         """Names of the layers that `run_layers` can show."""
+        ...
+
+    def run_following(
+        self, component: str, inputs: Mapping[str, NDArray[Any]], followed: Mapping[str, NDArray[Any]]
+    ) -> tuple[Arrays, Arrays]:
+        """Outputs of the component and of the layers; each layer in `followed` hands on that value, not its own."""
         ...
 
 
@@ -125,10 +132,16 @@ def compare(
     failed = False
     for index, recording in enumerate(recordings):
         for call in recording.calls:
-            rows.append(compare_call(candidate, call, index, limits))
-            if not failed and not rows[-1].passed:
-                failed = True
-                divergence = locate_divergence(reference, candidate, call, limits.max_relative_error)
+            if limits.by_layer:
+                found = candidate.run(call.component, call.inputs)
+                row, first = compare_by_layer(reference, candidate, call, found, index, limits)
+                divergence = divergence or first
+            else:
+                row = compare_call(candidate, call, index, limits)
+                if not failed and not row.passed:
+                    divergence = locate_divergence(reference, candidate, call, limits.max_relative_error)
+            failed = failed or not row.passed
+            rows.append(row)
         try:
             drawn.append(generate(candidate, manifest, tokenizers, recording.prompt, recording.seed))
         except NotFinite:
@@ -158,6 +171,23 @@ def compare_outputs(call: Call, outputs: Arrays, expected: Arrays, picture: int,
         snr_db=_finite(snr_db(outputs[worst], expected[worst])),
         max_relative_error=limits.max_relative_error,
     )
+
+
+def compare_by_layer(
+    reference: Reference, candidate: LayerRunner, call: Call, found: Arrays, picture: int, limits: Limits
+) -> tuple[ParityRow, Divergence | None]:
+    """The row of the worst layer or output of a call, each on equal inputs, and the first layer over the limit.
+
+    `found` are the candidate's outputs. The reference goes on from the candidate's output of every layer. A layer that
+    the candidate does not show keeps the reference's, and what it does wrong is found behind it.
+    """
+    shown = candidate.run_layers(call.component, call.inputs, reference.layers(call.component))
+    expected, own = reference.run_following(call.component, call.inputs, shown)
+    rows = [compare_outputs(call, found, expected, picture, limits)]
+    for layer, value in shown.items():
+        if layer in own and own[layer].shape == value.shape:
+            rows.append(compare_outputs(call, {layer: value}, {layer: own[layer]}, picture, limits))
+    return max(rows, key=lambda row: row.relative_error), first_divergence(call, own, shown, limits.max_relative_error)
 
 
 def compare_pictures(

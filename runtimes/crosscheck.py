@@ -7,7 +7,17 @@ Here every slow call counts for both, and an error still belongs to the componen
 
 from collections.abc import Mapping, Sequence
 
-from .compare import Call, Limits, ParityReport, Picture, Recorder, Reference, compare_outputs, divergence_among
+from .compare import (
+    Call,
+    Limits,
+    ParityReport,
+    Picture,
+    Recorder,
+    Reference,
+    compare_by_layer,
+    compare_outputs,
+    divergence_among,
+)
 from .manifest import Manifest
 from .runner import LayerRunner, Runner
 from .text_to_image import NotFinite, generate
@@ -30,10 +40,16 @@ def crosscheck(
 ) -> ParityReport:
     """The report of the candidate's calls, whose inputs `other` is given too and is right about.
 
-    When calls fail, the first of them is opened up to name the first diverging of the layers that `names` knows.
+    When calls fail, the first of them is opened up to name the first diverging of the layers that `names` knows. Limits
+    that hold by layer are those to `names`, which is then `other` as well.
     """
     rows, divergence = [], None
     for call in calls:
+        if limits.by_layer:
+            row, first = compare_by_layer(names, candidate, call, call.outputs, 0, limits)
+            rows.append(row)
+            divergence = divergence or first
+            continue
         rows.append(compare_outputs(call, call.outputs, other.run(call.component, call.inputs), 0, limits))
         if not rows[-1].passed and all(row.passed for row in rows[:-1]):
             layers = names.layers(call.component)

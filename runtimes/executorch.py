@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .errors import TurbopocketError
 from .executorch_file import read_layout
 from .executorch_import import executorch_module
-from .executorch_layers import LayerName, with_layer_outputs
+from .executorch_layers import LayerName, Shown, with_layer_outputs
 from .manifest import ComponentSpec, Manifest, TensorSpec
 from .runner import Arrays, check_inputs, component_spec
 
@@ -31,6 +31,7 @@ class ExecuTorchRunner:
     ) -> None:
         self.folder, self.manifest, self.layers = folder, manifest, layers or {}
         self._methods: dict[str, Any] = {}
+        self._shown: dict[str, tuple[Shown, Any]] = {}
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """The component's outputs by name; TurbopocketError when program, manifest and inputs disagree."""
@@ -44,13 +45,20 @@ class ExecuTorchRunner:
 
         Of several layers of equal weights only one is shown.
         """
-        path = self.folder / component_spec(self.manifest, component).file
-        read_layout(path)
-        shown = with_layer_outputs(path.read_bytes(), self.layers.get(component, {}))
-        method = executorch_module("runtime").Runtime.get().load_program(shown.program).load_method(METHOD)
+        shown, method = self._with_layers(component)
         found = self._execute(component, method, inputs)
         outputs = zip(shown.layers, found[len(found) - len(shown.layers) :], strict=True)
         return {layer.path: layer.as_pytorch_has_it(value) for layer, value in outputs if layer.path in layers}
+
+    def _with_layers(self, component: str) -> tuple[Shown, Any]:
+        """The second program, whose bytes must outlive the method, and the method; made once."""
+        if component not in self._shown:
+            path = self.folder / component_spec(self.manifest, component).file
+            read_layout(path)
+            shown = with_layer_outputs(path.read_bytes(), self.layers.get(component, {}))
+            program = executorch_module("runtime").Runtime.get().load_program(shown.program)
+            self._shown[component] = shown, program.load_method(METHOD)
+        return self._shown[component]
 
     def _execute(self, component: str, method: Any, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         import torch

@@ -12,9 +12,15 @@ class _Record(BaseModel):
 
 
 class Limits(_Record):
-    """What must hold: relative error per component and step, PSNR and SSIM per picture (None: not judged)."""
+    """What must hold: relative error per component and step, PSNR and SSIM per picture (None: not judged).
+
+    With `by_layer` the error of a call is that of its worst layer or output, each from equal inputs. It is for runtimes
+    that round inside: where layers round their inputs to integers, a difference of 1e-6 flips some roundings, those
+    flip others, and after a few layers two right programs are as far apart as rounding is coarse.
+    """
 
     max_relative_error: float = Field(default=1e-4, gt=0)
+    by_layer: bool = False
     min_psnr_db: float | None = None
     min_ssim: float | None = None
 

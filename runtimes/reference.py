@@ -55,6 +55,29 @@ class PyTorchRunner:
             self.run(component, inputs)
         return {layer: output.numpy() for layer, output in outputs.items()}
 
+    def run_following(
+        self, component: str, inputs: Mapping[str, NDArray[Any]], followed: Mapping[str, NDArray[Any]]
+    ) -> tuple[Arrays, Arrays]:
+        """Outputs of the component and of the layers; each layer in `followed` hands on that value, not its own.
+
+        A value of another shape than the layer's output is not handed on.
+        """
+        known = self._layers(self._component(component))
+        given = {known[layer]: value for layer, value in followed.items() if layer in known}
+
+        def replaced(module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
+            value = given[module]
+            return torch.from_numpy(value) if value.shape == output.shape else None
+
+        with _recorded({layer: known[layer] for layer in followed if layer in known}) as own:
+            hooks = [module.register_forward_hook(replaced) for module in given]
+            try:
+                outputs = self.run(component, inputs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return outputs, {layer: output.numpy() for layer, output in own.items()}
+
     def _component(self, component: str) -> TorchComponent:
         if component not in self.components:
             raise TurbopocketError(f"no component {component!r}: there are {', '.join(self.components)}")

@@ -23,11 +23,12 @@ from turbopocket.export.lower.executorch_stores import GROUP_SCALE_DIGITS
 from turbopocket.export.parity import torch_runner
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
-from turbopocket.runtimes.compare import Call, locate_divergence
+from turbopocket.runtimes.compare import Call, compare_by_layer, locate_divergence
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.executorch import ExecuTorchRunner
 from turbopocket.runtimes.manifest import ComponentSpec
 from turbopocket.runtimes.metrics import relative_error
+from turbopocket.runtimes.parity import Limits
 
 pytest.importorskip("executorch")
 
@@ -41,6 +42,7 @@ FORMATS = {
     "out": "fp32",
 }
 """Each kind of layer in each of its formats."""
+BY_LAYER = Limits(max_relative_error=1e-4, by_layer=True)
 
 
 class Part(nn.Module):
@@ -184,6 +186,22 @@ def test_a_wrong_weight_in_the_file_is_found_and_its_layer_named(
     divergence = locate_divergence(reference, damaged, call, 1e-4)
     assert divergence is not None
     assert divergence.layer == layer
+    row, first = compare_by_layer(reference, damaged, call, damaged.run("part", sample), 0, BY_LAYER)
+    assert not row.passed
+    assert row.output == layer, "layers behind it got the same inputs, and are right"
+    assert first is not None
+    assert first.layer == layer
+
+
+def test_layer_by_layer_the_program_is_pytorchs_whatever_comes_before(lowered: Lowered, sample: dict[str, Any]) -> None:
+    reference = torch_runner([target.as_run(lowered.component, lowered.weights)])
+    elsewhere = {"sample": sample["sample"] * np.float32(1.001)}
+    call = Call("part", sample, reference.run("part", sample))
+    row, first = compare_by_layer(reference, runner(lowered), call, runner(lowered).run("part", sample), 0, BY_LAYER)
+    assert row.passed
+    assert first is None
+    wrong = runner(lowered).run("part", elsewhere)
+    assert not compare_by_layer(reference, runner(lowered), call, wrong, 0, BY_LAYER)[0].passed
 
 
 def test_the_file_is_no_larger_than_planned_and_hardly_smaller(lowered: Lowered) -> None:

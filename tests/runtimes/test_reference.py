@@ -77,3 +77,20 @@ def test_unknown_component_and_inputs_are_refused(runner: PyTorchRunner) -> None
         runner.run("vae", {})
     with pytest.raises(TurbopocketError, match="unet: inputs are missing shift; expected x, shift"):
         runner.run("unet", {"x": INPUTS["x"]})
+
+
+def test_a_followed_layer_hands_on_the_given_value_and_shows_its_own(runner: PyTorchRunner) -> None:
+    plain = runner.run("unet", INPUTS)
+    first = runner.run_layers("unet", INPUTS, ["first"])["first"]
+    outputs, own = runner.run_following("unet", INPUTS, {"first": 2 * first, "no.such.layer": first})
+    np.testing.assert_array_equal(own["first"], first)
+    assert list(own) == ["first"]
+    doubled = runner.run("unet", {**INPUTS, "x": 2 * INPUTS["x"]})  # it has no bias
+    np.testing.assert_allclose(outputs["hidden"], doubled["hidden"], rtol=1e-6)
+    assert not np.allclose(outputs["hidden"], plain["hidden"])
+    np.testing.assert_array_equal(runner.run("unet", INPUTS)["hidden"], plain["hidden"])
+
+
+def test_a_followed_value_of_another_shape_is_not_handed_on(runner: PyTorchRunner) -> None:
+    outputs, _ = runner.run_following("unet", INPUTS, {"first": np.zeros((1, 7), np.float32)})
+    np.testing.assert_array_equal(outputs["hidden"], runner.run("unet", INPUTS)["hidden"])
