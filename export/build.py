@@ -13,7 +13,7 @@ from torch import nn
 from ..quant.calibrate import LayerStats, calibrate
 from ..quant.compress import compress, save_weights
 from ..quant.errors import OverBudget
-from ..quant.fit import MSE, Fit, parse_fit
+from ..quant.fit import Fit, parse_fit, quick
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
 from ..quant.sensitivity import measure, save_choices
@@ -96,7 +96,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         gaps = _compare(bench, session, weights, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
-        unverified = bench.target.inspect(artifact, manifest)
+        unverified, notes = bench.target.inspect(artifact, manifest), bench.target.notes(artifact, manifest)
         built_bytes = folder_bytes(artifact)
         _require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
         save_choices(report / CHOICES_FILE, choices)
@@ -121,7 +121,9 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         )
         data.save(report)
         page = write_report(report, data)
-    return Built(out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, progress.stage_seconds)
+    return Built(
+        out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, notes, progress.stage_seconds
+    )
 
 
 def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
@@ -179,13 +181,14 @@ def _fitted(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
 
 def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]) -> dict[str, LayerChoices]:
     """Predicted loss of each layer in each format the target can store."""
+    fit = bench.fit(quick(parse_fit(bench.recipe.compress.fit)))
     prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
     choices: dict[str, LayerChoices] = {}
     with bench.progress.stage("measure", len(bench.layers)) as advance:
         probe = make_probe(replace(session, prompts=prompts), torch_runner(bench.components), PROBE_STEPS)
         for name, layer in bench.layers.items():
             outputs = probe.outputs_after(component_name(name))
-            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, bench.fit(MSE))
+            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, fit)
             advance()
     return choices
 

@@ -2,13 +2,15 @@
 """Ways to choose codes for a grid: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward),
 `vqdm` (as gptq for integers; sums of codebook vectors by beam search, where the others take residual k-means)."""
 
+from dataclasses import replace
+
 from ..errors import QuantError
 from .absmax import absmax_codes
 from .base import AdditiveCodes, AdditiveGrid, Fit, Grid, GridCodes
 from .gptq import gptq_codes
 from .mse import mse_codes
 from .residual import residual_kmeans
-from .vqdm import vqdm_codes
+from .vqdm import quick_vqdm_codes, vqdm_codes
 
 ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax_codes, choose_vectors=residual_kmeans)
 MSE = Fit("mse", needs_hessian=False, choose=mse_codes, choose_vectors=residual_kmeans)
@@ -28,6 +30,7 @@ __all__ = [
     "Grid",
     "GridCodes",
     "parse_fit",
+    "quick",
 ]
 
 
@@ -37,3 +40,12 @@ def parse_fit(text: str) -> Fit:
         if fit.name == text:
             return fit
     raise QuantError(f"`{text}` is not a fit: known are {', '.join(map(str, FITS))}")
+
+
+def quick(fit: Fit) -> Fit:
+    """A cheap fit whose losses say which format suits a layer, when `fit` then stores it.
+
+    `mse` for all but `vqdm`: residual k-means is several dB worse than vqdm's search, so a planner that read its losses
+    would pass codebooks over. Integers are then fitted by `gptq`, as vqdm does it, so that neither side is undervalued.
+    """
+    return replace(VQDM, choose_vectors=quick_vqdm_codes) if fit.name == VQDM.name else MSE

@@ -40,6 +40,15 @@ class Search:
             raise QuantError(f"a beam keeps at least 1 hypothesis, not {self.beam}")
 
 
+# Enough to tell what the full search will reach: no window rounds, a narrow beam.
+QUICK = Search(beam=2, rounds=1)
+
+
+def quick_vqdm_codes(weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None) -> AdditiveCodes:
+    """`vqdm_codes` with the least search that still represents it, for choosing among formats."""
+    return vqdm_codes(weight_OK, grid, hessian_KK, QUICK)
+
+
 def vqdm_codes(
     weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None, search: Search = Search()
 ) -> AdditiveCodes:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from turbopocket.quant.errors import QuantError
-from turbopocket.quant.fit import MSE, VQDM, AdditiveCodes, AdditiveGrid
+from turbopocket.quant.fit import ABSMAX, GPTQ, MSE, VQDM, AdditiveCodes, AdditiveGrid, Grid, quick
 from turbopocket.quant.fit.base import summed_vectors
 from turbopocket.quant.fit.beam import _least, best_codes
 from turbopocket.quant.fit.codebook_solve import solved_codebooks
@@ -180,3 +180,21 @@ def test_hessian_that_is_not_the_layers_is_refused(hessian_KK: Tensor, message: 
 def test_a_beam_without_hypotheses_is_refused() -> None:
     with pytest.raises(QuantError, match="a beam keeps at least 1 hypothesis, not 0"):
         Search(beam=0)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_quick_fit_stands_for_the_full_one_where_kmeans_does_not(count: int) -> None:
+    weight_OK, hessian_KK, grid = torch.randn(64, 128), hessian(128, 40), AdditiveGrid(count, 4, 4)
+    plain, cheap, full = (
+        loss_of(weight_OK, fit.choose_vectors(weight_OK, grid, hessian_KK), hessian_KK)
+        for fit in (MSE, quick(VQDM), VQDM)
+    )
+    # Nearer to the full search than to its start, in dB.
+    assert full <= cheap < (full * plain) ** 0.5
+
+
+def test_the_quick_fit_treats_integers_as_the_full_one_does() -> None:
+    weight_OK, hessian_KK, grid = torch.randn(16, 64), hessian(64, 40), Grid(4, True, 32)
+    found, expected = (fit.choose(weight_OK, grid, hessian_KK) for fit in (quick(VQDM), VQDM))
+    assert torch.equal(found.values(), expected.values())
+    assert [quick(fit) for fit in (ABSMAX, MSE, GPTQ)] == [MSE] * 3
