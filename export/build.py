@@ -104,7 +104,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         gaps = _compare(bench, session, weights, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
-        unverified = bench.target.inspect(artifact, manifest)
+        unverified, notes = bench.target.inspect(artifact, manifest), bench.target.notes(artifact, manifest)
         built_bytes = folder_bytes(artifact)
         _require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
         save_choices(report / CHOICES_FILE, choices)
@@ -130,7 +130,9 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         data.save(report)
         page = write_report(report, data)
     shutil.rmtree(run_folder(out), ignore_errors=True)
-    return Built(out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, progress.stage_seconds)
+    return Built(
+        out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, notes, progress.stage_seconds
+    )
 
 
 def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:

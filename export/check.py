@@ -22,7 +22,7 @@ from .families.evidence import evidence_for
 from .parity import Gaps, Session, gap_steps, measure_gaps
 from .progress import StageProgress
 from .recipe import parse_recipe
-from .results import parity_summary, parity_table, show_unverified
+from .results import parity_summary, parity_table, show_remarks
 from .staging import report_folder
 from .targets import open_target
 
@@ -31,13 +31,14 @@ from .targets import open_target
 class Checked:
     """What a check found. `gaps` is None when only the files could be checked; `why_not` then says why.
 
-    `unverified` lists what only a device can tell.
+    `unverified` lists what only a device can tell, `notes` what to know of how it ran on this machine.
     """
 
     manifest: Manifest
     gaps: Gaps | None
     why_not: str | None
     unverified: tuple[str, ...]
+    notes: tuple[str, ...]
     emulated: Mapping[str, Emulated] = field(default_factory=dict)
 
     @property
@@ -58,6 +59,7 @@ class Checked:
             "parity_not_measured": self.why_not,
             "emulated": {name: each.summary() for name, each in self.emulated.items()},
             "not_verified_on_device": list(self.unverified),
+            "notes": list(self.notes),
         }
 
     def show(self, console: Console) -> None:
@@ -72,7 +74,7 @@ class Checked:
             console.print(
                 f"{name} drew in {each.steps} steps; instructions it ran: {ran}", highlight=False, soft_wrap=True
             )
-        show_unverified(self.unverified, console)
+        show_remarks(self.unverified, self.notes, console)
 
 
 def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cache: Path | None = None) -> Checked:
@@ -88,13 +90,13 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
     target = open_target(recipe.target)
     with progress.stage("verify"):
         verify(artifact, manifest)
-        unverified = target.inspect(artifact, manifest)
+        unverified, notes = target.inspect(artifact, manifest), target.notes(artifact, manifest)
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
     if not stored.is_file():
         why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
         if asked:
             raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
-        return Checked(manifest, None, why_not, unverified)
+        return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
         evidence = evidence_for(model)
@@ -114,4 +116,4 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
             measured = measure_emulated(as_run, weights, there, here, session, evidence, advance)
         emulated[f"{PREFIX}{cpu.name}"] = measured
-    return Checked(manifest, gaps, None, unverified, emulated)
+    return Checked(manifest, gaps, None, unverified, notes, emulated)

@@ -40,6 +40,7 @@ class Built:
     plan: Plan
     gaps: Gaps
     unverified: tuple[str, ...]
+    notes: tuple[str, ...]
     stage_seconds: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class Built:
             "total_bytes": self.total_bytes,
             "parity": parity_summary(self.gaps),
             "not_verified_on_device": list(self.unverified),
+            "notes": list(self.notes),
             "stage_seconds": {name: round(seconds, 1) for name, seconds in self.stage_seconds.items()},
         }
 
@@ -80,7 +82,7 @@ def show_built(built: Built, console: Console) -> None:
     """Prints what a build came to."""
     allowed = f" of {format_bytes(built.plan.budget_bytes)} allowed" if built.plan.budget_bytes else ""
     console.print(parity_table(built.gaps))
-    show_unverified(built.unverified, console)
+    show_remarks(built.unverified, built.notes, console)
     console.print(
         f"bytes     {format_bytes(built.total_bytes)}{allowed} (plan: {format_bytes(built.plan.total_bytes)})"
     )
@@ -88,10 +90,12 @@ def show_built(built: Built, console: Console) -> None:
     console.print(f"report    {built.report}", soft_wrap=True)
 
 
-def show_unverified(unverified: Sequence[str], console: Console) -> None:
-    """Prints what only a device can tell, if anything."""
+def show_remarks(unverified: Sequence[str], notes: Sequence[str], console: Console) -> None:
+    """Prints what only a device can tell, if anything, and a line for each note."""
     if unverified:
         console.print(f"not verified on device: {'; '.join(unverified)}", highlight=False)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def worst_errors(report: ParityReport) -> dict[str, float]:

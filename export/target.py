@@ -136,6 +136,10 @@ class Target(ABC):
         """What only a device can tell. Raises TurbopocketError for files that no device would accept."""
         return ()
 
+    def notes(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
+        """What a person should know of how the artifact ran on this machine, a line each."""
+        return ()
+
     @abstractmethod
     def memory(self, folder: Path, component: str) -> MemoryFigures | None:
         """Measured memory of one component, None where only a device can tell."""

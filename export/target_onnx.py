@@ -36,6 +36,7 @@ INT8_TO_PYTORCH, INT8_TO_NATIVE = 1e-2, 1.5e-2
 int4-g32 and int8-g32: 5.6e-3 to PyTorch, which does not round, and 7.8e-3 between x86-64 and ARM. A CPU without dot
 product computes in fp32 all the same: 4e-7 to PyTorch."""
 INT8_KERNELS_NEED = "asimddp"
+NO_KERNELS = "codebook layers run through the file's own graph, not the C++ kernels: `make kernels` was not run here"
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,17 @@ class Onnx(Target):
         self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
     ) -> dict[str, Runtime]:
         operators = onnx_operators()
-        if operators is None or not any(_uses_ours(folder / spec.file) for spec in manifest.components.values()):
+        if operators is None or not _any_uses_ours(folder, manifest):
             return {}
         from ..runtimes.onnx import OnnxRunner
 
         limits = Limits(max_relative_error=max_lowering_error)
         return {"onnxruntime+kernels": Runtime(OnnxRunner(folder, manifest, operators=operators), limits)}
+
+    def notes(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
+        if onnx_operators() is not None or not _any_uses_ours(folder, manifest):
+            return ()
+        return (NO_KERNELS,)
 
     def emulated(
         self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
@@ -115,6 +121,10 @@ class Onnx(Target):
 
     def memory(self, folder: Path, component: str) -> MemoryFigures:
         return measure_memory(folder, component)
+
+
+def _any_uses_ours(folder: Path, manifest: Manifest) -> bool:
+    return any(_uses_ours(folder / spec.file) for spec in manifest.components.values())
 
 
 def _uses_ours(graph: Path) -> bool:
