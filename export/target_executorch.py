@@ -28,11 +28,11 @@ from .target import Kind, Target
 FLOAT_ERROR = 1e-4
 """Where no activation is rounded, all that differs is the order of sums."""
 
-LAYER_ERROR = 2e-3
-"""Of a layer that rounds its input, on equal inputs: where one code is rounded the other way.
+LAYER_ERROR = 5e-3
+"""Of a layer that rounds its input, on equal inputs, where a code or the zero of a row is rounded the other way.
 
-Of `pocket-turbo`'s layers in int8-row most are 1e-7 to 2e-6 from PyTorch; such flips made 5.3e-4 in the UNet and 7.5e-4
-in the VAE decoder, whose last layer has the fewest outputs.
+Most layers of `pocket-turbo` are 1e-7 to 2e-6 from PyTorch. The worst of 264 layers in 16 calls of the UNet was 2.0e-3
+(of 16 rows), of the VAE decoder 7.5e-4; a row of other codes is as far off as rounding itself, about 1e-2.
 """
 WHOLE_ERROR = 3e-2
 """Of a whole component that rounds, between two runtimes: a flip makes others, and after a few layers all codes differ.
