@@ -114,6 +114,6 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
     for cpu, emulator in asked:
         there = target.emulated(artifact, manifest, weights, cpu, emulator)
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
-            measured = measure_emulated(as_run, weights, there, here, session, evidence, advance)
+            measured = measure_emulated(components, as_run, weights, there, here, session, evidence, advance)
         emulated[f"{PREFIX}{cpu.name}"] = measured
     return Checked(manifest, gaps, None, unverified, notes, emulated)

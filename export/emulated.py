@@ -72,6 +72,7 @@ class Emulated:
 
 def measure_emulated(
     components: Sequence[Component],
+    as_run: Sequence[Component],
     weights: Mapping[str, CompressedTensor],
     runtime: EmulatedRuntime,
     native: Runtime,
@@ -81,7 +82,7 @@ def measure_emulated(
 ) -> Emulated:
     """Draws the session's first picture on the emulated CPU and compares; `advance` is called twice.
 
-    `components` are those of the lowering gap: as the target's runtimes are to compute them from the stored weights.
+    `as_run` are the components as the target's runtimes are to compute them from the stored weights.
     """
     manifest, tokenizers, prompt = session.manifest, session.tokenizers, session.prompts[0]
     shipped = manifest.sampler.steps
@@ -89,7 +90,7 @@ def measure_emulated(
     asked = manifest, tokenizers, prompt, session.seed, steps
     drawn, calls = draw_recorded(runtime.runner, *asked)
     advance()
-    torch = torch_runner(components)
+    torch = torch_runner(as_run)
     with decompressed({component.name: component.module.model for component in components}, weights):
         to_pytorch = crosscheck(runtime.runner, calls, torch, torch, runtime.to_pytorch)
         expected = generate(torch, *asked)

@@ -67,7 +67,7 @@ class PyTorchRunner:
 
         def replaced(module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
             value = given[module]
-            return torch.from_numpy(value) if value.shape == output.shape else None
+            return torch.from_numpy(value.copy()) if value.shape == output.shape else None
 
         with _recorded({layer: known[layer] for layer in followed if layer in known}) as own:
             hooks = [module.register_forward_hook(replaced) for module in given]

@@ -65,7 +65,9 @@ def emulated_with(artifact: Path, on_arm: Path, emulator_cache: Path) -> Emulate
     native = target.runtimes(artifact, manifest, weights, 1e-4)["onnxruntime"]
     runtime = target.emulated(on_arm, manifest, weights, parse_cpu(CPU), open_emulator(emulator_cache))
     try:
-        return measure_emulated(components_of(model), weights, runtime, native, session, evidence, lambda: None)
+        return measure_emulated(
+            components_of(model), components_of(model), weights, runtime, native, session, evidence, lambda: None
+        )
     finally:
         runtime.runner.close()
 
