@@ -49,12 +49,14 @@ bench: setup
 bench-vqdm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vqdm.py
 
-# The README's quality table: 500 test prompts in ONNX Runtime, int8 and about 4 bits, against float PyTorch.
+# The README's quality table: 500 test prompts in ONNX Runtime, int8, about 4 bits and codebooks, against float PyTorch.
+CODEBOOKS := avq2x8-d8,avq3x8-d8,avq4x8-d8,int4-g32,int8-row,fp16
 bench-quality: export OMP_NUM_THREADS = 1
 bench-quality: setup
 	$(RUN) build --formats int8-row,int8-g32,fp16 --budget 14MB --out build/int8 --overwrite
 	$(RUN) build --recipe demo --out build/demo --overwrite
-	$(BIN)/python benchmarks/alignment.py build/int8 build/demo
+	$(RUN) build --fit vqdm --formats $(CODEBOOKS) --budget 7MB --out build/codebooks --overwrite
+	$(BIN)/python benchmarks/alignment.py build/int8 build/demo build/codebooks
 	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
 	$(BIN)/python benchmarks/readme_tables.py
 
