@@ -184,9 +184,10 @@ def compare_by_layer(
     shown = candidate.run_layers(call.component, call.inputs, reference.layers(call.component))
     expected, own = reference.run_following(call.component, call.inputs, shown)
     rows = [compare_outputs(call, found, expected, picture, limits)]
-    for layer, value in shown.items():
-        if layer in own and own[layer].shape == value.shape:
-            rows.append(compare_outputs(call, {layer: value}, {layer: own[layer]}, picture, limits))
+    for layer in (layer for layer in own if layer in shown):
+        fits = shown[layer].shape == own[layer].shape
+        value = shown[layer] if fits else np.full_like(own[layer], np.inf)  # a layer of another shape is all wrong
+        rows.append(compare_outputs(call, {layer: value}, {layer: own[layer]}, picture, limits))
     return max(rows, key=lambda row: row.relative_error), first_divergence(call, own, shown, limits.max_relative_error)
 
 

@@ -17,6 +17,7 @@ from turbopocket.runtimes.compare import (
     Limits,
     ParityReport,
     compare,
+    compare_by_layer,
     compare_call,
     compare_pictures,
     first_divergence,
@@ -170,3 +171,36 @@ def test_outputs_of_another_name_are_refused() -> None:
     call = Call("unet", {}, {"out_sample": np.zeros(1)})
     with pytest.raises(TurbopocketError, match="unet: outputs are missing out_sample; unknown noise_pred"):
         compare_call(Misnaming(), call, 0, LIMITS)
+
+
+class OneLayer:
+    """Shows `shown` as what its only layer computes; as a reference, it computes ones."""
+
+    def __init__(self, shown: NDArray[Any]) -> None:
+        self.shown = shown
+
+    def layers(self, component: str) -> list[str]:
+        return ["a"]
+
+    def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        return {"y": np.ones(4)}
+
+    def run_layers(self, component: str, inputs: Mapping[str, NDArray[Any]], layers: Sequence[str]) -> Arrays:
+        return {"a": self.shown}
+
+    def run_following(
+        self, component: str, inputs: Mapping[str, NDArray[Any]], followed: Mapping[str, NDArray[Any]]
+    ) -> tuple[Arrays, Arrays]:
+        return self.run(component, inputs), {"a": np.ones((2, 3))}
+
+
+@pytest.mark.parametrize(
+    ("shown", "passed"),
+    [(np.ones((2, 3)), True), (np.ones((3, 2)), False), (np.full((2, 3), np.nan), False), (np.zeros((2, 3)), False)],
+    ids=["right", "another shape", "not a number", "wrong"],
+)
+def test_by_layer_a_wrong_layer_fails_a_call_whose_outputs_are_right(shown: NDArray[Any], passed: bool) -> None:
+    reference, call = OneLayer(np.ones((2, 3))), Call("unet", {}, {"y": np.ones(4)})
+    row, first = compare_by_layer(reference, OneLayer(shown), call, {"y": np.ones(4)}, 0, LIMITS)
+    assert row.passed is passed
+    assert (first is None) is passed
