@@ -6,24 +6,28 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..quant.calibrate import LayerStats, calibrate
-from ..quant.compress import compress, save_weights
+from ..quant.compress import compress, decompressed, save_weights
 from ..quant.errors import OverBudget
+from ..quant.finetune import Calls, FineTuneOptions, fine_tune
 from ..quant.fit import Fit, measuring_fit, parse_fit
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
 from ..quant.sensitivity import measure, save_choices
 from ..quant.sequential import compress_in_blocks
+from ..runtimes.compare import Recorder
 from ..runtimes.errors import ParityFailed
 from ..runtimes.manifest import Manifest, write_manifest
 from ..runtimes.memory import MemoryFigures
+from ..runtimes.runner import Arrays, Runner
 from ..runtimes.tokenizer import open_tokenizers
 from .budget import candidate_formats, curve, parameter_count
 from .components import component_name, group_name, layers_of, shapes_of
@@ -34,7 +38,7 @@ from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
 from .probe import make_probe
 from .progress import StageProgress
 from .recipe import Recipe
-from .report import LoweringCost, Measurements, ReportData, write_report
+from .report import HeldOutLoss, LoweringCost, Measurements, ReportData, write_report
 from .results import (
     Built,
     drawn_pictures,
@@ -100,15 +104,17 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
         choices = _measure(bench, session, stats)
         decided = _plan(bench, choices, artifact)
         weights = _compress(bench, session, stats, decided, run_folder(out))
-        bench, costs = _lowered(bench, weights, artifact)
-        gaps = _compare(bench, session, weights, artifact)
+        stored, tuned = _fine_tune(bench, session, weights)
+        weights = {name: stored[name] for name in weights}
+        bench, costs = _lowered(bench, stats, stored, artifact)
+        gaps = _compare(bench, session, stored, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified, notes = bench.target.inspect(artifact, manifest), bench.target.notes(artifact, manifest)
         built_bytes = folder_bytes(artifact)
         _require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
         save_choices(report / CHOICES_FILE, choices)
-        save_weights(report / WEIGHTS_FILE, weights)
+        save_weights(report / WEIGHTS_FILE, stored)
         data = ReportData(
             manifest=manifest,
             plan=decided,
@@ -118,6 +124,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
                 artifact_bytes=built_bytes,
                 parameters=sum(parameter_count(component) for component in bench.components),
                 layer_snr_db=layer_snr_db(weights, bench.layers, stats),
+                fine_tuning=tuned,
                 compression=gaps.compression,
                 total=gaps.total,
                 alignment=gaps.alignment,
@@ -162,18 +169,21 @@ def _session(bench: Workbench, artifact: Path) -> Session:
 
 def _calibrate(bench: Workbench, session: Session) -> dict[str, LayerStats]:
     """Statistics of every layer while the float model draws at the shipped steps and guidance."""
-    with bench.progress.stage("calibrate", bench.recipe.calibrate.pictures) as advance:
-        return calibrate(bench.modules, _calibration_drawing(bench, session, advance))
+    runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
+    with bench.progress.stage("calibrate", pictures) as advance:
+        return calibrate(bench.modules, _calibration_drawing(bench, session, runner, pictures, advance))
 
 
-def _calibration_drawing(bench: Workbench, session: Session, advance: Callable[[], None]) -> Callable[[], None]:
-    """What draws the calibration pictures with the weights that the modules then hold."""
-    wanted, file = bench.recipe.calibrate.pictures, bench.recipe.calibrate.prompts
+def _calibration_drawing(
+    bench: Workbench, session: Session, runner: Runner, wanted: int, advance: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
+    """What draws so many pictures of calibration prompts in the runner."""
+    file = bench.recipe.calibrate.prompts
     prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
     if file is not None:
         own = read_prompts(file)
         prompts = [own[index % len(own)] for index in range(wanted)]
-    drawing, runner = replace(session, prompts=prompts), torch_runner(bench.components)
+    drawing = replace(session, prompts=prompts)
 
     def draw_all() -> None:
         for index in range(len(prompts)):
@@ -191,7 +201,8 @@ def _compress(
     with bench.progress.stage("compress"):
         if not bench.recipe.compress.sequential:
             return compress(bench.layers, decided, fit, stats)
-        draw = _calibration_drawing(bench, session, lambda: None)
+        runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
+        draw = _calibration_drawing(bench, session, runner, pictures)
         # The plan's losses are measured on the model's weights, so another model's blocks have another name.
         asked = bench.recipe.to_toml() + json.dumps(decided.to_json())
         folder = run / sha256(asked.encode()).hexdigest()[:16]
@@ -246,28 +257,79 @@ def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path)
     return min(fitting, key=lambda fit: (fit.predicted_loss, fit.total_bytes))
 
 
+def _fine_tune(
+    bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor]
+) -> tuple[Mapping[str, CompressedTensor], dict[str, HeldOutLoss]]:
+    """The weights after fine-tuning, with the norms and biases that it changed, if the recipe asks for it."""
+    asked = bench.recipe.finetune
+    if not asked.iterations:
+        return weights, {}
+    stored, losses = dict(weights), {}
+    options = FineTuneOptions(
+        asked.iterations, asked.batch, asked.learning_rate, bench.recipe.seed, bench.target.group_scale_digits
+    )
+    with bench.progress.stage("fine-tune", asked.pictures + asked.iterations * len(bench.components)) as advance:
+        recorder = Recorder(torch_runner(bench.components))
+        _calibration_drawing(bench, session, recorder, asked.pictures, advance)()
+        for component in bench.components:
+            calls = [call for call in recorder.calls if call.component == component.name]
+            seen = Calls.of(
+                [
+                    (_tensors(call.inputs, component.example_inputs), _tensors(call.outputs, component.output_names))
+                    for call in calls
+                ]
+            )
+            tuned = fine_tune(component.module, weights, seen, options, advance)
+            stored |= tuned.weights
+            losses[component.name] = HeldOutLoss(before=tuned.before, after=tuned.after)
+    return stored, losses
+
+
+def _tensors(arrays: Arrays, names: Iterable[str]) -> list[Tensor]:
+    return [torch.from_numpy(arrays[name]) for name in names]
+
+
 def _lowered(
-    bench: Workbench, weights: Mapping[str, CompressedTensor], artifact: Path
+    bench: Workbench, stats: Mapping[str, LayerStats], stored: Mapping[str, CompressedTensor], artifact: Path
 ) -> tuple[Workbench, dict[str, LoweringCost]]:
     """Writes the components; the draft then says what their files are. Also says what each one took."""
+    rest = {name: value for name, value in stored.items() if name not in bench.layers}
+    with decompressed(bench.modules, rest):
+        return _written(_fitted(_traced_again(bench), stats) if rest else bench, stored, artifact)
+
+
+def _traced_again(bench: Workbench) -> Workbench:
+    """Graphs of what the modules now hold: norms and biases are part of a graph."""
+    with bench.progress.stage("trace again", len(bench.components)) as advance:
+        traced = {}
+        for component in bench.components:
+            traced[component.name] = bench.target.trace(component)
+            advance()
+    return replace(bench, traced=traced)
+
+
+def _written(
+    bench: Workbench, stored: Mapping[str, CompressedTensor], artifact: Path
+) -> tuple[Workbench, dict[str, LoweringCost]]:
     specs, costs = {}, {}
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for name, graph in bench.traced.items():
             start = time.monotonic()
-            specs[name] = bench.target.lower(graph, {layer: weights[layer] for layer in graph.layers}, artifact)
+            specs[name] = bench.target.lower(graph, {layer: stored[layer] for layer in graph.layers}, artifact)
             peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
             costs[name] = LoweringCost(seconds=time.monotonic() - start, peak_bytes=peak_bytes)
             advance()
     return replace(bench, draft=bench.draft.model_copy(update={"components": specs})), costs
 
 
-def _compare(bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
+def _compare(bench: Workbench, session: Session, stored: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
+    weights = {name: stored[name] for name in bench.layers}
     limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(weights)
     runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
         as_run = [bench.target.as_run(component, weights) for component in bench.components]
-        gaps = measure_gaps(bench.components, as_run, weights, runtimes, session, bench.evidence, advance)
+        gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")
     return gaps

@@ -120,6 +120,17 @@ class CalibrateSection(_Section):
     """A text file, one prompt a line; without it the model's own training prompts, or the built-in list."""
 
 
+class FineTuneSection(_Section):
+    """Training of what lies around the codes, so that each component gives the float model's outputs again."""
+
+    iterations: int = Field(default=0, ge=0)
+    """Of each component; 0 leaves it out."""
+    pictures: int = Field(default=256, ge=1, le=16384)
+    """Drawn by the float model; its calls are what is trained on, every eighth held out."""
+    batch: int = Field(default=16, ge=1, le=1024)
+    learning_rate: float = Field(default=5e-3, gt=0)
+
+
 class ParitySection(_Section):
     """What must hold before an artifact counts as built."""
 
@@ -140,6 +151,7 @@ class Recipe(_Section):
     compress: CompressSection = CompressSection()
     sampler: SamplerSection = SamplerSection()
     calibrate: CalibrateSection = CalibrateSection()
+    finetune: FineTuneSection = FineTuneSection()
     parity: ParitySection = ParitySection()
     seed: int = Field(default=0, ge=0)
 

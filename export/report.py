@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import load_manifest
-from .report_data import DrawnPicture, LoweringCost, Measurements, ReportData, TradeoffPoint
+from .report_data import DrawnPicture, HeldOutLoss, LoweringCost, Measurements, ReportData, TradeoffPoint
 from .report_svg import scientific
 from .report_view import page_view
 from .staging import report_folder, write_atomically
@@ -18,6 +18,7 @@ from .units import format_bytes
 __all__ = [
     "REPORT_NAME",
     "DrawnPicture",
+    "HeldOutLoss",
     "LoweringCost",
     "Measurements",
     "ReportData",

@@ -58,6 +58,15 @@ class LoweringCost(BaseModel):
     peak_bytes: int
 
 
+class HeldOutLoss(BaseModel):
+    """Relative squared error of a component's outputs on calls that fine-tuning did not train on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: float
+    after: float
+
+
 class Measurements(BaseModel):
     """Numbers of a build that no other file holds.
 
@@ -80,6 +89,7 @@ class Measurements(BaseModel):
     memory: dict[str, MemoryFigures]
     stage_seconds: dict[str, float]
     lowering: dict[str, LoweringCost] = Field(default_factory=dict)
+    fine_tuning: dict[str, HeldOutLoss] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

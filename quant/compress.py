@@ -67,24 +67,34 @@ def decompressed(
 ) -> Iterator[None]:
     """While the block runs, the model has the stored weights; afterwards its own, also after an error.
 
-    QuantError naming a stored layer that the model lacks or has in another shape.
+    Names are those of layers, and of parameters for the norms and biases that fine-tuning changed. QuantError naming a
+    stored layer that the model lacks or has in another shape.
     """
-    layers = {
-        name: layer
+    found = {
+        name: parameter
         for component, module in module_by_component.items()
-        for name, layer in compressible_layers(component, module).items()
+        for name, parameter in _storable(component, module)
     }
-    missing = set(weights) - set(layers)
+    missing = set(weights) - set(found)
     if missing:
         raise QuantError(f"{len(missing)} stored layers are not in the model, the first is {min(missing)}")
     with ExitStack() as originals:
         for name, stored in weights.items():
-            weight = weight_of(name, layers[name])
+            weight = found[name]
             if tuple(weight.shape) != stored.shape:
                 raise QuantError(f"{name}: stored shape {list(stored.shape)}, the model has {list(weight.shape)}")
             originals.callback(_assign, weight, weight.detach().clone())
             _assign(weight, stored.format.decompress(stored))
         yield
+
+
+def _storable(component: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights by the name of their layer, and one-dimensional parameters (norms and biases) by their own."""
+    for name, layer in compressible_layers(component, module).items():
+        yield name, weight_of(name, layer)
+    for path, parameter in module.named_parameters():
+        if parameter.ndim == 1:
+            yield f"{component}.{path}", parameter
 
 
 def _assign(weight: Tensor, values: Tensor) -> None:

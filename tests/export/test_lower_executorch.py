@@ -21,6 +21,7 @@ from turbopocket.export.lower.executorch_gate import require_constants
 from turbopocket.export.lower.executorch_rewrite import attention, chunk
 from turbopocket.export.lower.executorch_stores import GROUP_SCALE_DIGITS
 from turbopocket.export.parity import torch_runner
+from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.runtimes.compare import Call, compare_by_layer, locate_divergence
@@ -116,6 +117,19 @@ def sample() -> dict[str, Any]:
 def runner(lowered: Lowered, folder: Path | None = None, spec: ComponentSpec | None = None) -> ExecuTorchRunner:
     manifest: Any = OneComponent({"part": spec or lowered.spec})
     return ExecuTorchRunner(folder or lowered.folder, manifest, target.layers_by_key(lowered.weights))
+
+
+def test_what_it_is_compared_with_has_the_biases_that_the_module_has_then(lowered: Lowered) -> None:
+    as_run = target.as_run(lowered.component, lowered.weights).module
+    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = as_run(sample)
+        for name in ("part.conv.bias", "part.value.bias", "part.out.bias", "part.norm.weight"):
+            parameter = lowered.component.module.get_parameter(name)
+            tuned = {name: parse_format("fp32").compress(parameter + 0.5, ABSMAX)}
+            with decompressed({"part": lowered.component.module.model}, tuned):
+                assert not torch.allclose(as_run(sample), before, atol=1e-3), name
+        assert torch.equal(as_run(sample), before)
 
 
 def test_the_program_computes_what_pytorch_does_with_the_same_values_and_roundings(

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning inside a build: what is trained is what is shipped, checked and reported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from turbopocket.export.build import build
+from turbopocket.export.check import check
+from turbopocket.export.progress import StageProgress
+from turbopocket.export.recipe import make_recipe
+
+QUIET = StageProgress(quiet=True)
+TUNE = {"iterations": 30, "pictures": 8, "batch": 8, "learning_rate": 5e-4}
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory, recipe_values: dict[str, Any]) -> Any:
+    recipe = make_recipe({**recipe_values, "model": {"source": str(tiny_sdxl)}, "finetune": TUNE}, "test")
+    return build(recipe, tmp_path_factory.mktemp("tuned") / "art", overwrite=False, progress=QUIET)
+
+
+def worst(gaps: Any, component: str) -> float:
+    return max(row.relative_error for row in gaps.compression.rows if row.component == component)
+
+
+def test_artifact_is_closer_to_the_float_model_at_the_same_bytes(built: Any, tuned: Any) -> None:
+    assert worst(tuned.gaps, "unet") < worst(built.gaps, "unet")
+    assert {choice.format for choice in tuned.plan.choices} == {choice.format for choice in built.plan.choices}
+    assert tuned.total_bytes == pytest.approx(tuned.plan.total_bytes, rel=0.01)
+
+
+def test_runtime_computes_what_the_tuned_model_computes(tuned: Any) -> None:
+    assert tuned.gaps.failure is None
+    assert max(row.relative_error for row in tuned.gaps.lowering["onnxruntime"].rows) <= 1e-4
+
+
+def test_check_knows_the_tuned_norms_and_biases(tuned: Any) -> None:
+    checked = check(tuned.folder, QUIET)
+    assert checked.failure is None
+    assert checked.gaps is not None
+    assert worst(checked.gaps, "unet") == pytest.approx(worst(tuned.gaps, "unet"), rel=1e-3)
+
+
+def test_report_tells_what_it_gained(tuned: Any) -> None:
+    told = json.loads((tuned.report.parent / "measurements.json").read_text())["fine_tuning"]
+    assert set(told) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder"}
+    assert told["unet"]["after"] < told["unet"]["before"]
+    assert "on calls it did not train on" in tuned.report.read_text()
