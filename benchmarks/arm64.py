@@ -15,7 +15,6 @@ from typing import Any
 from turbopocket.export.check import check
 from turbopocket.export.emulated import Emulated
 from turbopocket.export.progress import StageProgress
-from turbopocket.export.results import worst_errors
 from turbopocket.runtimes.arm64.cpus import CPUS, PREFIX
 from turbopocket.runtimes.arm64.setup import default_cache, prepare
 
@@ -27,8 +26,8 @@ def row(found: Emulated, compression: dict[str, float]) -> dict[str, Any]:
         "failure": found.failure,
         "steps": found.steps,
         "compression": compression,
-        "to_pytorch": worst_errors(found.to_pytorch),
-        "to_x86_64": worst_errors(found.to_native),
+        "to_pytorch": found.to_pytorch.worst_errors,
+        "to_x86_64": found.to_native.worst_errors,
         "picture_psnr_db_to_pytorch": picture.psnr_db,
         "instructions_by_kernel": found.kernels,
     }
@@ -45,7 +44,7 @@ def main() -> None:
     for artifact in options.artifacts:
         checked = check(artifact, StageProgress(), [PREFIX + cpu.name for cpu in CPUS])
         assert checked.gaps is not None
-        compression = worst_errors(checked.gaps.compression)
+        compression = checked.gaps.compression.worst_errors
         results[artifact.name] = {name: row(found, compression) for name, found in checked.emulated.items()}
         options.out.write_text(json.dumps(results, indent=2) + "\n")
         print(json.dumps(results[artifact.name], indent=2))

@@ -16,6 +16,7 @@ from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.tokenizer import open_tokenizers
 from .build import WEIGHTS_FILE
+from .components import layers_of
 from .emulated import Emulated, measure_emulated
 from .families import load
 from .families.evidence import evidence_for
@@ -102,18 +103,21 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
         evidence = evidence_for(model)
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
-    components, weights = target.components(model), load_weights(stored)
+    components, kept = target.components(model), load_weights(stored)
+    weights = {name: kept[name] for name in layers_of(components) if name in kept}
     limit = recipe.parity.max_lowering_error or target.lowering_limit(weights)
     asked_of = artifact, manifest, weights, limit
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
     as_run = [target.as_run(component, weights) for component in components]
     with progress.stage("compare", gap_steps(runtimes)) as advance:
-        gaps = measure_gaps(components, as_run, weights, runtimes, session, evidence, advance)
+        gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, advance)
     here = next(iter(runtimes.values()))
     emulated = {}
     for cpu, emulator in asked:
         there = target.emulated(artifact, manifest, weights, cpu, emulator)
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
-            measured = measure_emulated(components, as_run, weights, there, here, session, evidence, advance)
+            measured = measure_emulated(
+                components, as_run, kept, there, here, gaps.compression, session, evidence, advance
+            )
         emulated[f"{PREFIX}{cpu.name}"] = measured
     return Checked(manifest, gaps, None, unverified, notes, emulated)

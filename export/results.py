@@ -20,7 +20,6 @@ from ..quant.formats import CompressedTensor
 from ..quant.plan import Plan
 from ..quant.sensitivity import hessian_loss
 from ..runtimes.manifest import FileEntry, Manifest, file_entries
-from ..runtimes.parity import ParityReport
 from .emulated import Emulated
 from .parity import Gaps, Pictures
 from .report import DrawnPicture, TradeoffPoint
@@ -65,13 +64,14 @@ def parity_table(gaps: Gaps, emulated: Mapping[str, Emulated] | None = None) -> 
         table.add_column(column, no_wrap=True)
     for column in ("compression", "lowering", "SNR dB", "limit", "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
-    compression = worst_errors(gaps.compression)
+    compression = gaps.compression.worst_errors
     reports = list(gaps.lowering.items())
     for cpu, each in (emulated or {}).items():
         reports += [(cpu, each.to_pytorch), ("  to x86-64", each.to_native)]
-    for name in worst_errors(next(iter(gaps.lowering.values()))):
+    for name in next(iter(gaps.lowering.values())).worst_errors:
         for runtime, report in reports:
-            error, limit = worst_errors(report)[name], report.limits.max_relative_error
+            error = report.worst_errors[name]
+            limit = next(row.max_relative_error for row in report.rows if row.component == name)
             verdict = "passed" if error <= limit else "failed"
             snr = f"{-20 * math.log10(error):.1f}" if error > 0 else "exact"
             table.add_row(name, runtime, f"{compression[name]:.2e}", f"{error:.2e}", snr, f"{limit:.0e}", verdict)
@@ -98,22 +98,14 @@ def show_remarks(unverified: Sequence[str], notes: Sequence[str], console: Conso
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
-def worst_errors(report: ParityReport) -> dict[str, float]:
-    """Returns the largest relative error of each component over all its calls."""
-    worst: dict[str, float] = {}
-    for row in report.rows:
-        worst[row.component] = max(worst.get(row.component, 0.0), row.relative_error)
-    return worst
-
-
 def parity_summary(gaps: Gaps) -> dict[str, Any]:
     """Returns what the manifest says of parity: worst relative errors, mean picture distances, alignment."""
     psnr_db = [row.psnr_db for row in gaps.total.pictures if row.psnr_db is not None]
     return {
         "passed": gaps.failure is None,
         "max_lowering_error": {name: report.limits.max_relative_error for name, report in gaps.lowering.items()},
-        "lowering": {name: worst_errors(report) for name, report in gaps.lowering.items()},
-        "compression": worst_errors(gaps.compression),
+        "lowering": {name: report.worst_errors for name, report in gaps.lowering.items()},
+        "compression": gaps.compression.worst_errors,
         "pictures": len(gaps.total.pictures),
         "picture_psnr_db": sum(psnr_db) / len(psnr_db) if psnr_db else None,
         "picture_ssim": sum(row.ssim for row in gaps.total.pictures) / len(gaps.total.pictures),
@@ -177,10 +169,10 @@ def folder_bytes(folder: Path) -> int:
 def layer_snr_db(
     weights: Mapping[str, CompressedTensor], layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
 ) -> dict[str, float | None]:
-    """Returns 10 log10(tr[W H Wᵀ] / tr[E H Eᵀ]) of each stored weight, None when it is stored without error."""
+    """Returns 10 log10(tr[W H Wᵀ] / tr[E H Eᵀ]) of each layer's stored weight, None when it is stored without error."""
     found: dict[str, float | None] = {}
-    for name, stored in weights.items():
-        weight = weight_of(name, layers[name]).detach().float()
+    for name, layer in layers.items():
+        stored, weight = weights[name], weight_of(name, layer).detach().float()
         noise = hessian_loss(stored.format.decompress(stored) - weight, stats[name].hessian_KK)
         signal = hessian_loss(weight, stats[name].hessian_KK)
         found[name] = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None

@@ -16,7 +16,7 @@ from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.memory import MemoryFigures
 from ..runtimes.parity import Limits
 from .components import components_of
-from .emulated import EmulatedRuntime
+from .emulated import ORDER_OF_SUMS, EmulatedRuntime
 from .families import LoadedModel
 from .graph import Component
 from .lower import executorch
@@ -35,7 +35,8 @@ Most layers of `pocket-turbo` are 1e-7 to 2e-6 from PyTorch. The worst of 264 la
 (of 16 rows), of the VAE decoder 7.5e-4; a row of other codes is as far off as rounding itself, about 1e-2.
 """
 WHOLE_ERROR = 3e-2
-"""Of a whole component that rounds, between two runtimes: a flip makes others, and after a few layers all codes differ.
+"""Of a whole component that rounds, between two CPUs, and never more than compression itself changed it: a flip makes
+others, and after a few layers all codes differ.
 
 PyTorch against itself, inputs moved by 1e-6 to 1e-5 of their size: 0.9e-2 (VAE decoder), 0.85e-2 to 0.96e-2 (UNet); the
 programs against PyTorch: 0.6e-2 to 0.9e-2 (UNet), 0.9e-2 to 2.5e-2 (VAE decoder, of latents that are pure noise).
@@ -103,8 +104,8 @@ class ExecuTorch(Target):
         layers = executorch.layers_by_key(weights)
         runner = EmulatedExecuTorchRunner(folder, manifest, layers, cpu, emulator)
         to_pytorch = Limits(max_relative_error=self.lowering_limit(weights), by_layer=_rounds(weights))
-        to_native = Limits(max_relative_error=WHOLE_ERROR if _rounds(weights) else FLOAT_ERROR / 10)
-        return EmulatedRuntime(runner, to_pytorch, to_native)
+        to_native = Limits(max_relative_error=WHOLE_ERROR if _rounds(weights) else ORDER_OF_SUMS)
+        return EmulatedRuntime(runner, to_pytorch, to_native, within_compression=_rounds(weights))
 
     def memory(self, folder: Path, component: str) -> MemoryFigures:
         """Of the C++ runner: the Python bindings bring PyTorch along, whose memory would be counted with it."""

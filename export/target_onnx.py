@@ -19,7 +19,7 @@ from ..runtimes.memory import MemoryFigures
 from ..runtimes.memory import measure as measure_memory
 from ..runtimes.parity import Limits
 from .components import components_of
-from .emulated import EmulatedRuntime
+from .emulated import ORDER_OF_SUMS, EmulatedRuntime
 from .families import LoadedModel
 from .graph import Component
 from .lower import onnx
@@ -29,8 +29,6 @@ from .parity import Runtime
 from .side_files import write_side_files
 from .target import Kind, Target
 
-FLOAT_TO_NATIVE = 1e-5
-"""Between two CPUs only the order of float sums differs; measured: 4e-7 at most."""
 INT8_TO_PYTORCH, INT8_TO_NATIVE = 1e-2, 1.5e-2
 """At MatMulNBits' accuracy level 4, where each CPU's kernels round activations to int8 in their own way. Measured with
 int4-g32 and int8-g32: 5.6e-3 to PyTorch, which does not round, and 7.8e-3 between x86-64 and ARM. A CPU without dot
@@ -112,7 +110,7 @@ class Onnx(Target):
                 hint="build without target.onnx.prepacked",
             )
         runner = EmulatedOnnxRunner(folder, manifest, cpu, emulator)
-        to_pytorch, to_native = self.max_lowering_error, FLOAT_TO_NATIVE
+        to_pytorch, to_native = self.max_lowering_error, ORDER_OF_SUMS
         if self.options.accuracy_level == 4:
             to_native = INT8_TO_NATIVE
             if INT8_KERNELS_NEED in cpu.features.split():

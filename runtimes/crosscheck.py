@@ -6,6 +6,7 @@ Here every slow call counts for both, and an error still belongs to the componen
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from .compare import (
     Call,
@@ -36,22 +37,29 @@ def draw_recorded(
 
 
 def crosscheck(
-    candidate: LayerRunner, calls: Sequence[Call], other: LayerRunner, names: Reference, limits: Limits
+    candidate: LayerRunner,
+    calls: Sequence[Call],
+    other: LayerRunner,
+    names: Reference,
+    limits: Limits,
+    ceilings: Mapping[str, float] = MappingProxyType({}),
 ) -> ParityReport:
     """The report of the candidate's calls, whose inputs `other` is given too and is right about.
 
     When calls fail, the first of them is opened up to name the first diverging of the layers that `names` knows. Limits
-    that hold by layer are those to `names`, which is then `other` as well.
+    that hold by layer are those to `names`, which is then `other` as well. Errors of the components in `ceilings` must
+    not be over those either.
     """
     rows, divergence = [], None
     for call in calls:
+        allowed = min(limits.max_relative_error, ceilings.get(call.component, limits.max_relative_error))
+        own = limits.model_copy(update={"max_relative_error": allowed})
         if limits.by_layer:
-            row, first = compare_by_layer(names, candidate, call, call.outputs, 0, limits)
+            row, first = compare_by_layer(names, candidate, call, call.outputs, 0, own)
             rows.append(row)
             divergence = divergence or first
             continue
-        rows.append(compare_outputs(call, call.outputs, other.run(call.component, call.inputs), 0, limits))
+        rows.append(compare_outputs(call, call.outputs, other.run(call.component, call.inputs), 0, own))
         if not rows[-1].passed and all(row.passed for row in rows[:-1]):
-            layers = names.layers(call.component)
-            divergence = divergence_among(layers, other, candidate, call, limits.max_relative_error)
+            divergence = divergence_among(names.layers(call.component), other, candidate, call, allowed)
     return ParityReport(limits=limits, rows=rows, pictures=[], first_divergence=divergence)

@@ -94,11 +94,20 @@ class ParityReport(_Record):
         return max(self.rows, key=lambda row: row.relative_error, default=None)
 
     @property
+    def worst_errors(self) -> dict[str, float]:
+        """The largest relative error of each component over all its calls."""
+        worst: dict[str, float] = {}
+        for row in self.rows:
+            worst[row.component] = max(worst.get(row.component, 0.0), row.relative_error)
+        return worst
+
+    @property
     def failure(self) -> str | None:
         """One sentence naming the worst call or picture and the guilty layer; None when everything passed."""
         if self.passed:
             return None
-        worst = self.worst
+        # What is over its own limit by most: components may have different ones.
+        worst = max(self.rows, key=lambda row: row.relative_error / row.max_relative_error, default=None)
         if worst is None or worst.passed:
             bad = next(row for row in self.pictures if not row.passes(self.limits))
             psnr_db = math.inf if bad.psnr_db is None else bad.psnr_db

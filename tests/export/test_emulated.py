@@ -17,7 +17,7 @@ from turbopocket.export.emulated import Emulated, measure_emulated
 from turbopocket.export.families import load
 from turbopocket.export.families.evidence import evidence_for
 from turbopocket.export.lower.onnx import OnnxOptions
-from turbopocket.export.parity import Session
+from turbopocket.export.parity import NO_LIMITS, Session
 from turbopocket.export.recipe import parse_recipe
 from turbopocket.export.target_onnx import Onnx
 from turbopocket.export.targets import open_target
@@ -27,6 +27,7 @@ from turbopocket.runtimes.arm64.emulator import Emulator
 from turbopocket.runtimes.arm64.setup import open_emulator
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import load_manifest
+from turbopocket.runtimes.parity import ParityReport
 from turbopocket.runtimes.tokenizer import open_tokenizers
 
 pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
@@ -64,10 +65,10 @@ def emulated_with(artifact: Path, on_arm: Path, emulator_cache: Path) -> Emulate
     weights = load_weights(artifact.with_name("art.report") / WEIGHTS_FILE)
     native = target.runtimes(artifact, manifest, weights, 1e-4)["onnxruntime"]
     runtime = target.emulated(on_arm, manifest, weights, parse_cpu(CPU), open_emulator(emulator_cache))
+    compression = ParityReport(limits=NO_LIMITS, rows=[], pictures=[])
+    both = components_of(model), components_of(model)
     try:
-        return measure_emulated(
-            components_of(model), components_of(model), weights, runtime, native, session, evidence, lambda: None
-        )
+        return measure_emulated(*both, weights, runtime, native, compression, session, evidence, lambda: None)
     finally:
         runtime.runner.close()
 
