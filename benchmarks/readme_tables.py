@@ -41,11 +41,10 @@ def memory() -> str:
     measured = _load("unet")
     rows = []
     for name, ratio in measured["latency_ratio_to_fp32"].items():
-        figures = measured["unet_memory"].get(name)
-        grown = f"{(figures['ran_anon_bytes'] - figures['start_anon_bytes']) / 1e6:.2f} MB" if figures else ""
-        unet_bytes = measured["unet_bytes"][name] if figures is None else figures["weight_bytes"]
-        rows.append([name, f"{unet_bytes / 1e6:.2f} MB", grown, f"{ratio:.2f} ×"])
-    return _table(["UNet of `pocket`", "files", "anonymous memory after a run", "latency to fp32"], rows)
+        figures = measured["unet_memory"][name]
+        grown = f"{(figures['ran_anon_bytes'] - figures['start_anon_bytes']) / 1e6:.2f} MB"
+        rows.append([name, f"{figures['weight_bytes'] / 1e6:.2f} MB", grown, f"{ratio:.2f} ×"])
+    return _table(["UNet of `pocket-turbo`", "files", "anonymous memory after a run", "latency to fp32"], rows)
 
 
 def pocket() -> str:

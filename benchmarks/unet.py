@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds `pocket` in fp32, int8 and int4 for ONNX Runtime and ExecuTorch and measures the UNets side by side.
+"""Builds `pocket-turbo` in fp32, int8 and int4 for ONNX Runtime and ExecuTorch and measures the UNets side by side.
 
-    python benchmarks/unet.py [--out benchmarks/results/unet.json]
+    python benchmarks/unet.py [--artifacts build/unet] [--out benchmarks/results/unet.json]
 
 Latencies are taken in turns (one run of each, again and again), so that a noisy machine slows all alike; read the
-ratios, all to ONNX Runtime's fp32. Memory is that of a fresh process without PyTorch, so ExecuTorch's is not here:
-its Python bindings bring PyTorch along. Both runtimes may use all cores.
+ratios, all to ONNX Runtime's fp32. Memory is that of a fresh process without PyTorch: a bare Python with ONNX Runtime,
+the C++ runner with ExecuTorch. Both runtimes may use all cores. Artifacts that are there already are measured as they
+are.
 """
 
 import argparse
 import json
 import platform
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +25,10 @@ from turbopocket.export.components import layers_of, shapes_of
 from turbopocket.export.families import load_shapes
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import TargetSection, make_recipe
+from turbopocket.export.staging import report_folder
 from turbopocket.export.targets import open_target
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.manifest import load_manifest
-from turbopocket.runtimes.memory import component_bytes, measure
 from turbopocket.runtimes.runner import open_runner
 
 BUILDS = {
@@ -48,6 +48,7 @@ WARM_UP = 5
 def build_all(folder: Path, model: str) -> dict[str, float]:
     """Seconds of each build, artifacts in `folder/<name>`; values by absmax, since speed does not depend on them."""
     seconds = {}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, (target_name, text, otherwise) in BUILDS.items():
         target = open_target(TargetSection(name=target_name))
         shapes = shapes_of(layers_of(target.components(load_shapes(model))))
@@ -61,9 +62,10 @@ def build_all(folder: Path, model: str) -> dict[str, float]:
             "calibrate": {"pictures": 1},
             "parity": {"pictures": 1},
         }
-        start = time.monotonic()
-        build(make_recipe(values, "benchmark"), folder / name, overwrite=False, progress=StageProgress())
-        seconds[name] = time.monotonic() - start
+        if not (folder / name).is_dir():
+            build(make_recipe(values, "benchmark"), folder / name, overwrite=False, progress=StageProgress())
+        stages = json.loads((report_folder(folder / name) / "measurements.json").read_text())["stage_seconds"]
+        seconds[name] = sum(stages.values())
     return seconds
 
 
@@ -94,23 +96,23 @@ def unet_inputs(artifact: Path) -> dict[str, Any]:
 def main() -> None:
     """Measures and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--model", default="pocket-turbo")
+    parser.add_argument("--artifacts", type=Path, default=Path("build/unet"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "unet.json")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        seconds = build_all(folder, options.model)
-        latency = latencies_ms(folder)
-        onnx = [name for name, (target, *_) in BUILDS.items() if target == "onnx"]
-        memory = {name: asdict(measure(folder / name, "unet")) for name in onnx}
-        unet_bytes = {name: component_bytes(load_manifest(folder / name), "unet") for name in BUILDS}
+    folder = options.artifacts
+    seconds = build_all(folder, options.model)
+    latency = latencies_ms(folder)
+    memory = {
+        name: asdict(open_target(TargetSection(name=target)).memory(folder / name, "unet"))
+        for name, (target, *_) in BUILDS.items()
+    }
     result = {
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "model": options.model,
         "build_seconds": seconds,
         "unet_latency_ms": latency,
         "latency_ratio_to_fp32": {name: value / latency[BASE] for name, value in latency.items()},
-        "unet_bytes": unet_bytes,
         "unet_memory": memory,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
