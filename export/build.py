@@ -23,6 +23,7 @@ from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
 from ..quant.sensitivity import measure, save_choices
 from ..quant.sequential import compress_in_blocks
+from ..quant.workers import IN_TURN, Spread, Workers
 from ..runtimes.compare import Recorder
 from ..runtimes.errors import ParityFailed
 from ..runtimes.manifest import Manifest, write_manifest
@@ -76,6 +77,7 @@ class Workbench:
     formats: Mapping[str, Sequence[LayerFormat]]
     draft: Manifest
     progress: StageProgress
+    spread: Spread
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -87,16 +89,16 @@ class Workbench:
         return replace(fit, group_scale_digits=self.target.group_scale_digits)
 
 
-def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -> Built:
-    """Makes the artifact `out` and `<out>.report/` beside it, both or neither.
+def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, workers: Workers = IN_TURN) -> Built:
+    """Makes the artifact `out` and `<out>.report/` beside it, both or neither; `workers` fit its layers.
 
     Raises TurbopocketError or QuantError for bad input, OverBudget when nothing allowed fits, and ParityFailed
     when the runtime does not compute what PyTorch computes; then nothing is written.
     """
     out = out.absolute()
     refuse_occupied(out, overwrite)
-    bench = _workbench(recipe, progress)
-    with staged_folders((out, report_folder(out))) as (artifact, report):
+    with workers.open() as spread, staged_folders((out, report_folder(out))) as (artifact, report):
+        bench = _workbench(recipe, progress, spread)
         bench.target.write_side_files(bench.model, bench.traced, artifact)
         session = _session(bench, artifact)
         stats = _calibrate(bench, session)
@@ -142,7 +144,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress) -
     )
 
 
-def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
+def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workbench:
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
         target = open_target(recipe.target, sampler_spec(model, recipe.sampler).guidance_scale > 1)
@@ -158,7 +160,8 @@ def _workbench(recipe: Recipe, progress: StageProgress) -> Workbench:
     formats = candidate_formats(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
     specs = {name: target.component_spec(graph) for name, graph in traced.items()}
     draft = pipeline_manifest(model, recipe, specs, target.tools)
-    return Workbench(recipe, target, model, evidence_for(model), components, traced, layers, formats, draft, progress)
+    evidence = evidence_for(model)
+    return Workbench(recipe, target, model, evidence, components, traced, layers, formats, draft, progress, spread)
 
 
 def _session(bench: Workbench, artifact: Path) -> Session:
@@ -200,13 +203,14 @@ def _compress(
     fit = bench.fit(parse_fit(bench.recipe.compress.fit))
     with bench.progress.stage("compress"):
         if not bench.recipe.compress.sequential:
-            return compress(bench.layers, decided, fit, stats)
+            return compress(bench.layers, decided, fit, stats, bench.spread)
         runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
         draw = _calibration_drawing(bench, session, runner, pictures)
         # The plan's losses are measured on the model's weights, so another model's blocks have another name.
         asked = bench.recipe.to_toml() + json.dumps(decided.to_json())
         folder = run / sha256(asked.encode()).hexdigest()[:16]
-        return compress_in_blocks(bench.modules, bench.layers, decided, fit, stats, group_name, draw, folder)
+        asked_of = bench.modules, bench.layers, decided, fit, stats, group_name, draw, folder
+        return compress_in_blocks(*asked_of, bench.spread)
 
 
 def _fitted(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
@@ -224,10 +228,10 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
     fit = bench.fit(measuring_fit(parse_fit(bench.recipe.compress.fit)))
     with bench.progress.stage("measure", len(bench.layers)) as advance:
         probe = make_probe(replace(session, prompts=prompts), torch_runner(bench.components), PROBE_STEPS)
-        for name, layer in bench.layers.items():
-            outputs = probe.outputs_after(component_name(name))
-            choices |= measure({name: layer}, stats, {name: bench.formats[name]}, outputs, fit)
-            advance()
+        for component in bench.components:
+            own = {name: formats for name, formats in bench.formats.items() if component_name(name) == component.name}
+            outputs = probe.outputs_after(component.name)
+            choices |= measure(bench.layers, stats, own, outputs, fit, bench.spread, advance)
     return choices
 
 

@@ -4,6 +4,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from ..quant.workers import IN_TURN, Workers
 from .build import build
 from .progress import StageProgress
 from .recipe import Recipe
@@ -11,18 +12,18 @@ from .results import Built
 from .staging import refuse_occupied, staged_folders
 
 
-def build_targets(recipe: Recipe, out: Path, overwrite: bool, quiet: bool) -> list[Built]:
+def build_targets(recipe: Recipe, out: Path, overwrite: bool, quiet: bool, workers: Workers = IN_TURN) -> list[Built]:
     """Makes the artifact `out` for the recipe's target, or `out/<target>` for each when there are several.
 
     An artifact has its report beside it. Raises what `build` raises; then nothing is written.
     """
     recipes = recipe.per_target()
     if len(recipes) == 1:
-        return [build(recipe, out, overwrite, StageProgress(quiet))]
+        return [build(recipe, out, overwrite, StageProgress(quiet), workers)]
     out = out.absolute()
     refuse_occupied(out, overwrite)
     with staged_folders((out,)) as (folder,):
-        made = [build(single, folder / name, False, StageProgress(quiet)) for name, single in recipes.items()]
+        made = [build(single, folder / name, False, StageProgress(quiet), workers) for name, single in recipes.items()]
     return [replace(each, folder=out / each.folder.name, report=_moved(each, out)) for each in made]
 
 

@@ -80,9 +80,12 @@ def build(
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is not empty.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that fit layers side by side.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Let Ray start the workers: auto, local or host:port.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
+    from ..quant.workers import Workers
     from .build_targets import build_targets
     from .results import show_built
 
@@ -99,7 +102,7 @@ def build(
         "sampler.steps": steps,
         "seed": seed,
     }
-    made = build_targets(_recipe(recipe, overrides), out, overwrite, quiet=as_json)
+    made = build_targets(_recipe(recipe, overrides), out, overwrite, as_json, Workers(workers, ray))
     summaries = {built.folder.name: built.summary() for built in made}
 
     def show(console: Console) -> None:

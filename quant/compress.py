@@ -4,6 +4,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from .files import write_whole
 from .fit import Fit
 from .formats import CompressedTensor, parse_format
 from .plan import Choice, Plan
+from .workers import Spread, in_turn
 
 
 def compress(
@@ -24,6 +26,7 @@ def compress(
     plan: Plan,
     fit: Fit,
     stats: Mapping[str, LayerStats] | None = None,
+    spread: Spread = in_turn,
 ) -> dict[str, CompressedTensor]:
     """Every layer stored in the format the plan chose, in the plan's order; same input, same bytes.
 
@@ -32,19 +35,30 @@ def compress(
     """
     planned = {choice.layer for choice in plan.choices}
     _require_same_layers(planned, set(layers))
-    return {choice.layer: _compress_layer(layers, choice, fit, stats or {}) for choice in plan.choices}
+    stored = spread(_stored, (_job(layers, choice, fit, stats or {}) for choice in plan.choices))
+    return {choice.layer: each for choice, each in zip(plan.choices, stored, strict=True)}
 
 
-def _compress_layer(
-    layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mapping[str, LayerStats]
-) -> CompressedTensor:
-    weight = weight_of(choice.layer, layers[choice.layer])
+@dataclass(frozen=True)
+class _Job:
+    choice: Choice
+    weight: Tensor
+    fit: Fit
+    hessian_KK: Tensor | None
+
+
+def _job(layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mapping[str, LayerStats]) -> _Job:
+    weight = weight_of(choice.layer, layers[choice.layer]).detach()
     if tuple(weight.shape) != choice.shape:
         found, planned = list(weight.shape), list(choice.shape)
         raise QuantError(f"{choice.layer}: weight of shape {found}, planned for shape {planned}")
-    hessian_KK = stats[choice.layer].hessian_KK if choice.layer in stats else None
+    return _Job(choice, weight, fit, stats[choice.layer].hessian_KK if choice.layer in stats else None)
+
+
+def _stored(job: _Job) -> CompressedTensor:
+    choice = job.choice
     with of_layer(choice.layer):
-        stored = parse_format(choice.format).compress(weight, fit, hessian_KK)
+        stored = parse_format(choice.format).compress(job.weight, job.fit, job.hessian_KK)
     if stored.nbytes != choice.nbytes:
         raise QuantError(
             f"{choice.layer}: {stored.nbytes:,} bytes in {choice.format}, the plan counts {choice.nbytes:,}"

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .files import write_whole
 from .fit import Fit
 from .formats import LayerFormat, matrix_view
 from .plan import Candidate, LayerChoices
+from .workers import Spread, in_turn
 
 SCHEMA_VERSION = 1
 
@@ -41,20 +42,33 @@ def measure(
     candidates: Mapping[str, Sequence[LayerFormat]],
     outputs: Callable[[], Sequence[Tensor]],
     fit: Fit,
+    spread: Spread = in_turn,
+    advance: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerChoices]:
     """Predicted loss of every layer in each candidate format: its Hessian loss times the layer's gain.
 
     The Hessian loss is tr[(Ŵ - W) H (Ŵ - W)ᵀ], the mean squared error of the layer's own output. The gain
     turns it into error of the model: the layer alone is put in its smallest candidate, `outputs()` runs, and
     the mean relative squared error of what it returns is divided by that candidate's Hessian loss. Weights
-    are as before when this returns.
+    are as before when this returns. `advance` is called after each layer.
     QuantError naming the layer that has no statistics, no candidate, or one that does not fit.
     """
+    jobs = (_job(name, layers[name], stats, formats, fit) for name, formats in candidates.items())
+    choices = {}
     with torch.no_grad():
         probe = _Probe(outputs)
-        return {
-            name: _measure_layer(name, layers[name], stats, formats, probe, fit) for name, formats in candidates.items()
-        }
+        for (name, formats), fitted in zip(candidates.items(), spread(_fitted, jobs), strict=True):
+            weight = weight_of(name, layers[name])
+            gain = 0.0
+            if fitted.smallest_loss > 0:
+                with _replaced(weight, fitted.smallest):
+                    gain = probe.relative_squared_error() / fitted.smallest_loss
+            shape = tuple(weight.shape)
+            losses = zip(formats, fitted.losses, strict=True)
+            candidate = tuple(Candidate(str(each), each.nbytes(shape), gain * loss) for each, loss in losses)
+            choices[name] = LayerChoices(name, shape, candidate)
+            advance()
+    return choices
 
 
 class _Probe:
@@ -77,32 +91,45 @@ class _Probe:
         return sum(errors) / len(errors)
 
 
-def _measure_layer(
-    name: str,
-    layer: nn.Module,
-    stats: Mapping[str, LayerStats],
-    formats: Sequence[LayerFormat],
-    probe: _Probe,
-    fit: Fit,
-) -> LayerChoices:
-    weight = weight_of(name, layer)
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    weight: Tensor
+    formats: tuple[LayerFormat, ...]
+    fit: Fit
+    hessian_KK: Tensor
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Hessian losses in the order of the formats, and the weight as the smallest one stores it."""
+
+    losses: tuple[float, ...]
+    smallest: Tensor
+    smallest_loss: float
+
+
+def _job(
+    name: str, layer: nn.Module, stats: Mapping[str, LayerStats], formats: Sequence[LayerFormat], fit: Fit
+) -> _Job:
+    weight = weight_of(name, layer).detach()
     if name not in stats:
         raise QuantError(f"{name}: no statistics, the layer did not run while calibrating")
     if not formats:
         raise QuantError(f"{name}: no candidate format")
-    hessian_KK, shape = stats[name].hessian_KK, tuple(weight.shape)
-    losses: dict[LayerFormat, float] = {}
-    gain = 0.0
-    with of_layer(name):
-        smallest = min(formats, key=lambda each: each.nbytes(shape))
-        for each in formats:
-            stored = each.decompress(each.compress(weight, fit, hessian_KK))
-            losses[each] = hessian_loss(stored - weight.detach().to("cpu", torch.float32), hessian_KK)
-            if each is smallest and losses[each] > 0:
-                with _replaced(weight, stored):
-                    gain = probe.relative_squared_error() / losses[each]
-    candidates = tuple(Candidate(str(each), each.nbytes(shape), gain * loss) for each, loss in losses.items())
-    return LayerChoices(name, shape, candidates)
+    return _Job(name, weight, tuple(formats), fit, stats[name].hessian_KK)
+
+
+def _fitted(job: _Job) -> _Fitted:
+    shape, losses = tuple(job.weight.shape), []
+    with of_layer(job.name):
+        smallest = min(job.formats, key=lambda each: each.nbytes(shape))
+        for each in job.formats:
+            stored = each.decompress(each.compress(job.weight, job.fit, job.hessian_KK))
+            losses.append(hessian_loss(stored - job.weight.to("cpu", torch.float32), job.hessian_KK))
+            if each is smallest:
+                kept = stored
+    return _Fitted(tuple(losses), kept, losses[job.formats.index(smallest)])
 
 
 def hessian_loss(error: Tensor, hessian_KK: Tensor) -> float:

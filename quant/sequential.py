@@ -17,6 +17,7 @@ from .compress import compress, decompressed, load_weights, save_weights
 from .fit import Fit
 from .formats import CompressedTensor
 from .plan import Choice, Plan
+from .workers import Spread, in_turn
 
 
 def compress_in_blocks(
@@ -28,6 +29,7 @@ def compress_in_blocks(
     block_of: Callable[[str], str],
     run: Callable[[], object],
     checkpoints: Path,
+    spread: Spread = in_turn,
 ) -> dict[str, CompressedTensor]:
     """Like `compress`, in the plan's order, but with statistics collected anew for each block while `run()` draws.
 
@@ -51,7 +53,7 @@ def compress_in_blocks(
                 own = {choice.layer: layers[choice.layer] for choice in members}
                 # Nothing of the model has changed before the first block.
                 seen = calibrate(modules, run, set(own)) if index else stats
-                weights = compress(own, replace(plan, choices=tuple(members)), fit, seen)
+                weights = compress(own, replace(plan, choices=tuple(members)), fit, seen, spread)
                 save_weights(file, weights)
             prefix.enter_context(decompressed(modules, weights))
             stored |= weights

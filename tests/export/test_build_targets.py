@@ -25,7 +25,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Builds that write next to nothing; those for coreml fail."""
     asked: list[Recipe] = []
 
-    def build(recipe: Recipe, out: Path, overwrite: bool, progress: Any) -> Made:
+    def build(recipe: Recipe, out: Path, overwrite: bool, progress: Any, workers: Any) -> Made:
         asked.append(recipe)
         report_folder(out).mkdir(parents=True)
         out.mkdir(parents=True)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers are fitted independently of each other: here in turn, in processes of this machine, or on a Ray cluster."""
+
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from .errors import QuantError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Spread(Protocol):
+    """Like `map`: results in the order of the jobs. Work and jobs must pickle."""
+
+    def __call__(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """Raises the QuantError of the first job that raises one."""
+        ...
+
+
+def in_turn(work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    """One job after the other, in this process."""
+    return map(work, jobs)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many processes share the work, each with its share of this process's threads.
+
+    With `ray_address` they are Ray's, wherever it starts them: "auto" finds the cluster of this machine, host:port is
+    another one (whose machines have turbopocket), "local" starts one here. A result does not depend on who computed it,
+    but for the order of float sums on other CPUs or with another number of threads.
+    """
+
+    count: int = 1
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise QuantError(f"workers: at least 1, not {self.count}")
+
+    @contextmanager
+    def open(self) -> Iterator[Spread]:
+        """The workers while the block runs. QuantError when Ray is asked for and is not installed or not reached."""
+        if self.ray_address is not None:
+            with _ray_pool(self.count, self.ray_address) as pool:
+                yield partial(_spread, pool.imap)
+        elif self.count == 1:
+            yield in_turn
+        else:
+            threads = max(1, torch.get_num_threads() // self.count)
+            with ProcessPoolExecutor(self.count, get_context("spawn"), torch.set_num_threads, (threads,)) as executor:
+                yield partial(_spread, executor.map)
+
+
+IN_TURN = Workers()
+
+
+def _spread(
+    pool_map: Callable[..., Iterator[Any]], work: Callable[[Job], Result], jobs: Iterable[Job]
+) -> Iterator[Result]:
+    try:
+        for outcome in pool_map(partial(_outcome, work), jobs):
+            if isinstance(outcome, QuantError):
+                raise outcome
+            yield outcome
+    except BrokenProcessPool:
+        raise QuantError(
+            "a worker process was killed", hint="the system may be out of memory: fewer workers need less"
+        ) from None
+
+
+def _outcome(work: Callable[[Job], Result], job: Job) -> Result | QuantError:
+    """A QuantError is a value on its way back, since Ray would make another error of it."""
+    try:
+        return work(job)
+    except QuantError as error:
+        return error
+
+
+@contextmanager
+def _ray_pool(count: int, address: str) -> Iterator[Any]:
+    try:
+        import ray
+        from ray.util.multiprocessing import Pool
+    except ImportError as error:
+        raise QuantError("ray is not installed", hint="pip install 'turbopocket[ray]'") from error
+    if address not in ("auto", "local"):
+        _require_listener(address)
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise QuantError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
+    try:
+        with Pool(count, torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """QuantError when nothing listens there: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise QuantError(f"Ray address {address!r}: allowed are auto, local and host:port")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise QuantError(f"no Ray cluster answers at {address}: {error}") from error

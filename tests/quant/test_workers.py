@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work that is spread over processes comes back as if done here: values in order, errors with their hints."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbopocket.quant.compress import compress
+from turbopocket.quant.errors import QuantError
+from turbopocket.quant.fit import VQDM
+from turbopocket.quant.formats import parse_format
+from turbopocket.quant.sensitivity import measure
+from turbopocket.quant.workers import Spread, Workers, in_turn
+
+from .test_sequential import Chain
+
+
+def slow_first(job: int) -> tuple[int, int]:
+    time.sleep(0.2 if job == 0 else 0.0)
+    return job, os.getpid()
+
+
+def refuse(job: int) -> int:
+    if job == 2:
+        raise QuantError("layer 2 is not for us", hint="take another")
+    return job
+
+
+def die(job: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Spread]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as each worker has: the order of sums depends on it
+    with Workers(2).open() as spread:
+        yield spread
+    torch.set_num_threads(threads)
+
+
+def test_results_are_in_the_order_of_the_jobs_and_made_elsewhere(two: Spread) -> None:
+    results = list(two(slow_first, range(6)))
+    assert [job for job, _ in results] == list(range(6))
+    makers = {process for _, process in results}
+    assert len(makers) == 2
+    assert os.getpid() not in makers
+
+
+def test_layers_fitted_by_workers_are_the_same_bytes(two: Spread) -> None:
+    chain = Chain()
+    asked = chain.layers, chain.plan, VQDM, chain.stats()
+    here, there = compress(*asked), compress(*asked, two)
+    assert list(here) == list(there)
+    for name, stored in here.items():
+        assert all(torch.equal(part, there[name].parts[key]) for key, part in stored.parts.items())
+
+
+def test_losses_measured_by_workers_are_the_same(two: Spread) -> None:
+    chain, done = Chain(), []
+    formats = [parse_format(text) for text in ("int8-row", "int4-g32", "avq2x2-d8")]
+    asked = chain.layers, chain.stats(), dict.fromkeys(chain.layers, formats), lambda: [chain.run()], VQDM
+    there = measure(*asked, two, lambda: done.append(1))
+    assert there == measure(*asked)
+    assert len(done) == len(chain.layers)
+
+
+def test_an_error_of_a_worker_arrives_whole(two: Spread) -> None:
+    found = two(refuse, range(4))
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(QuantError, match="layer 2 is not for us") as raised:
+        next(found)
+    assert raised.value.hint == "take another"
+
+
+def test_a_killed_worker_is_an_error_and_not_a_wait() -> None:
+    with pytest.raises(QuantError, match="a worker process was killed"), Workers(2).open() as spread:
+        list(spread(die, range(3)))
+
+
+def test_one_worker_is_this_process_and_none_is_refused() -> None:
+    with Workers().open() as spread:
+        assert spread is in_turn
+    with pytest.raises(QuantError, match="at least 1, not 0"):
+        Workers(0)
+
+
+def test_absent_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(QuantError, match="ray is not installed") as raised,
+        Workers(1, "auto").open(),
+    ):
+        pass
+    assert raised.value.hint == "pip install 'turbopocket[ray]'"
+
+
+@pytest.mark.parametrize(
+    ("address", "complaint"),
+    [
+        ("nonsense", "allowed are auto, local and host:port"),
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: .*refused"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_said_at_once(address: str, complaint: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(QuantError, match=complaint), Workers(1, address).open():
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_ray_gives_the_same_bytes_and_the_same_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # where its workers find this test's functions
+    chain = Chain()
+    asked = chain.layers, chain.plan, VQDM, chain.stats()
+    here = compress(*asked)
+    with Workers(2, "local").open() as spread:
+        there = compress(*asked, spread)
+        with pytest.raises(QuantError, match="layer 2 is not for us") as raised:
+            list(spread(refuse, range(4)))
+    assert raised.value.hint == "take another"
+    for name, stored in here.items():
+        assert all(torch.equal(part, there[name].parts[key]) for key, part in stored.parts.items())
