@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One transformer block of SDXL at full width through VQDM, ONNX and ONNX Runtime: seconds, memory, parity.
 
-    python benchmarks/sdxl_block.py [--format avq3x8-d8] [--out benchmarks/results/sdxl_block.json]
+    python benchmarks/sdxl_block.py [--format avq2x8-d8] [--out benchmarks/results/sdxl_block.json]
 
 The block is one of those at 32 x 32 positions, which hold most of the UNet: width 1280, 20 heads, text of width 2048.
 Weights are random, inputs too (the n-th principal direction of the tokens has energy 1 / n), so quality says nothing
@@ -77,7 +77,7 @@ def peak_bytes() -> int:
 def main() -> None:
     """Measures, and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--format", default="avq3x8-d8")
+    parser.add_argument("--format", default="avq2x8-d8")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sdxl_block.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
