@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-distill bench-vqdm train-pocket distill-pocket \
+.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-distill bench-vqdm bench-codebooks train-pocket distill-pocket \
 	distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
 
 setup: .venv/.installed
@@ -49,13 +49,19 @@ bench: setup
 bench-vqdm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vqdm.py
 
+# Codebooks of 2, 3 and 4 bits step by step beside scalar formats, and one block of SDXL: about an hour and a half of one core.
+bench-codebooks: export OMP_NUM_THREADS = 1
+bench-codebooks: setup
+	$(BIN)/python benchmarks/codebooks.py
+	$(BIN)/python benchmarks/sdxl_block.py
+	$(BIN)/python benchmarks/readme_tables.py
+
 # The README's quality table: 500 test prompts in ONNX Runtime, int8, about 4 bits and codebooks, against float PyTorch.
-CODEBOOKS := avq2x8-d8,avq3x8-d8,avq4x8-d8,int4-g32,int8-row,fp16
 bench-quality: export OMP_NUM_THREADS = 1
 bench-quality: setup
 	$(RUN) build --formats int8-row,int8-g32,fp16 --budget 14MB --out build/int8 --overwrite
 	$(RUN) build --recipe demo --out build/demo --overwrite
-	$(RUN) build --fit vqdm --formats $(CODEBOOKS) --budget 7MB --out build/codebooks --overwrite
+	$(RUN) build --recipe codebooks --out build/codebooks --overwrite
 	$(BIN)/python benchmarks/alignment.py build/int8 build/demo build/codebooks
 	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
 	$(BIN)/python benchmarks/readme_tables.py

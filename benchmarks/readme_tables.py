@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of README.md and docs/distillation.md from the measured JSON; `--check` fails when they differ.
+"""Writes the tables of README.md and of pages in docs from the measured JSON; `--check` fails when they differ.
 
 python benchmarks/readme_tables.py [--check]
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/distillation.md")
+PAGES = ("README.md", "docs/distillation.md", "docs/codebooks.md")
 
 
 def _load(name: str) -> Any:
@@ -108,6 +108,24 @@ def arm64() -> str:
     return _table(header, rows)
 
 
+def codebooks() -> str:
+    """The UNet in codebooks, step by step, and in scalar formats."""
+    rows = []
+    for name, row in _load("codebooks")["rows"].items():
+        bits = [f"{row[kind]:.2f}" for kind in ("weight_bits", "all_in_bits")] if "weight_bits" in row else ["32", "32"]
+        psnr = f"{row['median_psnr_db_to_float']:.1f} dB" if "median_psnr_db_to_float" in row else ""
+        rows.append([name, *bits, psnr, _percent(row), f"{row['frechet']:.2f}"])
+    header = [
+        "UNet of `pocket-turbo`",
+        "bits of coded layers",
+        "all-in bits",
+        "median PSNR to float",
+        "alignment",
+        "Fréchet",
+    ]
+    return _table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "memory": memory,
@@ -115,6 +133,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "arm64": arm64,
     "students": students,
     "ablations": ablations,
+    "codebooks": codebooks,
 }
 
 

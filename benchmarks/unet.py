@@ -25,7 +25,6 @@ from turbopocket.export.components import layers_of, shapes_of
 from turbopocket.export.families import load_shapes
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import TargetSection, make_recipe
-from turbopocket.export.staging import report_folder
 from turbopocket.export.targets import open_target
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.manifest import load_manifest
@@ -45,9 +44,8 @@ ROUNDS = 60
 WARM_UP = 5
 
 
-def build_all(folder: Path, model: str) -> dict[str, float]:
-    """Seconds of each build, artifacts in `folder/<name>`; values by absmax, since speed does not depend on them."""
-    seconds = {}
+def build_all(folder: Path, model: str) -> None:
+    """Artifacts in `folder/<name>`, those that are missing; values by absmax, since speed does not depend on them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (target_name, text, otherwise) in BUILDS.items():
         target = open_target(TargetSection(name=target_name))
@@ -64,9 +62,6 @@ def build_all(folder: Path, model: str) -> dict[str, float]:
         }
         if not (folder / name).is_dir():
             build(make_recipe(values, "benchmark"), folder / name, overwrite=False, progress=StageProgress())
-        stages = json.loads((report_folder(folder / name) / "measurements.json").read_text())["stage_seconds"]
-        seconds[name] = sum(stages.values())
-    return seconds
 
 
 def latencies_ms(folder: Path) -> dict[str, float]:
@@ -101,7 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "unet.json")
     options = parser.parse_args()
     folder = options.artifacts
-    seconds = build_all(folder, options.model)
+    build_all(folder, options.model)
     latency = latencies_ms(folder)
     memory = {
         name: asdict(open_target(TargetSection(name=target)).memory(folder / name, "unet"))
@@ -110,7 +105,6 @@ def main() -> None:
     result = {
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "model": options.model,
-        "build_seconds": seconds,
         "unet_latency_ms": latency,
         "latency_ratio_to_fp32": {name: value / latency[BASE] for name, value in latency.items()},
         "unet_memory": memory,

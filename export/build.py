@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..quant.calibrate import LayerStats, calibrate
 from ..quant.compress import compress, decompressed, save_weights
 from ..quant.errors import OverBudget
-from ..quant.finetune import Calls, FineTuneOptions, fine_tune
+from ..quant.finetune import Calls, FineTuneOptions, fine_tune, stand_ins
 from ..quant.fit import Fit, measuring_fit, parse_fit
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
@@ -149,11 +149,10 @@ def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workb
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
         target = open_target(recipe.target, sampler_spec(model, recipe.sampler).guidance_scale > 1)
         components = target.components(model)
-    traced = {}
-    with progress.stage("trace", len(components)) as advance:
-        for component in components:
-            traced[component.name] = target.trace(component)
-            advance()
+    # A graph keeps equal norms and biases once, so bytes are planned for ones that differ, as tuned ones will.
+    modules = {component.name: component.module.model for component in components}
+    with decompressed(modules, stand_ins(modules) if recipe.finetune.iterations else {}):
+        traced = _traced(target, components, progress, "trace")
     # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
     used = {name for graph in traced.values() for name in graph.layers}
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
@@ -162,6 +161,16 @@ def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workb
     draft = pipeline_manifest(model, recipe, specs, target.tools)
     evidence = evidence_for(model)
     return Workbench(recipe, target, model, evidence, components, traced, layers, formats, draft, progress, spread)
+
+
+def _traced(target: Target, components: Sequence[Component], progress: StageProgress, stage: str) -> dict[str, Traced]:
+    """Graphs of what the modules hold now; norms and biases are part of them."""
+    traced = {}
+    with progress.stage(stage, len(components)) as advance:
+        for component in components:
+            traced[component.name] = target.trace(component)
+            advance()
+    return traced
 
 
 def _session(bench: Workbench, artifact: Path) -> Session:
@@ -299,17 +308,10 @@ def _lowered(
     """Writes the components; the draft then says what their files are. Also says what each one took."""
     rest = {name: value for name, value in stored.items() if name not in bench.layers}
     with decompressed(bench.modules, rest):
-        return _written(_fitted(_traced_again(bench), stats) if rest else bench, stored, artifact)
-
-
-def _traced_again(bench: Workbench) -> Workbench:
-    """Graphs of what the modules now hold: norms and biases are part of a graph."""
-    with bench.progress.stage("trace again", len(bench.components)) as advance:
-        traced = {}
-        for component in bench.components:
-            traced[component.name] = bench.target.trace(component)
-            advance()
-    return replace(bench, traced=traced)
+        if bench.recipe.finetune.iterations:
+            traced = _traced(bench.target, bench.components, bench.progress, "trace again")
+            bench = _fitted(replace(bench, traced=traced), stats)
+        return _written(bench, stored, artifact)
 
 
 def _written(

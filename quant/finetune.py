@@ -132,6 +132,21 @@ def fine_tune(
     return FineTuned(tuned, before, after) if after < before else FineTuned(dict(weights), before, after)
 
 
+def stand_ins(modules: Mapping[str, nn.Module]) -> dict[str, CompressedTensor]:
+    """For norms and biases of components, values of which no two are equal, by parameter name."""
+    random = torch.Generator().manual_seed(0)
+    return {
+        f"{component}.{path}": _held(torch.rand(parameter.shape, generator=random) + 0.5)
+        for component, module in modules.items()
+        for path, parameter in module.named_parameters()
+        if parameter.ndim == 1
+    }
+
+
+def _held(value: Tensor) -> CompressedTensor:
+    return CompressedTensor(Dense(32), tuple(value.shape), {"weight": value})
+
+
 def _batches(calls: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Indices of so many calls, each call once before any comes again."""
     random = torch.Generator().manual_seed(seed)
@@ -196,8 +211,7 @@ class _Student:
         """Everything in its stored type again; layers in the order in which they were given."""
         stored = {name: self._stored(name, group_scale_digits) for name in self.layers}
         for name, each in self.vectors.items():
-            value = each().detach().clone()
-            stored[name] = CompressedTensor(Dense(32), tuple(value.shape), {"weight": value})
+            stored[name] = _held(each().detach().clone())
         return stored
 
     def _decoded(self, name: str) -> Tensor:
