@@ -73,14 +73,13 @@ test-optimum: setup
 	test -d build/demo || $(MAKE) demo
 	.venv-optimum/bin/python tests/compat/optimum_draws.py build/demo
 
-# Every emulated ARM CPU: ONNX Runtime with fp32 and with int8 products, and ExecuTorch.
+# ONNX and ExecuTorch artifacts on every emulated ARM CPU.
 ARM64 := $(RUN) build pocket --steps 4 --overwrite
 arm64: export OMP_NUM_THREADS = 1
 arm64: setup
 	$(ARM64) --budget 8MB --out build/arm64/onnx
-	$(ARM64) --budget 8MB --recipe benchmarks/int8_products.toml --out build/arm64/onnx-int8-products
 	$(ARM64) --budget 14MB --target executorch --out build/arm64/executorch
-	$(BIN)/python benchmarks/arm64.py build/arm64/onnx build/arm64/onnx-int8-products build/arm64/executorch
+	$(BIN)/python benchmarks/arm64.py build/arm64/onnx build/arm64/executorch
 
 train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all

@@ -124,6 +124,9 @@ def test_tuned_weights_can_be_tuned_again(module: Wrapped) -> None:
     once = tuned(module)
     again = fine_tune(module, once.weights, recorded(module, seed=1), OPTIONS)
     assert again.before == pytest.approx(once.after, rel=1e-3)
+    worse = dict(once.weights)
+    worse["unet.third.bias"] = parse_format("fp32").compress(torch.full((16,), 3.0), MSE)
+    assert fine_tune(module, worse, recorded(module, seed=1), replace(OPTIONS, iterations=0)).before > 10 * again.before
 
 
 def test_scales_of_groups_have_the_digits_that_the_runtime_keeps(module: Wrapped) -> None:
