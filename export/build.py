@@ -104,7 +104,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         stats = _calibrate(bench, session)
         bench = _fitted(bench, stats)
         choices = _measure(bench, session, stats)
-        decided = _plan(bench, choices, artifact)
+        decided = _plan(bench, stats, choices, artifact)
         weights = _compress(bench, session, stats, decided, run_folder(out))
         stored, tuned = _fine_tune(bench, session, weights)
         weights = {name: stored[name] for name in weights}
@@ -149,10 +149,7 @@ def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workb
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
         target = open_target(recipe.target, sampler_spec(model, recipe.sampler).guidance_scale > 1)
         components = target.components(model)
-    # A graph keeps equal norms and biases once, so bytes are planned for ones that differ, as tuned ones will.
-    modules = {component.name: component.module.model for component in components}
-    with decompressed(modules, stand_ins(modules) if recipe.finetune.iterations else {}):
-        traced = _traced(target, components, progress, "trace")
+    traced = _traced(target, components, progress, "trace")
     # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
     used = {name for graph in traced.values() for name in graph.layers}
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
@@ -244,7 +241,19 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
     return choices
 
 
-def _plan(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path) -> Plan:
+def _plan(
+    bench: Workbench, stats: Mapping[str, LayerStats], choices: Mapping[str, LayerChoices], artifact: Path
+) -> Plan:
+    """The plan for the norms and biases there are, or for ones that differ: a graph keeps equal ones once, and tuned
+    ones are not equal."""
+    if not bench.recipe.finetune.iterations:
+        return _plan_for(bench, choices, artifact)
+    with decompressed(bench.modules, stand_ins(bench.modules)):
+        traced = _traced(bench.target, bench.components, bench.progress, "trace for fine-tuning")
+        return _plan_for(_fitted(replace(bench, traced=traced), stats), choices, artifact)
+
+
+def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path) -> Plan:
     """The plan under the recipe's budget, with every byte that is not a layer's weight counted as fixed.
 
     How much graph a layer needs depends on its format, so the first pass counts the graphs at most; each later

@@ -29,7 +29,7 @@ def worst(gaps: Any, component: str) -> float:
 def test_artifact_is_closer_to_the_float_model_at_the_same_bytes(built: Any, tuned: Any) -> None:
     assert worst(tuned.gaps, "unet") < worst(built.gaps, "unet")
     assert {choice.format for choice in tuned.plan.choices} == {choice.format for choice in built.plan.choices}
-    assert tuned.total_bytes == pytest.approx(tuned.plan.total_bytes, rel=0.01)
+    assert 0.99 * tuned.plan.total_bytes <= tuned.total_bytes <= tuned.plan.total_bytes
 
 
 def test_runtime_computes_what_the_tuned_model_computes(tuned: Any) -> None:
