@@ -124,7 +124,7 @@ def sizes(student: Student, weights: dict[str, CompressedTensor]) -> dict[str, f
     layers = {name: weights[name] for name in student.layers if name in weights}
     coded = [each for each in layers.values() if str(each.format) != "fp16"]
     rest = sum(p.numel() for p in student.unet.parameters()) - sum(math.prod(each.shape) for each in layers.values())
-    nbytes = sum(each.nbytes for each in layers.values()) + 2 * rest
+    nbytes = sum(each.nbytes for each in layers.values()) + 4 * rest
     shared = sum(each.parts[name].nbytes for each in coded for name in each.parts if name in ("codebooks", "table"))
     weights_coded = sum(math.prod(each.shape) for each in coded)
     return {

@@ -244,8 +244,10 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
 def _plan(
     bench: Workbench, stats: Mapping[str, LayerStats], choices: Mapping[str, LayerChoices], artifact: Path
 ) -> Plan:
-    """The plan for the norms and biases there are, or for ones that differ: a graph keeps equal ones once, and tuned
-    ones are not equal."""
+    """The plan for graphs as they are; before fine-tuning, for graphs whose norms and biases all differ.
+
+    A graph keeps equal ones once, and tuned ones are not equal.
+    """
     if not bench.recipe.finetune.iterations:
         return _plan_for(bench, choices, artifact)
     with decompressed(bench.modules, stand_ins(bench.modules)):

@@ -225,7 +225,7 @@ class _Student:
         for part, each in self.parts.get(name, {}).items():
             digits = group_scale_digits if _has_groups(stored.format) else FP16_DIGITS
             value = rounded_to_digits(each().detach(), digits).to(torch.float16)
-            # A scale that rounds to nothing, or to infinity, is not worth its weights.
+            # Where training left the range of fp16, the value stays what it was.
             parts[part] = torch.where(torch.isfinite(value), value, stored.parts[part])
         return CompressedTensor(stored.format, stored.shape, parts)
 

@@ -120,13 +120,11 @@ def runner(lowered: Lowered, folder: Path | None = None, spec: ComponentSpec | N
 
 
 def test_what_it_is_compared_with_has_the_biases_that_the_module_has_then(lowered: Lowered) -> None:
-    as_run = target.as_run(lowered.component, lowered.weights).module
-    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    as_run, sample = target.as_run(lowered.component, lowered.weights).module, torch.ones(1, 4, 8, 8)
     with torch.no_grad():
         before = as_run(sample)
         for name in ("part.conv.bias", "part.value.bias", "part.out.bias", "part.norm.weight"):
-            parameter = lowered.component.module.get_parameter(name)
-            tuned = {name: parse_format("fp32").compress(parameter + 0.5, ABSMAX)}
+            tuned = {name: parse_format("fp32").compress(lowered.component.module.get_parameter(name) + 0.5, ABSMAX)}
             with decompressed({"part": lowered.component.module.model}, tuned):
                 assert not torch.allclose(as_run(sample), before, atol=1e-3), name
         assert torch.equal(as_run(sample), before)
