@@ -79,7 +79,8 @@ arm64: export OMP_NUM_THREADS = 1
 arm64: setup
 	$(ARM64) --budget 8MB --out build/arm64/onnx
 	$(ARM64) --budget 14MB --target executorch --out build/arm64/executorch
-	$(BIN)/python benchmarks/arm64.py build/arm64/onnx build/arm64/executorch
+	$(ARM64) --budget 14MB --target executorch --activations static --out build/arm64/executorch-static
+	$(BIN)/python benchmarks/arm64.py build/arm64/onnx build/arm64/executorch build/arm64/executorch-static
 
 train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all

@@ -24,19 +24,22 @@ from turbopocket.export.build import build
 from turbopocket.export.components import layers_of, shapes_of
 from turbopocket.export.families import load_shapes
 from turbopocket.export.progress import StageProgress
-from turbopocket.export.recipe import TargetSection, make_recipe
+from turbopocket.export.recipe import ExecuTorchSection, TargetSection, make_recipe
 from turbopocket.export.targets import open_target
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.runner import open_runner
 
+ONNX, EXECUTORCH = TargetSection(name="onnx"), TargetSection(name="executorch")
+STATIC = TargetSection(name="executorch", executorch=ExecuTorchSection(activations="static"))
 BUILDS = {
-    "onnx fp32": ("onnx", "fp32", "fp16"),
-    "onnx int8": ("onnx", "int8-g32", "fp16"),
-    "onnx int4": ("onnx", "int4-g32", "fp16"),
-    "executorch fp32": ("executorch", "fp32", "fp32"),
-    "executorch int8": ("executorch", "int8-row", "fp32"),
-    "executorch int4": ("executorch", "int4-g32", "int8-row"),
+    "onnx fp32": (ONNX, "fp32", "fp16"),
+    "onnx int8": (ONNX, "int8-g32", "fp16"),
+    "onnx int4": (ONNX, "int4-g32", "fp16"),
+    "executorch fp32": (EXECUTORCH, "fp32", "fp32"),
+    "executorch int8": (EXECUTORCH, "int8-row", "fp32"),
+    "executorch int8 static": (STATIC, "int8-row", "fp32"),
+    "executorch int4": (EXECUTORCH, "int4-g32", "int8-row"),
 }
 """Target, format, and format of the layers that it can not store in the first."""
 BASE = "onnx fp32"
@@ -47,15 +50,15 @@ WARM_UP = 5
 def build_all(folder: Path, model: str) -> None:
     """Artifacts in `folder/<name>`, those that are missing; values by absmax, since speed does not depend on them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (target_name, text, otherwise) in BUILDS.items():
-        target = open_target(TargetSection(name=target_name))
+    for name, (section, text, otherwise) in BUILDS.items():
+        target = open_target(section)
         shapes = shapes_of(layers_of(target.components(load_shapes(model))))
         kinds = {layer: "conv2d" if len(shape) == 4 else "linear" for layer, shape in shapes.items()}
         wanted = parse_format(text)
         unfit = [layer for layer, shape in shapes.items() if target.storable(wanted, kinds[layer], shape) is not None]
         values = {
             "model": {"source": model},
-            "target": {"name": target_name},
+            "target": section.model_dump(),
             "compress": {"formats": [text], "fit": "absmax", "pin": dict.fromkeys(unfit, otherwise)},
             "calibrate": {"pictures": 1},
             "parity": {"pictures": 1},
@@ -99,8 +102,7 @@ def main() -> None:
     build_all(folder, options.model)
     latency = latencies_ms(folder)
     memory = {
-        name: asdict(open_target(TargetSection(name=target)).memory(folder / name, "unet"))
-        for name, (target, *_) in BUILDS.items()
+        name: asdict(open_target(section).memory(folder / name, "unet")) for name, (section, *_) in BUILDS.items()
     }
     result = {
         "machine": {"processor": platform.machine(), "system": platform.system()},

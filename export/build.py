@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..quant.calibrate import LayerStats, calibrate
+from ..quant.calibrate import LayerStats, calibrate, ranges_of
 from ..quant.compress import compress, decompressed, save_weights
 from ..quant.errors import OverBudget
 from ..quant.finetune import Calls, FineTuneOptions, fine_tune, stand_ins
 from ..quant.fit import Fit, measuring_fit, parse_fit
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
+from ..quant.ranges import Ranges, save_ranges
 from ..quant.sensitivity import measure, save_choices
 from ..quant.sequential import compress_in_blocks
 from ..quant.workers import IN_TURN, Spread, Workers
@@ -60,6 +61,7 @@ PLANNING_PASSES = 3
 RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in the unit of `ru_maxrss`."""
 CHOICES_FILE = "choices.json"
+RANGES_FILE = "ranges.json"
 WEIGHTS_FILE = "weights.safetensors"
 
 
@@ -109,13 +111,14 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         stored, tuned = _fine_tune(bench, session, weights)
         weights = {name: stored[name] for name in weights}
         bench, costs = _lowered(bench, stats, stored, artifact)
-        gaps = _compare(bench, session, stored, artifact)
+        gaps = _compare(bench, session, stored, ranges_of(stats), artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified, notes = bench.target.inspect(artifact, manifest), bench.target.notes(artifact, manifest)
         built_bytes = folder_bytes(artifact)
         _require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
         save_choices(report / CHOICES_FILE, choices)
+        save_ranges(report / RANGES_FILE, ranges_of(stats))
         save_weights(report / WEIGHTS_FILE, stored)
         data = ReportData(
             manifest=manifest,
@@ -221,9 +224,8 @@ def _compress(
 
 def _fitted(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
     """Graphs that hold the ranges which calibration saw."""
-    largest = {name: layer.largest_output for name, layer in stats.items()}
-    components = {component.name: component for component in bench.components}
-    traced = {name: bench.target.fitted(graph, components[name], largest) for name, graph in bench.traced.items()}
+    components, ranges = {component.name: component for component in bench.components}, ranges_of(stats)
+    traced = {name: bench.target.fitted(graph, components[name], ranges) for name, graph in bench.traced.items()}
     return replace(bench, traced=traced)
 
 
@@ -339,13 +341,19 @@ def _written(
     return replace(bench, draft=bench.draft.model_copy(update={"components": specs})), costs
 
 
-def _compare(bench: Workbench, session: Session, stored: Mapping[str, CompressedTensor], artifact: Path) -> Gaps:
+def _compare(
+    bench: Workbench,
+    session: Session,
+    stored: Mapping[str, CompressedTensor],
+    ranges: Mapping[str, Ranges],
+    artifact: Path,
+) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
     weights = {name: stored[name] for name in bench.layers}
     limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(weights)
     runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
-        as_run = [bench.target.as_run(component, weights) for component in bench.components]
+        as_run = [bench.target.as_run(component, weights, ranges) for component in bench.components]
         gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")

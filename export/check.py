@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from ..quant.compress import load_weights
+from ..quant.ranges import load_ranges
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.tokenizer import open_tokenizers
-from .build import WEIGHTS_FILE
+from .build import RANGES_FILE, WEIGHTS_FILE
 from .components import layers_of
 from .emulated import Emulated, measure_emulated
 from .families import load
@@ -103,12 +104,12 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
         evidence = evidence_for(model)
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
-    components, kept = target.components(model), load_weights(stored)
+    components, kept, ranges = target.components(model), load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
     weights = {name: kept[name] for name in layers_of(components) if name in kept}
     limit = recipe.parity.max_lowering_error or target.lowering_limit(weights)
     asked_of = artifact, manifest, weights, limit
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
-    as_run = [target.as_run(component, weights) for component in components]
+    as_run = [target.as_run(component, weights, ranges) for component in components]
     with progress.stage("compare", gap_steps(runtimes)) as advance:
         gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, advance)
     here = next(iter(runtimes.values()))

@@ -32,6 +32,9 @@ TARGET_HELP = "What the phone runs: onnx, coreml or executorch."
 TargetName = Annotated[str | None, typer.Option("--target", help=TARGET_HELP)]
 TargetNames = Annotated[list[str] | None, typer.Option("--target", help=f"{TARGET_HELP} May be given several times.")]
 Deployment = Annotated[str | None, typer.Option(help="Oldest system for Core ML packages: iOS17, iOS18 or iOS26.")]
+Activations = Annotated[
+    str | None, typer.Option(help="ExecuTorch's 8-bit layers: dynamic, or static to round in steps chosen ahead.")
+]
 Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of the emulated CPU; default: in the user's cache folder.")]
 Artifacts = Annotated[Path, typer.Argument(help="An artifact, or a folder of artifacts, that `build` made.")]
@@ -71,6 +74,7 @@ def build(
     source: OptionalSource = None,
     target: TargetNames = None,
     deployment: Deployment = None,
+    activations: Activations = None,
     budget: Budget = None,
     recipe: RecipeFile = None,
     formats: Formats = None,
@@ -95,6 +99,7 @@ def build(
         "target.name": target[0] if target else None,
         "target.also": target[1:] if target else None,
         "target.coreml.deployment": deployment,
+        "target.executorch.activations": activations,
         "compress.budget": budget,
         "compress.formats": formats and formats.split(","),
         "compress.fit": fit,

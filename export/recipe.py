@@ -57,6 +57,16 @@ class CoreMLSection(_Section):
         return value
 
 
+class ExecuTorchSection(_Section):
+    """How ExecuTorch programs are to run."""
+
+    activations: Literal["dynamic", "static"] = "dynamic"
+    """How 8-bit layers round their inputs: in steps found while they run, or in steps chosen by calibration.
+
+    Static steps round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay dynamic.
+    """
+
+
 TargetName = Literal["onnx", "coreml", "executorch"]
 
 
@@ -68,6 +78,7 @@ class TargetSection(_Section):
     """Further targets of the same build; each target's artifact is then a folder of its name in the output folder."""
     onnx: OnnxSection = OnnxSection()
     coreml: CoreMLSection = CoreMLSection()
+    executorch: ExecuTorchSection = ExecuTorchSection()
 
     @model_validator(mode="after")
     def _targets_differ(self) -> Self:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from ..quant.formats import CompressedTensor, LayerFormat
+from ..quant.ranges import Ranges
 from ..runtimes.arm64.cpus import PREFIX, Cpu
 from ..runtimes.arm64.emulator import Emulator
 from ..runtimes.errors import TurbopocketError
@@ -81,15 +82,17 @@ class Target(ABC):
     def lowered_bytes(self, traced: Any, formats: Mapping[str, LayerFormat]) -> int:
         """Bytes of its files with the layers in these formats; never less than they come to."""
 
-    def fitted(self, traced: Any, component: Component, largest_outputs: Mapping[str, float]) -> Traced:
-        """The graph again, for layers whose outputs reach these magnitudes (by full name); the same by default."""
+    def fitted(self, traced: Any, component: Component, ranges: Mapping[str, Ranges]) -> Traced:
+        """The graph again, for layers that see such numbers (by full name); the same by default."""
         return traced
 
     @abstractmethod
     def lower(self, traced: Any, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
         """Writes its files under `folder`, and says what they are."""
 
-    def as_run(self, component: Component, weights: Mapping[str, CompressedTensor]) -> Component:
+    def as_run(
+        self, component: Component, weights: Mapping[str, CompressedTensor], ranges: Mapping[str, Ranges]
+    ) -> Component:
         """The component, given the stored weights, as the runtimes are to compute it: what they are compared with.
 
         By default itself: all that lowering changes is the program. A target that also rounds activations by design

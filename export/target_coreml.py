@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..quant.formats import CompressedTensor, LayerFormat
+from ..quant.ranges import Ranges
 from ..runtimes.coreml import apple
 from ..runtimes.coreml.evaluator import Mode
 from ..runtimes.coreml.interface import loop_spec
@@ -57,10 +58,10 @@ class CoreML(Target):
         return coreml.trace(component, self.options)
 
     def fitted(
-        self, traced: coreml.TracedProgram, component: Component, largest_outputs: Mapping[str, float]
+        self, traced: coreml.TracedProgram, component: Component, ranges: Mapping[str, Ranges]
     ) -> coreml.TracedProgram:
         """Converted once more when fp16 can not hold what a layer of the component gives."""
-        largest = {name: value for name, value in largest_outputs.items() if name in traced.layers}
+        largest = {name: layer.largest_output for name, layer in ranges.items() if name in traced.layers}
         if not any(map(too_large, largest.values())):
             return traced
         return coreml.trace(component, replace(self.options, largest=largest))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each layer sees while a model runs: the second moment of its inputs, in matrix-view column order.
+"""What each layer sees while a model runs: its ranges, and the second moment of its inputs in matrix-view column order.
 
 B batch, I input channels, H W input size, Y X output size, K columns of the matrix view, N input vectors.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import QuantError
+from .ranges import Ranges
 
 # Floats of input vectors in one pass: a 512 x 512 convolution unfolded whole would be gigabytes.
 CHUNK_FLOATS = 2**23
@@ -22,13 +24,17 @@ CHUNK_FLOATS = 2**23
 class LayerStats:
     """`hessian_KK` = E[x xᵀ] (float32) over the `count` input vectors one layer saw.
 
-    `largest_output` is the largest magnitude in what it gave. For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with
-    W the matrix view of the weight.
+    For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with W the matrix view of the weight.
     """
 
     hessian_KK: Tensor
     count: int
-    largest_output: float
+    ranges: Ranges
+
+
+def ranges_of(stats: Mapping[str, LayerStats]) -> dict[str, Ranges]:
+    """The ranges of each layer."""
+    return {name: layer.ranges for name, layer in stats.items()}
 
 
 def compressible_layers(component: str, module: nn.Module) -> dict[str, nn.Module]:
@@ -89,7 +95,7 @@ class _Moments:
         self.waiting: list[Tensor] = []
         self.waiting_rows = 0
         self.count = 0
-        self.largest_output = 0.0
+        self.input_range, self.output_range = _NOTHING, _NOTHING
 
     def observe(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Adds the input and the range of one call."""
@@ -97,8 +103,7 @@ class _Moments:
         for what, values in (("input", x), ("output", output)):
             if not torch.isfinite(values).all():
                 raise QuantError(f"{self.name}: an {what} is NaN or infinite while calibrating")
-        if output.numel():
-            self.largest_output = max(self.largest_output, float(output.detach().abs().max()))
+        self.input_range, self.output_range = _widened(self.input_range, x), _widened(self.output_range, output)
         for x_NK in input_vectors(self.layer, x, self.columns):
             self.waiting.append(x_NK.clone())  # the model may write into its tensors before they are summed
             self.waiting_rows += len(x_NK)
@@ -123,7 +128,18 @@ class _Moments:
             return None
         hessian_KK = (self.sum_KK / self.count).to(torch.float32)
         self.sum_KK = None
-        return LayerStats(hessian_KK, self.count, self.largest_output)
+        power = float(hessian_KK.diagonal().mean())
+        return LayerStats(hessian_KK, self.count, Ranges(self.input_range, self.output_range, power))
+
+
+_NOTHING = (math.inf, -math.inf)
+
+
+def _widened(seen: tuple[float, float], values: Tensor) -> tuple[float, float]:
+    if not values.numel():
+        return seen
+    least, greatest = values.detach().aminmax()
+    return min(seen[0], float(least)), max(seen[1], float(greatest))
 
 
 def input_vectors(layer: nn.Module, x: Tensor, columns: int) -> Iterator[Tensor]:

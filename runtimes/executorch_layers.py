@@ -8,6 +8,7 @@ file, the same operators in the same order.
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .executorch_import import executorch_module
 
 BACKEND = "XnnpackBackend"
 _LAYERS = ("XNNFullyConnected", "XNNConv2d")
+_FLOAT = "xnn_datatype_fp32"
 _EXTERNAL_OUTPUT = 2
 _ALIGNMENT = 16
 _SCHEMA = "schema.fbs"
@@ -140,7 +142,8 @@ class _Graph:
                 value = node["xnode_union"]["output_id"]
                 layer = layer_by_key.get(key)
                 if layer is not None and layer.pointwise:
-                    value = self._after(self._after(value, "XNNStaticTranspose"), "XNNStaticReshape")
+                    real = value if self._is_float(value) else self._after(value, "XNNConvert")
+                    value = self._after(self._after(real, "XNNStaticTranspose"), "XNNStaticReshape")
                 if layer is not None and value is not None:
                     found.append((layer, value))
         return found
@@ -150,33 +153,36 @@ class _Graph:
         made = (each["xnode_union"] for each in self.values["xnodes"] if each["xnode_union_type"] == kind)
         return next((node["output_id"] for node in made if node["input_id"] == value), None)
 
+    def _is_float(self, value: int) -> bool:
+        return bool(self.tensors[value]["datatype"] == _FLOAT)
+
     def shape(self, value: int) -> list[int]:
         return list(self.tensors[value]["dims"])
 
     def add_output(self, value: int) -> None:
-        """Makes a copy of a value another output, the last of the graph's external values."""
+        """Makes a float copy of a value another output, the last of the graph's external values."""
         copy = {
             **self.tensors[value],
+            "datatype": _FLOAT,
             "id_out": 1 + max(self.tensors),
             "external_id": self.values["num_externs"],
             "flags": _EXTERNAL_OUTPUT,
         }
-        reshape = {
-            "num_dims": copy["num_dims"],
-            "new_shape": copy["dims"],
-            "input_id": value,
-            "output_id": copy["id_out"],
-            "flags": 0,
-        }
+        node = {"input_id": value, "output_id": copy["id_out"], "flags": 0}
+        kind = "XNNConvert"
+        if self._is_float(value):
+            kind, node = "XNNStaticReshape", node | {"num_dims": copy["num_dims"], "new_shape": copy["dims"]}
         self.tensors[copy["id_out"]] = copy
         self.values["xvalues"].append({"xvalue_union_type": "XNNTensorValue", "xvalue_union": copy})
-        self.values["xnodes"].append({"xnode_union_type": "XNNStaticReshape", "xnode_union": reshape})
+        self.values["xnodes"].append({"xnode_union_type": kind, "xnode_union": node})
         self.values["output_ids"].append(copy["id_out"])
         self.values["num_externs"] += 1
 
 
 def _with_schema(folder: Path) -> Path:
+    """XNNPACK's schema in the folder, with bits for floats: flatc prints six decimals of these, which loses scales."""
     schema = folder / _SCHEMA
     package = executorch_module("backends.xnnpack.serialization")
-    schema.write_bytes(resources.files(package).joinpath(_SCHEMA).read_bytes())
+    text = resources.files(package).joinpath(_SCHEMA).read_text()
+    schema.write_text(re.sub(r"\bfloat\b", "uint", text))
     return schema

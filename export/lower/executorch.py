@@ -7,7 +7,8 @@ weight is compressed, and `lower` writes the same bytes every time.
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ...quant.formats import CompressedTensor, LayerFormat, parse_format
+from ...quant.ranges import Ranges
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.executorch_import import executorch_module
 from ...runtimes.executorch_layers import LayerName
 from ...runtimes.manifest import ComponentSpec, TensorSpec
 from ..graph import Component
 from .executorch_gate import constant_key, refuse_weight_only, require_constants
-from .executorch_layers import is_pointwise, layer_as_run
+from .executorch_layers import Static, is_pointwise, layer_as_run
 from .executorch_partition import partitioner
 from .executorch_rewrite import Rewritten
-from .executorch_size import constants_bytes, graph_bytes
-from .executorch_stores import Kind, constant_bytes, constants_of, runs_rounded_as_convolution, storable
+from .executorch_size import LayerCounts, constants_bytes, graph_bytes
+from .executorch_stores import Kind, constant_bytes, constants_of, may_be_static, runs_rounded_as_convolution, storable
 
 __all__ = [
     "TracedProgram",
@@ -36,6 +38,7 @@ __all__ = [
     "layers_by_key",
     "lower",
     "lowered_bytes",
+    "static_layers",
     "storable",
     "trace",
 ]
@@ -57,7 +60,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class TracedProgram:
-    """A component that was exported once: its layers by full name, the bytes of its other tensors, its operators."""
+    """A component that was exported once: its layers by full name, the bytes of its other tensors, its operators.
+
+    `static` has the layers whose activations are rounded in steps known ahead, where their weight has 8 bits; None
+    until calibration has chosen them.
+    """
 
     source: Component
     layers: dict[str, Layer]
@@ -65,17 +72,20 @@ class TracedProgram:
     operators: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    static: Mapping[str, Static | None]
 
     @property
     def component(self) -> str:
         return self.source.name
 
 
-def trace(component: Component) -> TracedProgram:
+def trace(component: Component, static: bool = False) -> TracedProgram:
     """Runs PyTorch's exporter once, for one item a call. Layer weights are not looked at.
 
+    With `static`, every layer counts as one of static steps until `static_layers` says which are.
+
     Raises TurbopocketError when ExecuTorch is missing, when two layers share one weight, or when a layer's weight is
-    used by anything but its layer.
+    used by anything but its layer, or when PyTorch can not export the component.
     """
     executorch_module("exir")
     program = _exported(component)
@@ -94,20 +104,22 @@ def trace(component: Component) -> TracedProgram:
         operators=sum(node.op == "call_function" for node in nodes.values()),
         inputs=tuple(_spec(name, tensor) for name, tensor in _example_item(component).items()),
         outputs=_outputs(component, program),
+        static=dict.fromkeys(layers) if static else {},
     )
 
 
 def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
     """Writes `<component>.pte` under `folder`, and returns what a manifest says of it.
 
-    Raises TurbopocketError when `weights` are not exactly the traced layers', XNNPACK can not store one of them, or the
-    finished program does not hold one as it is.
+    Raises TurbopocketError when `weights` are not exactly the traced layers', XNNPACK can not store one of them,
+    ExecuTorch fails on the way, or the finished program does not hold one as it is.
     """
     _require_formats(traced, {name: weight.format for name, weight in weights.items()})
-    program = _exported(as_run(traced.source, weights))
+    program = _exported(as_run(traced.source, weights, traced.static))
     refuse_weight_only(program)
     path = folder / component_spec(traced).file
-    _write(program, path)
+    with _by_executorch(traced.component):
+        _write(program, path)
     require_constants(path, weights)
     return component_spec(traced)
 
@@ -121,7 +133,14 @@ def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str
     return found
 
 
-def as_run(component: Component, weights: Mapping[str, CompressedTensor]) -> Component:
+def static_layers(ranges: Mapping[str, Ranges]) -> dict[str, Static | None]:
+    """The layers, by full name, that round their activations in steps known ahead, given what they saw."""
+    return {name: Static.of(layer) for name, layer in ranges.items() if Static.of(layer) is not None}
+
+
+def as_run(
+    component: Component, weights: Mapping[str, CompressedTensor], static: Mapping[str, Static | None]
+) -> Component:
     """The component as the runtime is to compute it, in PyTorch; it shares all tensors but the layers' weights."""
     shared: dict[int, Any] = {
         id(tensor): tensor for tensor in (*component.module.parameters(), *component.module.buffers())
@@ -131,7 +150,7 @@ def as_run(component: Component, weights: Mapping[str, CompressedTensor]) -> Com
     for name, weight in weights.items():
         if name.startswith(component.layer_prefix):
             path = name.removeprefix(component.layer_prefix)
-            model.set_submodule(path, layer_as_run(name, model.get_submodule(path), weight))
+            model.set_submodule(path, layer_as_run(name, model.get_submodule(path), weight, static.get(name)))
     return replace(component, module=module)
 
 
@@ -143,9 +162,8 @@ def component_spec(traced: TracedProgram) -> ComponentSpec:
 def fixed_bytes(traced: TracedProgram) -> int:
     """Bytes of the file beside the layers' `nbytes`, at most, whatever formats they get."""
     int8 = parse_format("int8-row")
-    convolutions = sum(runs_rounded_as_convolution(int8, layer.shape) for layer in traced.layers.values())
     return (
-        graph_bytes(traced.operators, len(traced.layers), convolutions)
+        graph_bytes(traced.operators, _counts(traced, dict.fromkeys(traced.layers, int8)))
         + constants_bytes(traced.rest_bytes)
         + sum(_overhead_bytes(layer) for layer in traced.layers.values())
     )
@@ -155,9 +173,16 @@ def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> 
     """Bytes of the file that `lower` would write for layers in these formats, at most."""
     _require_formats(traced, formats)
     constants = [size for name, layer in traced.layers.items() for size in constant_bytes(formats[name], layer.shape)]
-    rounded = sum(runs_rounded_as_convolution(formats[name], layer.shape) for name, layer in traced.layers.items())
-    return graph_bytes(traced.operators, len(traced.layers), rounded) + constants_bytes(
-        (*traced.rest_bytes, *constants)
+    return graph_bytes(traced.operators, _counts(traced, formats)) + constants_bytes((*traced.rest_bytes, *constants))
+
+
+def _counts(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> LayerCounts:
+    static = {name for name in traced.static if may_be_static(formats[name])}
+    convolutions = {
+        name for name, layer in traced.layers.items() if runs_rounded_as_convolution(formats[name], layer.shape)
+    }
+    return LayerCounts(
+        len(traced.layers), len(convolutions - static), len(static - convolutions), len(static & convolutions)
     )
 
 
@@ -179,9 +204,19 @@ def _require_formats(traced: TracedProgram, formats: Mapping[str, LayerFormat]) 
 
 def _exported(component: Component) -> torch.export.ExportedProgram:
     inputs = tuple(_example_item(component).values())
-    with warnings.catch_warnings(), torch.no_grad(), Rewritten():
+    with warnings.catch_warnings(), torch.no_grad(), Rewritten(), _by_executorch(component.name):
         warnings.simplefilter("ignore")
         return torch.export.export(component.module.eval(), inputs, strict=False)
+
+
+@contextmanager
+def _by_executorch(component: str) -> Iterator[None]:
+    """Whatever PyTorch's exporter or ExecuTorch raises in the block becomes one TurbopocketError."""
+    try:
+        yield
+    except Exception as error:  # they have no common base
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TurbopocketError(f"{component}: ExecuTorch can not lower it: {first_line}") from error
 
 
 def _example_item(component: Component) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ STORES: Mapping[tuple[type[LayerFormat], Kind], str] = {
     (Affine, "linear"): "fully connected qd8: activations are rounded to int8 row by row while it runs",
     (Affine, "conv2d"): "convolution qd8: activations are rounded to int8 per picture, of 1x1 per pixel, while it runs",
 }
-"""XNNPACK's operator for each. A format that is not here has no compressed form."""
+"""XNNPACK's operator for each, where steps are not static. A format that is not here has no compressed form."""
 
 GROUP_MULTIPLE = 32
 GROUP_SCALE_DIGITS = 8
@@ -35,6 +35,11 @@ def storable(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | N
 def runs_rounded_as_convolution(format: LayerFormat, shape: tuple[int, ...]) -> bool:
     """Whether it is a Conv2d with integer input; those of one tap run as Linear."""
     return isinstance(format, Affine) and len(shape) == 4 and shape[2:] != (1, 1)
+
+
+def may_be_static(format: LayerFormat) -> bool:
+    """Whether XNNPACK multiplies it with integers whose steps are constants: it has no such 4-bit operators."""
+    return isinstance(format, Affine) and format.bits == 8
 
 
 def _refusal(format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:

@@ -120,7 +120,7 @@ def runner(lowered: Lowered, folder: Path | None = None, spec: ComponentSpec | N
 
 
 def test_what_it_is_compared_with_has_the_biases_that_the_module_has_then(lowered: Lowered) -> None:
-    as_run, sample = target.as_run(lowered.component, lowered.weights).module, torch.ones(1, 4, 8, 8)
+    as_run, sample = target.as_run(lowered.component, lowered.weights, {}).module, torch.ones(1, 4, 8, 8)
     with torch.no_grad():
         before = as_run(sample)
         for name in ("part.conv.bias", "part.value.bias", "part.out.bias", "part.norm.weight"):
@@ -134,7 +134,7 @@ def test_the_program_computes_what_pytorch_does_with_the_same_values_and_roundin
     lowered: Lowered, sample: dict[str, Any]
 ) -> None:
     found = runner(lowered).run("part", sample)["row"]
-    as_run = torch_runner([target.as_run(lowered.component, lowered.weights)]).run("part", sample)["row"]
+    as_run = torch_runner([target.as_run(lowered.component, lowered.weights, {})]).run("part", sample)["row"]
     floats = torch_runner([lowered.component]).run("part", sample)["row"]
     assert relative_error(found, as_run) < 1e-5
     assert relative_error(found, floats) > 1e-2, "4 bits cost nothing: are they in the program?"
@@ -166,13 +166,13 @@ def test_rounded_convolutions_behind_rows_of_features_lower_and_compute_what_pyt
     assert (tmp_path / "part.pte").stat().st_size <= planned
     sample = {"sample": np.random.default_rng(1).standard_normal((1, 32, 8, 8), dtype=np.float32)}
     found = ExecuTorchRunner(tmp_path, manifest).run("part", sample)["picture"]
-    assert relative_error(found, torch_runner([target.as_run(part, weights)]).run("part", sample)["picture"]) < 1e-5
+    assert relative_error(found, torch_runner([target.as_run(part, weights, {})]).run("part", sample)["picture"]) < 1e-5
     assert relative_error(found, torch_runner([part]).run("part", sample)["picture"]) > 1e-3
 
 
 def test_layers_show_their_outputs_in_order_of_execution(lowered: Lowered, sample: dict[str, Any]) -> None:
     layers = list(FORMATS)
-    expected = torch_runner([target.as_run(lowered.component, lowered.weights)]).run_layers("part", sample, layers)
+    expected = torch_runner([target.as_run(lowered.component, lowered.weights, {})]).run_layers("part", sample, layers)
     found = runner(lowered).run_layers("part", sample, layers)
     assert list(found)[:3] == ["conv", "strided", "point"]
     assert set(found) == set(layers)
@@ -191,7 +191,7 @@ def test_a_wrong_weight_in_the_file_is_found_and_its_layer_named(
     at = program.index(stored)
     program[at : at + 200] = bytes(byte ^ 0x44 for byte in program[at : at + 200])
     path.write_bytes(program)
-    reference = torch_runner([target.as_run(lowered.component, lowered.weights)])
+    reference = torch_runner([target.as_run(lowered.component, lowered.weights, {})])
     call = Call("part", sample, reference.run("part", sample))
     damaged = runner(lowered, tmp_path)
     assert relative_error(damaged.run("part", sample)["row"], call.outputs["row"]) > 1e-3
@@ -206,7 +206,7 @@ def test_a_wrong_weight_in_the_file_is_found_and_its_layer_named(
 
 
 def test_layer_by_layer_the_program_is_pytorchs_whatever_comes_before(lowered: Lowered, sample: dict[str, Any]) -> None:
-    reference = torch_runner([target.as_run(lowered.component, lowered.weights)])
+    reference = torch_runner([target.as_run(lowered.component, lowered.weights, {})])
     elsewhere = {"sample": sample["sample"] * np.float32(1.001)}
     call = Call("part", sample, reference.run("part", sample))
     row, first = compare_by_layer(reference, runner(lowered), call, runner(lowered).run("part", sample), 0, BY_LAYER)
@@ -398,3 +398,19 @@ def test_a_missing_program_is_one_clear_error(lowered: Lowered, sample: dict[str
     (tmp_path / "art" / lowered.spec.file).unlink()
     with pytest.raises(TurbopocketError, match=r"part\.pte is missing"):
         runner(lowered, tmp_path / "art").run("part", sample)
+
+
+def test_what_executorch_fails_on_is_one_clear_error(
+    lowered: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import executorch.exir as exir
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("Invalid partition, found dependency cycles\nand a page more")
+
+    monkeypatch.setattr(exir, "to_edge_transform_and_lower", fails)
+    with pytest.raises(
+        TurbopocketError, match=r"^part: ExecuTorch can not lower it: Invalid partition, found .*cycles$"
+    ):
+        target.lower(lowered.traced, lowered.weights, tmp_path)
+    assert list(tmp_path.iterdir()) == []

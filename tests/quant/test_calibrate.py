@@ -43,7 +43,7 @@ def test_hessian_reproduces_the_energy_of_the_layers_output(
     predicted = float(torch.trace(weight_OK @ stats.hessian_KK @ weight_OK.T)) * stats.count
     assert predicted == pytest.approx(energy, rel=1e-4)
     assert stats.count == sum(output.numel() // 5 for output in outputs)
-    assert stats.largest_output == max(float(output.detach().abs().max()) for output in outputs)
+    assert stats.ranges.largest_output == max(float(output.detach().abs().max()) for output in outputs)
 
 
 def test_hessian_is_the_mean_over_all_calls_not_the_last_one() -> None:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large the numbers at each layer get while the float model draws, kept for whoever needs ranges ahead of time."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .errors import QuantError
+from .files import write_whole
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Of one layer over all calls: least and greatest input and output, and E[x²] over the columns of its matrix view.
+
+    Padding of a convolution is among the columns.
+    """
+
+    input: tuple[float, float]
+    output: tuple[float, float]
+    input_power: float
+
+    @property
+    def largest_output(self) -> float:
+        """The largest magnitude it gave."""
+        return max(map(abs, self.output))
+
+
+def save_ranges(path: Path, ranges: Mapping[str, Ranges]) -> None:
+    """Writes the ranges by layer as JSON, whole or not at all."""
+    layers = {name: asdict(layer) for name, layer in ranges.items()}
+    text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": layers}, indent=1)
+    with write_whole(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def load_ranges(path: Path) -> dict[str, Ranges]:
+    """The ranges saved at `path`; QuantError naming the file when it is missing or holds something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise QuantError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
+        return {name: _from_json(**entry) for name, entry in data["layers"].items()}
+    except (OSError, QuantError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QuantError(f"{path}: not a file of ranges: {error}") from error
+
+
+def _from_json(input: list[float], output: list[float], input_power: float) -> Ranges:
+    (least_in, greatest_in), (least_out, greatest_out) = input, output
+    return Ranges((float(least_in), float(greatest_in)), (float(least_out), float(greatest_out)), float(input_power))

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs whose activations are rounded in steps that calibration chose: the same integers, step for step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from turbopocket.export.graph import Component
+from turbopocket.export.lower import executorch as lowering
+from turbopocket.export.lower.executorch_layers import MIN_INPUT_SNR_DB, Static, Steps
+from turbopocket.export.parity import torch_runner
+from turbopocket.export.recipe import make_recipe
+from turbopocket.export.target_executorch import FLOAT_ERROR, STATIC_LAYER_ERROR, ExecuTorch
+from turbopocket.export.targets import open_target
+from turbopocket.quant.calibrate import calibrate, ranges_of
+from turbopocket.quant.fit import ABSMAX
+from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.ranges import Ranges
+from turbopocket.runtimes.compare import Call, compare_by_layer
+from turbopocket.runtimes.executorch import ExecuTorchRunner
+from turbopocket.runtimes.metrics import relative_error
+from turbopocket.runtimes.parity import Limits
+
+from .test_lower_executorch import OneComponent, component, compressed
+
+pytest.importorskip("executorch")
+
+FORMATS = {**dict.fromkeys(("conv", "strided", "point", "query", "value", "out"), "int8-row"), "key": "int4-g32"}
+TARGET = ExecuTorch(static=True)
+
+
+@dataclass(frozen=True)
+class Built:
+    folder: Path
+    component: Component
+    traced: lowering.TracedProgram
+    weights: dict[str, CompressedTensor]
+    ranges: dict[str, Ranges]
+    manifest: Any
+
+    @property
+    def runner(self) -> ExecuTorchRunner:
+        return ExecuTorchRunner(self.folder, self.manifest, lowering.layers_by_key(self.weights))
+
+    @property
+    def reference(self) -> Any:
+        return torch_runner([TARGET.as_run(self.component, self.weights, self.ranges)])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    part = component()
+    random = torch.Generator().manual_seed(3)
+    samples = torch.randn(16, 1, 4, 8, 8, generator=random)
+    stats = calibrate({"part": part.module.model}, lambda: [part.module(sample) for sample in samples])
+    ranges, weights = ranges_of(stats), compressed(part, FORMATS)
+    traced = TARGET.fitted(TARGET.trace(part), part, ranges)
+    folder = tmp_path_factory.mktemp("static")
+    return Built(folder, part, traced, weights, ranges, OneComponent({"part": TARGET.lower(traced, weights, folder)}))
+
+
+@pytest.fixture
+def sample() -> dict[str, Any]:
+    return {"sample": np.random.default_rng(1).standard_normal((1, 4, 8, 8), dtype=np.float32)}
+
+
+def test_every_layer_is_pytorchs_or_one_step_beside_it(built: Built, sample: dict[str, Any]) -> None:
+    layers = list(FORMATS)
+    found = built.runner.run_layers("part", sample, layers)
+    _, own = built.reference.run_following("part", sample, found)
+    assert set(found) == set(layers)
+    for layer in layers:
+        if layer == "key":
+            assert relative_error(found[layer], own[layer]) < 1e-5
+            continue
+        static = built.traced.static[f"part.{layer}"]
+        assert static is not None
+        steps = np.abs(found[layer] - own[layer]) / static.output.size
+        assert steps.max() < 1.01, layer
+        assert (steps > 0.5).mean() < 0.01, layer
+        codes = found[layer] / static.output.size
+        assert np.abs(codes - codes.round()).max() < 1e-3, f"{layer} is not rounded"
+        assert len(np.unique(codes.round())) <= 256
+
+
+def test_what_is_shown_layer_by_layer_is_the_shipped_program_to_the_last_bit(
+    built: Built, sample: dict[str, Any]
+) -> None:
+    """Steps that are no decimal fractions must come through the copy that has more outputs."""
+    runner = built.runner
+    shown = runner.run_layers("part", sample, ["out"])["out"]
+    assert np.array_equal(shown, runner.run("part", sample)["row"])
+
+
+def test_it_differs_from_the_program_that_finds_its_steps_while_it_runs(
+    built: Built, sample: dict[str, Any], tmp_path: Path
+) -> None:
+    dynamic = ExecuTorch()
+    traced = dynamic.fitted(dynamic.trace(built.component), built.component, built.ranges)
+    assert traced.static == {}
+    manifest: Any = OneComponent({"part": dynamic.lower(traced, built.weights, tmp_path)})
+    there = ExecuTorchRunner(tmp_path, manifest).run("part", sample)["row"]
+    floats = torch_runner([built.component]).run("part", sample)["row"]
+    here = built.runner.run("part", sample)["row"]
+    assert relative_error(here, there) > 1e-3
+    assert relative_error(there, floats) < relative_error(here, floats) < 0.1
+
+
+def test_a_wrong_step_or_weight_turns_its_layer_red(built: Built, sample: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "part.pte"
+    program = bytearray((built.folder / path.name).read_bytes())
+    stored = lowering.constants_of(built.weights["part.query"])[0].view(torch.uint8).numpy().tobytes()
+    at = program.index(stored)
+    program[at : at + 200] = bytes(byte ^ 0x44 for byte in program[at : at + 200])
+    path.write_bytes(program)
+    damaged = ExecuTorchRunner(tmp_path, built.manifest, lowering.layers_by_key(built.weights))
+    reference, limits = built.reference, Limits(max_relative_error=STATIC_LAYER_ERROR, by_layer=True)
+    call = Call("part", sample, reference.run("part", sample))
+    row, first = compare_by_layer(reference, damaged, call, damaged.run("part", sample), 0, limits)
+    assert not row.passed
+    assert first is not None
+    assert first.layer == "query"
+    wider = {**built.ranges, "part.strided": Ranges((-9.0, 9.0), (-9.0, 9.0), 1.0)}
+    reference = torch_runner([TARGET.as_run(built.component, built.weights, wider)])
+    runner = built.runner
+    row, first = compare_by_layer(reference, runner, call, runner.run("part", sample), 0, limits)
+    assert not row.passed
+    assert first is not None
+    assert first.layer == "strided"
+
+
+def test_planned_bytes_hold_before_and_after_the_steps_are_known(built: Built) -> None:
+    found = (built.folder / "part.pte").stat().st_size
+    formats = {name: weight.format for name, weight in built.weights.items()}
+    after, before = (
+        lowering.lowered_bytes(built.traced, formats),
+        lowering.lowered_bytes(TARGET.trace(built.component), formats),
+    )
+    assert found <= after <= found + 12_000
+    assert (
+        after
+        <= before
+        <= lowering.fixed_bytes(TARGET.trace(built.component)) + sum(weight.nbytes for weight in built.weights.values())
+    )
+
+
+@pytest.mark.parametrize(("least", "greatest"), [(-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (-1e-3, 700.0)])
+def test_steps_span_the_range_and_hold_zero_exactly(least: float, greatest: float) -> None:
+    steps = Steps.over(least, greatest)
+    assert -128 <= steps.zero <= 127
+    ends = torch.tensor([min(least, 0.0), 0.0, max(greatest, 0.0)])
+    rounded = steps.rounded(ends)
+    assert rounded[1] == 0
+    assert (rounded - ends).abs().max() <= steps.size * 0.51
+    beyond = steps.rounded(torch.tensor([least - 1e6, greatest + 1e6]))
+    assert (beyond - torch.tensor([ends[0], ends[2]])).abs().max() <= steps.size * 0.51
+
+
+def test_a_layer_that_saw_nothing_but_zeros_has_steps_all_the_same() -> None:
+    assert Steps.over(0.0, 0.0).rounded(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_layers_whose_input_has_a_few_giants_stay_dynamic() -> None:
+    noise = (8 / 255) ** 2 / 12
+    enough = noise * 10 ** (MIN_INPUT_SNR_DB / 10)
+    assert Static.of(Ranges((-4.0, 4.0), (-1.0, 1.0), 1.01 * enough)) is not None
+    assert Static.of(Ranges((-4.0, 4.0), (-1.0, 1.0), 0.99 * enough)) is None
+    assert list(lowering.static_layers({"a": Ranges((-4, 4), (-1, 1), 1.0), "b": Ranges((-400, 4), (-1, 1), 1.0)})) == [
+        "a"
+    ]
+
+
+def test_the_recipe_chooses(built: Built) -> None:
+    asked = make_recipe({"target": {"name": "executorch", "executorch": {"activations": "static"}}}, "test")
+    assert open_target(asked.target) == TARGET
+    assert open_target(make_recipe({"target": {"name": "executorch"}}, "test").target) == ExecuTorch()
+    assert TARGET.lowering_limit(built.weights) == STATIC_LAYER_ERROR
+    assert TARGET.lowering_limit({"a": parse_format("fp32").compress(torch.zeros(2, 2), ABSMAX)}) == FLOAT_ERROR
