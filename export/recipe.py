@@ -65,6 +65,8 @@ class ExecuTorchSection(_Section):
 
     Static steps round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay dynamic.
     """
+    weights: Literal["inside", "apart"] = "inside"
+    """Whether a program holds its constants, or a .ptd file beside it does, which can be sent and mapped by itself."""
 
 
 TargetName = Literal["onnx", "coreml", "executorch"]

@@ -27,7 +27,7 @@ def pipeline_manifest(
 
     Float PyTorch runs under it exactly as the artifact will, so both see the same steps and the same noise.
     """
-    files = {spec.file for spec in components.values()}
+    files = {file for spec in components.values() for file in (spec.file, spec.data) if file is not None}
     tokenizers = {name: name.replace("text_encoder", "tokenizer") for name in model.tokenizers}
     files |= {f"{folder}/tokenizer.json" for folder in tokenizers.values()}
     return Manifest(

@@ -53,9 +53,13 @@ programs against PyTorch: 0.6e-2 to 0.9e-2 (UNet), 0.9e-2 to 2.5e-2 (VAE decoder
 
 @dataclass(frozen=True)
 class ExecuTorch(Target):
-    """ExecuTorch with XNNPACK; `static` rounds activations of 8-bit layers in steps that calibration chose."""
+    """ExecuTorch with XNNPACK; `static` rounds activations of 8-bit layers in steps that calibration chose.
+
+    `weights_apart` puts constants into a .ptd file beside each program.
+    """
 
     static: bool = False
+    weights_apart: bool = False
 
     name = "executorch"
     tools = ("executorch",)
@@ -73,7 +77,7 @@ class ExecuTorch(Target):
         return STORES[type(format), kind]
 
     def trace(self, component: Component) -> executorch.TracedProgram:
-        return executorch.trace(component, self.static)
+        return executorch.trace(component, self.static, self.weights_apart)
 
     def fitted(
         self, traced: executorch.TracedProgram, component: Component, ranges: Mapping[str, Ranges]
@@ -104,7 +108,7 @@ class ExecuTorch(Target):
         write_tokenizers(model, folder)
 
     def files(self, spec: ComponentSpec) -> list[str]:
-        return [spec.file]
+        return [spec.file, *([spec.data] if spec.data else [])]
 
     def runtimes(
         self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float

@@ -21,5 +21,5 @@ def open_target(section: TargetSection, guided: bool = False) -> Target:
         batch = 2 if guided else 1
         return CoreML(CoreMLOptions(wanted.deployment, batch, max_package_bytes=parse_bytes(wanted.max_package)))
     if section.name == "executorch":
-        return ExecuTorch(static=section.executorch.activations == "static")
+        return ExecuTorch(section.executorch.activations == "static", section.executorch.weights == "apart")
     return Onnx(OnnxOptions(section.onnx.accuracy_level, section.onnx.prepacked))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import TurbopocketError
-from .executorch_file import read_layout
+from .executorch_file import data_file, read_layout
 from .executorch_import import executorch_module
 from .executorch_layers import LayerName, Shown, with_layer_outputs
 from .manifest import ComponentSpec, Manifest, TensorSpec
@@ -53,10 +53,12 @@ class ExecuTorchRunner:
     def _with_layers(self, component: str) -> tuple[Shown, Any]:
         """The second program, whose bytes must outlive the method, and the method; made once."""
         if component not in self._shown:
-            path = self.folder / component_spec(self.manifest, component).file
+            spec = component_spec(self.manifest, component)
+            path = self.folder / spec.file
             read_layout(path)
             shown = with_layer_outputs(path.read_bytes(), self.layers.get(component, {}))
-            program = executorch_module("runtime").Runtime.get().load_program(shown.program)
+            data = data_file(self.folder, spec)
+            program = executorch_module("runtime").Runtime.get().load_program(shown.program, data_path=data)
             self._shown[component] = shown, program.load_method(METHOD)
         return self._shown[component]
 
@@ -75,8 +77,9 @@ class ExecuTorchRunner:
             path = self.folder / spec.file
             read_layout(path)
             runtime = executorch_module("runtime").Runtime.get()
+            data = data_file(self.folder, spec)
             try:
-                program = runtime.load_program(path)
+                program = runtime.load_program(path, data_path=data)
                 method = program.load_method(METHOD)
             except (RuntimeError, KeyError) as error:
                 raise TurbopocketError(f"{component}: ExecuTorch can not open {path}: {error}") from error

@@ -66,9 +66,13 @@ class TensorSpec(_Record):
 
 
 class ComponentSpec(_Record):
-    """One graph the phone runs: its main file, and its tensors in the graph's order."""
+    """One graph the phone runs: its main file, and its tensors in the graph's order.
+
+    `data` is an ExecuTorch program's .ptd file, which a program whose weights lie apart must be opened with.
+    """
 
     file: RelativePath
+    data: RelativePath | None = None
     inputs: list[TensorSpec] = Field(min_length=1)
     outputs: list[TensorSpec] = Field(min_length=1)
 
@@ -116,7 +120,7 @@ class Manifest(_Record):
             raise ValueError(f"files lists {', '.join(sorted(twice))} more than once")
         if MANIFEST_NAME in paths:
             raise ValueError(f"files lists {MANIFEST_NAME}, which cannot hold its own hash")
-        needed = {spec.file for spec in self.components.values()}
+        needed = {file for spec in self.components.values() for file in (spec.file, spec.data) if file is not None}
         needed |= {f"{folder}/tokenizer.json" for folder in self.tokenizers.values()}
         if missing := needed - set(paths):
             raise ValueError(f"{', '.join(sorted(missing))} is used but not in files")

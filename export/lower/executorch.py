@@ -27,7 +27,7 @@ from .executorch_gate import constant_key, refuse_weight_only, require_constants
 from .executorch_layers import Static, is_pointwise, layer_as_run
 from .executorch_partition import partitioner
 from .executorch_rewrite import Rewritten
-from .executorch_size import LayerCounts, constants_bytes, graph_bytes
+from .executorch_size import DATA_FILE_BYTES, LayerCounts, constants_bytes, graph_bytes
 from .executorch_stores import Kind, constant_bytes, constants_of, may_be_static, runs_rounded_as_convolution, storable
 
 __all__ = [
@@ -63,7 +63,7 @@ class TracedProgram:
     """A component that was exported once: its layers by full name, the bytes of its other tensors, its operators.
 
     `static` has the layers whose activations are rounded in steps known ahead, where their weight has 8 bits; None
-    until calibration has chosen them.
+    until calibration has chosen them. `weights_apart`: constants go into a file of their own.
     """
 
     source: Component
@@ -73,16 +73,18 @@ class TracedProgram:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     static: Mapping[str, Static | None]
+    weights_apart: bool
 
     @property
     def component(self) -> str:
         return self.source.name
 
 
-def trace(component: Component, static: bool = False) -> TracedProgram:
+def trace(component: Component, static: bool = False, weights_apart: bool = False) -> TracedProgram:
     """Runs PyTorch's exporter once, for one item a call. Layer weights are not looked at.
 
-    With `static`, every layer counts as one of static steps until `static_layers` says which are.
+    With `static`, every layer counts as one of static steps until `static_layers` says which are; `weights_apart` is
+    for the programs that will be written.
 
     Raises TurbopocketError when ExecuTorch is missing, when two layers share one weight, or when a layer's weight is
     used by anything but its layer, or when PyTorch can not export the component.
@@ -105,11 +107,14 @@ def trace(component: Component, static: bool = False) -> TracedProgram:
         inputs=tuple(_spec(name, tensor) for name, tensor in _example_item(component).items()),
         outputs=_outputs(component, program),
         static=dict.fromkeys(layers) if static else {},
+        weights_apart=weights_apart,
     )
 
 
 def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
     """Writes `<component>.pte` under `folder`, and returns what a manifest says of it.
+
+    Its constants are inside, or in `<component>.ptd` beside it.
 
     Raises TurbopocketError when `weights` are not exactly the traced layers', XNNPACK can not store one of them,
     ExecuTorch fails on the way, or the finished program does not hold one as it is.
@@ -117,11 +122,11 @@ def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder
     _require_formats(traced, {name: weight.format for name, weight in weights.items()})
     program = _exported(as_run(traced.source, weights, traced.static))
     refuse_weight_only(program)
-    path = folder / component_spec(traced).file
+    spec = component_spec(traced)
     with _by_executorch(traced.component):
-        _write(program, path)
-    require_constants(path, weights)
-    return component_spec(traced)
+        _write(program, folder, spec)
+    require_constants(folder / (spec.data or spec.file), weights)
+    return spec
 
 
 def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str, LayerName]]:
@@ -155,15 +160,20 @@ def as_run(
 
 
 def component_spec(traced: TracedProgram) -> ComponentSpec:
-    """What a manifest says of the component: its file, and the tensors that go in and come out."""
-    return ComponentSpec(file=f"{traced.component}.pte", inputs=list(traced.inputs), outputs=list(traced.outputs))
+    """What a manifest says of the component: its files, and the tensors that go in and come out."""
+    return ComponentSpec(
+        file=f"{traced.component}.pte",
+        data=f"{traced.component}.ptd" if traced.weights_apart else None,
+        inputs=list(traced.inputs),
+        outputs=list(traced.outputs),
+    )
 
 
 def fixed_bytes(traced: TracedProgram) -> int:
     """Bytes of the file beside the layers' `nbytes`, at most, whatever formats they get."""
     int8 = parse_format("int8-row")
     return (
-        graph_bytes(traced.operators, _counts(traced, dict.fromkeys(traced.layers, int8)))
+        _graph_bytes(traced, dict.fromkeys(traced.layers, int8))
         + constants_bytes(traced.rest_bytes)
         + sum(_overhead_bytes(layer) for layer in traced.layers.values())
     )
@@ -173,17 +183,18 @@ def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> 
     """Bytes of the file that `lower` would write for layers in these formats, at most."""
     _require_formats(traced, formats)
     constants = [size for name, layer in traced.layers.items() for size in constant_bytes(formats[name], layer.shape)]
-    return graph_bytes(traced.operators, _counts(traced, formats)) + constants_bytes((*traced.rest_bytes, *constants))
+    return _graph_bytes(traced, formats) + constants_bytes((*traced.rest_bytes, *constants))
 
 
-def _counts(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> LayerCounts:
+def _graph_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
     static = {name for name in traced.static if may_be_static(formats[name])}
     convolutions = {
         name for name, layer in traced.layers.items() if runs_rounded_as_convolution(formats[name], layer.shape)
     }
-    return LayerCounts(
+    counts = LayerCounts(
         len(traced.layers), len(convolutions - static), len(static - convolutions), len(static & convolutions)
     )
+    return graph_bytes(traced.operators, counts) + (DATA_FILE_BYTES if traced.weights_apart else 0)
 
 
 def _overhead_bytes(layer: Layer) -> int:
@@ -224,14 +235,22 @@ def _example_item(component: Component) -> dict[str, Tensor]:
     return {name: tensor[:1] if tensor.ndim else tensor for name, tensor in component.example_inputs.items()}
 
 
-def _write(program: torch.export.ExportedProgram, path: Path) -> None:
+def _write(program: torch.export.ExportedProgram, folder: Path, spec: ComponentSpec) -> None:
     exir = executorch_module("exir")
+    apart = Path(spec.data).stem if spec.data else None
+    if apart:
+        for node in program.graph.nodes:
+            if node.op == "placeholder":  # XNNPACK reads from here where its constants go
+                node.meta.setdefault("custom", {})["delegate_constant_tag"] = apart
+    config = exir.ExecutorchBackendConfig(external_constants=(lambda node: apart) if apart else False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         edge = exir.to_edge_transform_and_lower(program, partitioner=[partitioner()])
-        executable = edge.to_executorch()
-    with path.open("wb") as file:
+        executable = edge.to_executorch(config)
+    with (folder / spec.file).open("wb") as file:
         executable.write_to_file(file)
+    if apart:
+        executable.write_tensor_data_to_file(str(folder))
 
 
 def _layers(component: Component, used: Mapping[str, torch.fx.Node]) -> dict[str, Layer]:

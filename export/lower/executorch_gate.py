@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...quant.formats import CompressedTensor
 from ...runtimes.errors import TurbopocketError
-from ...runtimes.executorch_file import read_layout
+from ...runtimes.executorch_file import read_data_names, read_layout
 from .executorch_stores import constants_of
 
 _LAYERS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
@@ -33,12 +33,12 @@ def refuse_weight_only(program: torch.export.ExportedProgram) -> None:
 
 
 def require_constants(path: Path, weights: Mapping[str, CompressedTensor]) -> None:
-    """Returns when the program at `path` holds every weight byte for byte as it was compressed.
+    """Returns when the program, or the .ptd file, at `path` holds every weight byte for byte as it was compressed.
 
     XNNPACK's constants are named by the SHA-256 of their bytes. TurbopocketError names the first layer whose codes or
     scales are not there: they were changed, folded or widened on the way.
     """
-    names = read_layout(path).program
+    names = read_data_names(path) if path.suffix == ".ptd" else read_layout(path).program
     for layer, weight in weights.items():
         for constant in constants_of(weight):
             if constant_key(constant).encode() not in names:

@@ -14,6 +14,8 @@ ROUNDED_CONVOLUTION_BYTES = 2200
 STATIC_LINEAR_BYTES, STATIC_CONVOLUTION_BYTES = 950, 2400
 """Operators that round the input and widen the output, and their steps; a convolution's channels move twice as well."""
 PROGRAM_BYTES = 4096
+DATA_FILE_BYTES = 1024
+"""Head and padding of a file of constants."""
 
 
 def constants_bytes(sizes: Iterable[int]) -> int:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from ..command import run
+from ..executorch_file import data_file
 from ..manifest import load_manifest
 from ..memory import MemoryFigures, component_bytes
 from ..runner import component_spec
@@ -14,8 +15,9 @@ from .build import native_runner
 def measure_program(folder: Path, component: str) -> MemoryFigures:
     """The memory of a component's program, opened and run once on zeros. Raises TurbopocketError when that fails."""
     manifest = load_manifest(folder)
-    program = folder / component_spec(manifest, component).file
-    found = json.loads(run([str(native_runner()), "measure", "1", str(program)], f"memory of {component}"))
+    spec = component_spec(manifest, component)
+    files = [str(path) for path in (folder / spec.file, data_file(folder, spec)) if path is not None]
+    found = json.loads(run([str(native_runner()), "measure", "1", *files], f"memory of {component}"))
     return MemoryFigures(
         start_anon_bytes=found["start"]["anon_bytes"],
         loaded_anon_bytes=found["loaded"]["anon_bytes"],

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from ..arm64.cpus import PREFIX, Cpu
 from ..arm64.emulator import Emulator
 from ..arm64.kernels import kernels_in
+from ..executorch_file import data_file
 from ..executorch_layers import LayerName, with_layer_outputs
-from ..manifest import Manifest
+from ..manifest import ComponentSpec, Manifest
 from ..runner import Arrays, component_spec
 from ..served.runner import ServedRunner
 from .build import arm64_runner, native_runner
@@ -32,13 +33,16 @@ class ExecuTorchNativeRunner(ServedRunner):
         process, key = self._started(), f"{component} with layers"
         program = self.scratch / "layers.pte"
         program.write_bytes(shown.program)
-        process.open(key, program)
+        process.open(key, program, self._weights(spec))
         names = [f"layer {index}" for index in range(len(shown.layers))]
         outputs = [output.name for output in spec.outputs] + names
         found = process.run(key, given, outputs)
         process.shut(key)
         pairs = zip(shown.layers, names, strict=True)
         return {layer.path: layer.as_pytorch_has_it(found[name]) for layer, name in pairs if layer.path in layers}
+
+    def _weights(self, spec: ComponentSpec) -> str:
+        return str(data_file(self.folder, spec) or "")
 
     def _command(self) -> tuple[list[str], str, Mapping[str, str] | None]:
         return [str(native_runner()), "serve"], "the ExecuTorch runner", None

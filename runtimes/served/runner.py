@@ -11,7 +11,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from ..errors import TurbopocketError
-from ..manifest import Manifest
+from ..manifest import ComponentSpec, Manifest
 from ..runner import Arrays, check_inputs, component_spec
 from .process import ServedProcess
 
@@ -34,7 +34,7 @@ class ServedRunner(ABC):
         given = self._in_order(component, inputs)
         process = self._started()
         if component not in self._opened:
-            process.open(component, self.folder / spec.file)
+            process.open(component, self.folder / spec.file, self._weights(spec))
             self._opened.add(component)
         return process.run(component, given, [output.name for output in spec.outputs])
 
@@ -69,6 +69,10 @@ class ServedRunner(ABC):
             except OSError as error:
                 raise TurbopocketError(f"{command[0]} can not be started: {error.strerror}") from error
         return self._process
+
+    def _weights(self, spec: ComponentSpec) -> str:
+        """The file or folder of a component's weights, if the process is to be told; "" by default."""
+        return ""
 
     @abstractmethod
     def _command(self) -> tuple[list[str], str, Mapping[str, str] | None]:
