@@ -96,6 +96,7 @@ class _Moments:
         self.waiting_rows = 0
         self.count = 0
         self.input_range, self.output_range = _NOTHING, _NOTHING
+        self.quietest_output_power = math.inf
 
     def observe(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Adds the input and the range of one call."""
@@ -104,6 +105,9 @@ class _Moments:
             if not torch.isfinite(values).all():
                 raise QuantError(f"{self.name}: an {what} is NaN or infinite while calibrating")
         self.input_range, self.output_range = _widened(self.input_range, x), _widened(self.output_range, output)
+        if output.numel():
+            power = float(output.detach().float().flatten(1).square().mean(1).min())
+            self.quietest_output_power = min(self.quietest_output_power, power)
         for x_NK in input_vectors(self.layer, x, self.columns):
             self.waiting.append(x_NK.clone())  # the model may write into its tensors before they are summed
             self.waiting_rows += len(x_NK)
@@ -128,8 +132,8 @@ class _Moments:
             return None
         hessian_KK = (self.sum_KK / self.count).to(torch.float32)
         self.sum_KK = None
-        power = float(hessian_KK.diagonal().mean())
-        return LayerStats(hessian_KK, self.count, Ranges(self.input_range, self.output_range, power))
+        powers = float(hessian_KK.diagonal().mean()), self.quietest_output_power
+        return LayerStats(hessian_KK, self.count, Ranges(self.input_range, self.output_range, *powers))
 
 
 _NOTHING = (math.inf, -math.inf)

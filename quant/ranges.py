@@ -14,14 +14,17 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Ranges:
-    """Of one layer over all calls: least and greatest input and output, and E[x²] over the columns of its matrix view.
+    """Of one layer over all calls: least and greatest input and output, and how much there is between them.
 
-    Padding of a convolution is among the columns.
+    Attributes:
+        input_power: E[x²] over the columns of the matrix view of its weight, with a convolution's padding.
+        quietest_output_power: E[y²] of the item of a batch for which it is least.
     """
 
     input: tuple[float, float]
     output: tuple[float, float]
     input_power: float
+    quietest_output_power: float
 
     @property
     def largest_output(self) -> float:
@@ -48,6 +51,11 @@ def load_ranges(path: Path) -> dict[str, Ranges]:
         raise QuantError(f"{path}: not a file of ranges: {error}") from error
 
 
-def _from_json(input: list[float], output: list[float], input_power: float) -> Ranges:
-    (least_in, greatest_in), (least_out, greatest_out) = input, output
-    return Ranges((float(least_in), float(greatest_in)), (float(least_out), float(greatest_out)), float(input_power))
+def _from_json(input: list[float], output: list[float], input_power: float, quietest_output_power: float) -> Ranges:
+    powers = float(input_power), float(quietest_output_power)
+    return Ranges(_pair(input), _pair(output), *powers)
+
+
+def _pair(values: list[float]) -> tuple[float, float]:
+    least, greatest = values
+    return float(least), float(greatest)

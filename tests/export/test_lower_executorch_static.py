@@ -11,7 +11,7 @@ import torch
 
 from turbopocket.export.graph import Component
 from turbopocket.export.lower import executorch as lowering
-from turbopocket.export.lower.executorch_layers import MIN_INPUT_SNR_DB, Static, Steps
+from turbopocket.export.lower.executorch_layers import MIN_SNR_DB, Static, Steps
 from turbopocket.export.parity import torch_runner
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.target_executorch import FLOAT_ERROR, STATIC_LAYER_ERROR, ExecuTorch
@@ -124,7 +124,7 @@ def test_a_wrong_step_or_weight_turns_its_layer_red(built: Built, sample: dict[s
     assert not row.passed
     assert first is not None
     assert first.layer == "query"
-    wider = {**built.ranges, "part.strided": Ranges((-9.0, 9.0), (-9.0, 9.0), 1.0)}
+    wider = {**built.ranges, "part.strided": Ranges((-9.0, 9.0), (-9.0, 9.0), 9.0, 9.0)}
     reference = torch_runner([TARGET.as_run(built.component, built.weights, wider)])
     runner = built.runner
     row, first = compare_by_layer(reference, runner, call, runner.run("part", sample), 0, limits)
@@ -164,14 +164,15 @@ def test_a_layer_that_saw_nothing_but_zeros_has_steps_all_the_same() -> None:
     assert Steps.over(0.0, 0.0).rounded(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_layers_whose_input_has_a_few_giants_stay_dynamic() -> None:
-    noise = (8 / 255) ** 2 / 12
-    enough = noise * 10 ** (MIN_INPUT_SNR_DB / 10)
-    assert Static.of(Ranges((-4.0, 4.0), (-1.0, 1.0), 1.01 * enough)) is not None
-    assert Static.of(Ranges((-4.0, 4.0), (-1.0, 1.0), 0.99 * enough)) is None
-    assert list(lowering.static_layers({"a": Ranges((-4, 4), (-1, 1), 1.0), "b": Ranges((-400, 4), (-1, 1), 1.0)})) == [
-        "a"
-    ]
+def test_layers_that_keep_hardly_any_digits_stay_dynamic() -> None:
+    """A few giants among the input, or a call whose output is far below what others give."""
+    enough = (8 / 255) ** 2 / 12 * 10 ** (MIN_SNR_DB / 10)
+    ranges = (-4.0, 4.0), (-4.0, 4.0)
+    assert Static.of(Ranges(*ranges, 1.01 * enough, 1.01 * enough)) is not None
+    assert Static.of(Ranges(*ranges, 0.99 * enough, 1.01 * enough)) is None
+    assert Static.of(Ranges(*ranges, 1.01 * enough, 0.99 * enough)) is None
+    kept = lowering.static_layers({"a": Ranges(*ranges, 1.0, 1.0), "b": Ranges((-400.0, 4.0), (-4.0, 4.0), 1.0, 1.0)})
+    assert list(kept) == ["a"]
 
 
 def test_the_recipe_chooses(built: Built) -> None:

@@ -20,11 +20,15 @@ def test_ranges_are_those_of_all_calls() -> None:
     assert ranges.input == (-5.0, 4.0)
     assert ranges.output == pytest.approx((float(outputs.min()), float(outputs.max())))
     assert ranges.input_power == pytest.approx(float(torch.cat(calls).square().mean()))
+    assert ranges.quietest_output_power == pytest.approx(float(outputs.square().mean(1).min()))
     assert ranges.largest_output == pytest.approx(float(outputs.abs().max()))
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    ranges = {"unet.conv_in": Ranges((-1.5, 0.1), (0.0, 1e-7), 0.3), "vae.a": Ranges((0.0, 2.0), (-3.0, -1.0), 2.0)}
+    ranges = {
+        "unet.conv_in": Ranges((-1.5, 0.1), (0.0, 1e-7), 0.3, 1e-9),
+        "vae.a": Ranges((0.0, 2.0), (-3.0, -1.0), 2.0, 1.5),
+    }
     save_ranges(tmp_path / "ranges.json", ranges)
     assert load_ranges(tmp_path / "ranges.json") == ranges
 
