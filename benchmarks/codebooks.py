@@ -9,6 +9,8 @@ stored in it, the rest of the UNet in fp16; text encoders and decoder stay as th
 stores, computed in PyTorch. All bits are of the whole UNet: `all_in_bits` counts every tensor, `weight_bits` codes and
 row scales of the coded layers alone, without codebooks, which a small layer can not share out over many weights.
 
+With `-shared` the codebooks are the same for all layers, made for normal numbers and then fine-tuned for the UNet.
+
 Pictures are drawn from the test split, prompt i from the noise of seed i; calibration and fine-tuning saw others.
 """
 
@@ -39,7 +41,10 @@ from turbopocket.quant.plan import Choice, Plan
 from turbopocket.quant.sequential import compress_in_blocks
 from turbopocket.runtimes.metrics import psnr_db
 
-CODEBOOKS = ("avq2x8-d8", "avq3x8-d8", "avq4x8-d8")
+CODEBOOKS = (
+    *("avq2x8-d8", "avq3x8-d8", "avq4x8-d8"),
+    *("avq2x8-d8-shared", "avq3x8-d8-shared", "avq4x8-d8-shared"),
+)
 SCALARS = {
     "lut2": ("mse",),
     "lut3": ("mse",),
@@ -124,8 +129,13 @@ def sizes(student: Student, weights: dict[str, CompressedTensor]) -> dict[str, f
     layers = {name: weights[name] for name in student.layers if name in weights}
     coded = [each for each in layers.values() if str(each.format) != "fp16"]
     rest = sum(p.numel() for p in student.unet.parameters()) - sum(math.prod(each.shape) for each in layers.values())
-    nbytes = sum(each.nbytes for each in layers.values()) + 4 * rest
-    shared = sum(each.parts[name].nbytes for each in coded for name in each.parts if name in ("codebooks", "table"))
+    nbytes = sum(each.nbytes for each in layers.values()) + 4 * rest + shared_bytes(coded)
+    shared = sum(
+        each.parts[name].nbytes
+        for each in coded
+        for name in set(each.parts) - set(each.format.shared_parts)
+        if name in ("codebooks", "table")
+    )
     weights_coded = sum(math.prod(each.shape) for each in coded)
     return {
         "coded_layers": len(coded),
@@ -135,6 +145,17 @@ def sizes(student: Student, weights: dict[str, CompressedTensor]) -> dict[str, f
         "all_in_bits": 8 * nbytes / sum(p.numel() for p in student.unet.parameters()),
         "weight_bits": 8 * (sum(each.nbytes for each in coded) - shared) / weights_coded,
     }
+
+
+def shares_codebooks(text: str) -> bool:
+    """Whether layers in this format have their codebooks in common."""
+    return bool(parse_format(text).shared_parts)
+
+
+def shared_bytes(coded: list[CompressedTensor]) -> int:
+    """Bytes of what all layers of a format have in common, once each."""
+    first = {str(each.format): each for each in coded}
+    return sum(each.parts[name].nbytes for each in first.values() for name in each.format.shared_parts)
 
 
 def main() -> None:
@@ -167,7 +188,8 @@ def main() -> None:
                 start = time.process_time()
                 add(text, fit, compress(layers, plan, parse_fit(fit), ran), start)
             continue
-        for name, fit in (("residual k-means", "mse"), ("+ beam search", "vqdm")):
+        plain = "nearest sums" if shares_codebooks(text) else "residual k-means"
+        for name, fit in ((plain, "mse"), ("+ beam search", "vqdm")):
             start = time.process_time()
             add(text, name, compress(layers, plan, parse_fit(fit), ran), start)
         start = time.process_time()

@@ -49,6 +49,9 @@ others, and after a few layers all codes differ.
 PyTorch against itself, inputs moved by 1e-6 to 1e-5 of their size: 0.9e-2 (VAE decoder), 0.85e-2 to 0.96e-2 (UNet); the
 programs against PyTorch: 0.6e-2 to 0.9e-2 (UNet), 0.9e-2 to 2.5e-2 (VAE decoder, of latents that are pure noise).
 """
+STATIC_WHOLE_ERROR = 4e-2
+"""The same where outputs are rounded as well, coarser noise: equal to the last bit in most calls on ARM and x86-64, and
+where one rounding differed, 3.0e-2 and 3.1e-2 (UNets of `pocket` and `pocket-turbo`)."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ class ExecuTorch(Target):
         layers = executorch.layers_by_key(weights)
         runner = EmulatedExecuTorchRunner(folder, manifest, layers, cpu, emulator)
         to_pytorch = Limits(max_relative_error=self.lowering_limit(weights), by_layer=_rounds(weights))
-        to_native = Limits(max_relative_error=WHOLE_ERROR if _rounds(weights) else ORDER_OF_SUMS)
+        rounded = STATIC_WHOLE_ERROR if self.static else WHOLE_ERROR
+        to_native = Limits(max_relative_error=rounded if _rounds(weights) else ORDER_OF_SUMS)
         return EmulatedRuntime(runner, to_pytorch, to_native, within_compression=_rounds(weights))
 
     def memory(self, folder: Path, component: str) -> MemoryFigures:

@@ -179,11 +179,16 @@ class _Student:
         own = dict(module.named_parameters())
         self.module = module
         self.layers = {name: stored for name, stored in weights.items() if f"{name}.weight" in own}
-        self.parts = {
-            name: {part: _Trained(value) for part, value in stored.parts.items() if value.is_floating_point()}
-            for name, stored in self.layers.items()
-            if not isinstance(stored.format, Dense)
-        }
+        shared: dict[tuple[LayerFormat, str], _Trained] = {}
+        self.parts: dict[str, dict[str, _Trained]] = {}
+        for name, stored in self.layers.items():
+            if isinstance(stored.format, Dense):
+                continue
+            self.parts[name] = {
+                part: _Trained(value) for part, value in stored.parts.items() if value.is_floating_point()
+            }
+            for part in stored.format.shared_parts:  # one for all, so that they stay equal
+                self.parts[name][part] = shared.setdefault((stored.format, part), self.parts[name][part])
         held = {name: stored.format.decompress(stored) for name, stored in weights.items() if name in own}
         self.vectors = {
             name: _Trained(held.get(name, parameter))
@@ -198,8 +203,8 @@ class _Student:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        parts = [each.parameter for parts in self.parts.values() for each in parts.values()]
-        return parts + [each.parameter for each in self.vectors.values()]
+        parts = {id(each): each.parameter for parts in self.parts.values() for each in parts.values()}
+        return [*parts.values(), *(each.parameter for each in self.vectors.values())]
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         values = {f"{name}.weight": self._decoded(name) for name in self.parts} | self.dense

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ...quant.formats import CompressedTensor, LayerFormat, parse_format
@@ -105,7 +106,10 @@ def lowered_bytes(traced: TracedGraph, formats: Mapping[str, LayerFormat], optio
 
 
 def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat] = WORDIEST) -> int:
-    """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats."""
+    """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
+
+    Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
+    """
     return graph_bytes(traced, candidates) + rest_bytes(traced)
 
 
@@ -152,16 +156,24 @@ class _Graph:
         self.rest = _rest(traced)
 
     def tensors(self) -> list[StoredTensor]:
-        """What the data file holds, in order."""
+        """What the data file holds, in order; what several layers share, once."""
         layers = [tensor for form in self.forms.values() for tensor in form.tensors()]
-        return [*(parameter.stored() for parameter in self.rest), *layers]
+        return list(dict.fromkeys([*(parameter.stored() for parameter in self.rest), *layers]))
 
     def arrays(self, weights: Mapping[str, CompressedTensor]) -> Iterator[tuple[StoredTensor, Array]]:
-        """Values of `tensors`, one layer at a time."""
+        """Values of `tensors`, one layer at a time. Raises TurbopocketError when what layers share is not equal."""
         for parameter in self.rest:
             yield parameter.stored(), parameter.array()
+        shared: dict[str, Array] = {}
         for form in self.forms.values():
-            yield from zip(form.tensors(), form.arrays(weights[form.layer.name]), strict=True)
+            for tensor, array in zip(form.tensors(), form.arrays(weights[form.layer.name]), strict=True):
+                if tensor.name not in form.shared():
+                    yield tensor, array
+                elif tensor.name not in shared:
+                    shared[tensor.name] = array
+                    yield tensor, array
+                elif not np.array_equal(shared[tensor.name], array):
+                    raise TurbopocketError(f"{form.layer.name}: its {tensor.name} are not those of other layers")
 
     def model(self) -> ModelProto:
         """The graph with all tensors outside."""

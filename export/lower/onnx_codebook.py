@@ -45,14 +45,22 @@ class _CodebookForm(Form):
     def _count(self) -> int:
         return self.format.count if isinstance(self.format, Additive) else 1
 
+    @property
+    def _codebooks(self) -> str:
+        """The initializer's name: shared ones are one initializer for all layers."""
+        return f"{self.format}.codebooks" if self.format.shared_parts else self._value("codebooks")
+
     def tensors(self) -> list[StoredTensor]:
         outputs, count, length = self.layer.shape[0], self._count, self.format.length
         vectors = int(np.prod(self.layer.shape[1:])) // length
         return [
             self._tensor("codes", TensorProto.UINT8, (outputs, vectors, count)),
-            self._tensor("codebooks", TensorProto.FLOAT16, (count, 2**_BITS, length)),
+            StoredTensor(self._codebooks, TensorProto.FLOAT16, (count, 2**_BITS, length)),
             self._tensor("scale", TensorProto.FLOAT16, (outputs,)),
         ]
+
+    def shared(self) -> frozenset[str]:
+        return frozenset((self._codebooks,) if self.format.shared_parts else ())
 
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         """The codes of a vector lie side by side, so that a kernel reads the file from front to back."""

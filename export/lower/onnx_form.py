@@ -53,6 +53,10 @@ class Form(ABC):
     def tensors(self) -> list[StoredTensor]:
         """The initializers, in the order in which `arrays` gives their values."""
 
+    def shared(self) -> frozenset[str]:
+        """Names of initializers that other layers of the format have too."""
+        return frozenset()
+
     @abstractmethod
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         """The initializers' values."""

@@ -66,11 +66,15 @@ class GridCodes:
 
 @dataclass(frozen=True)
 class AdditiveGrid:
-    """Legal values of `length` neighbouring columns: scale[row] * Σ codebook[m][code[m]] over `count` codebooks."""
+    """Legal values of `length` neighbouring columns: scale[row] * Σ codebook[m][code[m]] over `count` codebooks.
+
+    `universal` codebooks are those of `universal_codebooks`, whatever the matrix; otherwise they are fitted to it.
+    """
 
     count: int
     bits: int
     length: int
+    universal: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of codebook vectors the plain way: each codebook is made by k-means of what those before it left over.
+"""Sums of codebook vectors the plain way: each codebook is made by k-means of what those before it left over, or given.
 
 O outputs, K columns of the matrix view, M codebooks, P entries of one, D length of a vector, J vectors per row.
 """
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .base import AdditiveCodes, AdditiveGrid, storable_scale, summed_vectors
 from .kmeans import kmeans_importance, nearest_vectors, vector_kmeans
+from .universal import universal_codebooks
 
 
 def residual_kmeans(weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None) -> AdditiveCodes:
@@ -20,8 +21,11 @@ def residual_kmeans(weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | 
     importance_1ND = (scale_O1.square() * importance_K).reshape(1, -1, grid.length)
     left_1ND = (weight_OK / torch.where(scale_O1 > 0, scale_O1, 1.0)).reshape(1, -1, grid.length)
     codebooks, codes = [], []
-    for _ in range(grid.count):
-        codebook_PD = vector_kmeans(left_1ND, importance_1ND, 2**grid.bits)[0].to(torch.float16)
+    for index in range(grid.count):
+        if grid.universal:
+            codebook_PD = universal_codebooks(grid.length)[index]
+        else:
+            codebook_PD = vector_kmeans(left_1ND, importance_1ND, 2**grid.bits)[0].to(torch.float16)
         stored_PD = codebook_PD.to(torch.float32)
         codes_N = nearest_vectors(left_1ND, importance_1ND, stored_PD.unsqueeze(0))[0]
         left_1ND = left_1ND - stored_PD[codes_N.to(torch.int64)]

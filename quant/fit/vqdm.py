@@ -56,7 +56,7 @@ def vqdm_codes(
     checked_hessian(hessian_KK, weight_OK.shape[1])
     start = residual_kmeans(weight_OK, grid, hessian_KK)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    refined = Refinement(weight_OK.to(device), hessian_KK.to(device), start, search)
+    refined = Refinement(weight_OK.to(device), hessian_KK.to(device), start, search, fixed_codebooks=grid.universal)
     refined.run()
     return refined.codes()
 
@@ -75,8 +75,16 @@ class Refinement:
     rows_OK: Tensor
     loss_O: Tensor
 
-    def __init__(self, weight_OK: Tensor, hessian_KK: Tensor, start: AdditiveCodes, search: Search) -> None:
+    def __init__(
+        self,
+        weight_OK: Tensor,
+        hessian_KK: Tensor,
+        start: AdditiveCodes,
+        search: Search,
+        fixed_codebooks: bool = False,
+    ) -> None:
         device = weight_OK.device
+        self.fixed_codebooks = fixed_codebooks
         self.hessian_KK = damped_hessian(hessian_KK)
         self.weight_OK, self.search = weight_OK, search
         self.codes_MOJ = start.codes_MOJ.to(device)
@@ -101,7 +109,8 @@ class Refinement:
         for window in [vectors, *[min(self.search.window, vectors)] * (self.search.rounds - 1)]:
             before = self.loss
             self.improve_codes(window)
-            self.improve_codebooks()
+            if not self.fixed_codebooks:
+                self.improve_codebooks()
             self.improve_scales()
             if self.loss >= (1 - self.search.least_gain) * before:
                 break

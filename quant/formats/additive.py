@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as sums of vectors from several codebooks, times a scale per row: `avq2x8-d8`, `avq3x6-d4` …
+"""Weights as sums of vectors from several codebooks, times a scale per row: `avq2x8-d8`, `avq3x8-d8-shared` …
 
 Additive quantization as in Egiazarian et al., VQDM (2024), section 3. O outputs, K columns of the matrix view,
 M codebooks, P = 2^bits entries of one, D length of a vector, J = K / D vectors per row.
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from ..errors import QuantError
 from ..fit.base import AdditiveCodes, AdditiveGrid, Fit
+from ..fit.universal import LENGTHS
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, packed_columns, unpack
 from .palette import refused_rows, require_codes
 
-_NAME = re.compile(r"avq([2-4])x([123468])-d([248])")
+_NAME = re.compile(r"avq([2-4])x([123468])-d([248])(-shared)?")
 _LENGTHS = (2, 4, 8)
 _MOST_CODEBOOKS = 4
+_SHARED_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,15 @@ class Additive(LayerFormat):
     """value = scale[row] * Σ codebook[m][code[m]][place]; a vector is `length` neighbouring input channels at one tap.
 
     Parts: `codes` uint8 [M, O, ceil(J * bits / 8)] (row-packed, low bits first), `codebooks` fp16 [M, 2^bits, D],
-    `scale` fp16 [O]. All rows share the codebooks.
+    `scale` fp16 [O]. All rows share the codebooks; with `shared` all layers of a component do.
     """
 
     count: int
     bits: int
     length: int
+    shared: bool = False
 
-    syntax: ClassVar[str] = "avq<2|3|4>x<1|2|3|4|6|8>-d<2|4|8>"
+    syntax: ClassVar[str] = "avq<2|3|4>x<1|2|3|4|6|8>-d<2|4|8>, avq<2|3|4>x8-d<4|8>-shared"
 
     def __post_init__(self) -> None:
         require_codes(self.bits, None)
@@ -43,14 +46,23 @@ class Additive(LayerFormat):
             raise QuantError(f"a sum has 2 to {_MOST_CODEBOOKS} codebooks, not {self.count}; vq is for one")
         if self.length not in _LENGTHS:
             raise QuantError(f"a vector has 2, 4 or 8 weights, not {self.length}")
+        if self.shared and (self.bits != _SHARED_BITS or self.length not in LENGTHS):
+            raise QuantError(f"shared codebooks have codes of {_SHARED_BITS} bits and vectors of 4 or 8, not {self}")
 
     def __str__(self) -> str:
-        return f"avq{self.count}x{self.bits}-d{self.length}"
+        return f"avq{self.count}x{self.bits}-d{self.length}" + ("-shared" if self.shared else "")
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
         match = _NAME.fullmatch(text)
-        return None if match is None else cls(*map(int, match.groups()))
+        if match is None:
+            return None
+        count, bits, length, shared = match.groups()
+        return cls(int(count), int(bits), int(length), shared is not None)
+
+    @property
+    def shared_parts(self) -> tuple[str, ...]:
+        return ("codebooks",) if self.shared else ()
 
     @property
     def weight_bits(self) -> float:
@@ -72,7 +84,7 @@ class Additive(LayerFormat):
         }
 
     def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
-        grid = AdditiveGrid(self.count, self.bits, self.length)
+        grid = AdditiveGrid(self.count, self.bits, self.length, universal=self.shared)
         fitted = fit.choose_vectors(matrix_view(weight), grid, hessian_KK)
         packed_MOb = torch.stack([pack(codes_OJ, self.bits) for codes_OJ in fitted.codes_MOJ])
         return {"codes": packed_MOb, "codebooks": fitted.codebooks_MPD, "scale": fitted.scale_O}

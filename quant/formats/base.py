@@ -39,7 +39,9 @@ class CompressedTensor:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.parts.values())
+        """Bytes of its own: of all parts but the shared ones."""
+        own = (part for name, part in self.parts.items() if name not in self.format.shared_parts)
+        return sum(part.numel() * part.element_size() for part in own)
 
     def require_promised_parts(self) -> None:
         """QuantError when the parts are not those its format stores for its shape."""
@@ -58,6 +60,11 @@ class LayerFormat(ABC):
 
     syntax: ClassVar[str]
     """How the names of this class are spelled, for error messages."""
+
+    @property
+    def shared_parts(self) -> tuple[str, ...]:
+        """Parts that are equal in all layers of a component in this format, and stored once for them."""
+        return ()
 
     @classmethod
     @abstractmethod
@@ -86,9 +93,9 @@ class LayerFormat(ABC):
         """The stored weight as float32 in its original shape."""
 
     def nbytes(self, shape: Shape) -> int:
-        """Exact stored bytes of a weight of this shape; QuantError when it does not fit."""
+        """Exact stored bytes of a weight of this shape, shared parts aside; QuantError when it does not fit."""
         self._require_fit(shape)
-        return sum(spec.nbytes for spec in self.part_specs(shape).values())
+        return sum(spec.nbytes for name, spec in self.part_specs(shape).items() if name not in self.shared_parts)
 
     def compress(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None = None) -> CompressedTensor:
         """The weight in this format, values chosen by `fit` (with H = E[x xᵀ] in matrix-view order, [K, K]).

@@ -22,7 +22,9 @@ from turbopocket.export.graph import (
 )
 from turbopocket.export.lower import onnx as target
 from turbopocket.quant.fit import ABSMAX
+from turbopocket.quant.fit.universal import universal_codebooks
 from turbopocket.quant.formats import Additive, Codebook, CompressedTensor, LayerFormat, parse_format
+from turbopocket.runtimes.errors import TurbopocketError
 
 FORMATS = (
     "fp32",
@@ -38,6 +40,7 @@ FORMATS = (
     "vq8-d4",
     "avq2x8-d8",
     "avq3x8-d4",
+    "avq2x8-d8-shared",
 )
 MOST_ERROR = 2e-5
 """Relative; single precision in another order of summation gives about 1e-6, one wrong code about 1e-2."""
@@ -125,6 +128,8 @@ def stored(format: LayerFormat, weight: Tensor) -> CompressedTensor:
         else (torch.rand(spec.shape) * size if part == "scale" else torch.randn(spec.shape)).to(spec.dtype)
         for part, spec in format.part_specs(shape).items()
     }
+    if isinstance(format, Additive) and format.shared:
+        parts["codebooks"] = universal_codebooks(format.length)[: format.count]
     return CompressedTensor(format, shape, parts)
 
 
@@ -216,6 +221,30 @@ def test_a_file_holds_one_body_per_operator_and_number_of_codebooks(traced: dict
     assert called == {(function.name, function.overload) for function in model.functions}
     assert len(model.functions) == len(called)
     assert {"CodebookLinear", "CodebookConv2d"} == {name for name, _ in called}
+
+
+def test_shared_codebooks_are_in_the_file_once_and_their_bytes_are_planned(
+    traced: dict[str, Traced], tmp_path: Path
+) -> None:
+    component, graph = traced["unet"]
+    weights = compressed(component, graph, "avq2x8-d8-shared", "int8-row")
+    sharing = [name for name, weight in weights.items() if weight.format.shared_parts]
+    assert len(sharing) > 5
+    target.lower(graph, weights, tmp_path)
+    formats = {layer: weight.format for layer, weight in weights.items()}
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "unet").iterdir())
+    assert on_disk == target.lowered_bytes(graph, formats)
+    own = parse_format("avq2x8-d8")
+    apart = {name: own if form.shared_parts else form for name, form in formats.items()}
+    codebooks = 2 * 256 * 8 * 2
+    assert target.lowered_bytes(graph, apart) - on_disk > (len(sharing) - 1) * codebooks
+    assert own.nbytes((64, 64)) - parse_format("avq2x8-d8-shared").nbytes((64, 64)) == codebooks
+    other = weights[sharing[3]]
+    weights[sharing[3]] = CompressedTensor(
+        other.format, other.shape, other.parts | {"codebooks": other.parts["codebooks"] + 1}
+    )
+    with pytest.raises(TurbopocketError, match=f"{sharing[3]}: its avq2x8-d8-shared.codebooks are not those of other"):
+        target.lower(graph, weights, tmp_path / "again")
 
 
 def test_lowering_twice_gives_the_same_bytes(traced: dict[str, Traced], tmp_path: Path) -> None:

@@ -151,3 +151,17 @@ def test_too_few_calls_and_a_loss_that_is_not_finite_are_refused(module: Wrapped
     with pytest.raises(QuantError, match="loss is nan in iteration 1") as raised:
         fine_tune(module, stored(module), broken, OPTIONS)
     assert raised.value.hint is not None
+
+
+def test_codebooks_that_layers_share_are_trained_and_stay_equal(module: Wrapped) -> None:
+    layers = compressible_layers("unet", module.unet)
+    form = parse_format("avq2x8-d8-shared")
+    before = {name: form.compress(layers[name].weight, MSE) for name in ("unet.first", "unet.second")}
+    before["unet.third"] = parse_format("fp16").compress(layers["unet.third"].weight, MSE)
+    result = fine_tune(module, before, recorded(module, seed=1), OPTIONS)
+    assert result.after < 0.7 * result.before
+    first, second = (result.weights[name].parts["codebooks"] for name in ("unet.first", "unet.second"))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, before["unet.first"].parts["codebooks"])
+    scales = [result.weights[name].parts["scale"] for name in ("unet.first", "unet.second")]
+    assert not torch.equal(*scales)

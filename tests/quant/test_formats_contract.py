@@ -33,6 +33,7 @@ VALUES: list[LayerFormat] = [
     *(Codebook(bits, length, rows=rows) for bits, length in ((3, 4), (8, 8)) for rows in (None, 2)),
     *(Codebook(bits, 4, along_outputs=True, rows=rows) for bits in (3, 8) for rows in (None, 4)),
     *(Additive(count, bits, length) for count, bits, length in ((2, 1, 2), (2, 3, 4), (3, 6, 8), (4, 8, 8))),
+    *(Additive(count, 8, length, shared=True) for count, length in ((2, 8), (3, 4))),
 ]
 SHAPES = [(7, 15), (4, 64), (3, 5, 3, 3), (5, 32, 1, 1), (2, 160, 3, 2), (8, 24, 3, 3), (1, 1)]
 FITTING = [
@@ -60,7 +61,7 @@ def test_name_parses_back_to_the_same_value(value: LayerFormat) -> None:
     [
         *("int4", "int5-row", "int4-g0", "int4-g032", "int4-row ", "fp8", "INT8-row", ""),
         *("lut5", "lut4-r0", "lut4-r016", "lut4-g16", "vq8", "vq5-d4", "vq8-d3", "vq8-d4-r8-out", "vq8-d16"),
-        *("avq1x8-d8", "avq2x5-d8", "avq2x8", "avq5x8-d8", "avq2x8-d8-r4"),
+        *("avq1x8-d8", "avq2x5-d8", "avq2x8", "avq5x8-d8", "avq2x8-d8-r4", "vq8-d4-shared"),
     ],
 )
 def test_unknown_name_is_refused_with_the_legal_names(text: str) -> None:
