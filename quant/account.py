@@ -30,13 +30,22 @@ class Account:
 
 
 def account(choices: Iterable[Choice]) -> Account:
-    """The account of these choices: exact, from shapes and formats alone."""
+    """The account of these choices: exact, from shapes and formats alone.
+
+    Parts that the layers of a component share are counted once in each.
+    """
     weights, part_bytes, kept = 0, dict[str, int](), []
+    counted: set[tuple[str, str, str]] = set()
     for choice in choices:
         layer_format = parse_format(choice.format)
         weights += math.prod(choice.shape)
         if isinstance(layer_format, Dense):
             kept.append(choice.layer)
         for part, spec in layer_format.part_specs(choice.shape).items():
+            if part in layer_format.shared_parts:
+                shared = choice.layer.split(".", 1)[0], choice.format, part
+                if shared in counted:
+                    continue
+                counted.add(shared)
             part_bytes[part] = part_bytes.get(part, 0) + spec.nbytes
     return Account(weights, part_bytes, tuple(kept))

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from scipy.optimize import milp
 
 from turbopocket.quant import knapsack
+from turbopocket.quant.account import account
 from turbopocket.quant.errors import OverBudget, QuantError
 from turbopocket.quant.formats import parse_format
-from turbopocket.quant.plan import Candidate, LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
+from turbopocket.quant.plan import Candidate, Choice, LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
 from turbopocket.quant.sensitivity import estimate_from_shapes, fitting
 
 FIXED_BYTES = 17
@@ -251,3 +252,11 @@ def test_unet_of_sdxl_size_is_planned_in_seconds_from_shapes_alone(share: float)
     found = plan(layers, budget_bytes, 0)
     assert time.process_time() - started < 10.0
     assert 0.999 * budget_bytes < found.total_bytes <= budget_bytes
+
+
+def test_shared_codebooks_are_accounted_for_once_a_component() -> None:
+    form = parse_format("avq2x8-d8-shared")
+    layers = ("unet.a", "unet.b", "vae_decoder.a")
+    found = account(Choice(name, (64, 64), str(form), form.nbytes((64, 64)), 0.0) for name in layers)
+    assert found.part_bytes["codebooks"] == 2 * (2 * 256 * 8 * 2)
+    assert found.part_bytes["codes"] + found.part_bytes["scale"] == 3 * form.nbytes((64, 64))
