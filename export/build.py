@@ -266,7 +266,7 @@ def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: P
     compression, target = bench.recipe.compress, bench.target
     to_come = [path for spec in bench.draft.components.values() for path in target.files(spec)]
     small = folder_bytes(artifact)
-    small += expected_manifest_bytes(bench.draft, list(choices), to_come, target.runtime_names, artifact)
+    small += expected_manifest_bytes(bench.draft, choices, to_come, target.runtime_names, artifact)
     fixed = small + sum(target.fixed_bytes(graph) for graph in bench.traced.values())
     fitting: list[Plan] = []
     for _ in range(PLANNING_PASSES):

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..quant.calibrate import LayerStats, weight_of
 from ..quant.formats import CompressedTensor
-from ..quant.plan import Plan
+from ..quant.plan import LayerChoices, Plan
 from ..quant.sensitivity import hessian_loss
 from ..runtimes.manifest import FileEntry, Manifest, file_entries
 from .emulated import Emulated
@@ -25,7 +25,6 @@ from .parity import Gaps, Pictures
 from .report import DrawnPicture, TradeoffPoint
 from .units import format_bytes
 
-_WORDIEST_FORMAT = "int4-g128-asym"
 _WORST_NUMBER = -1.2345678901234567e-100
 
 
@@ -124,9 +123,14 @@ def final_manifest(draft: Manifest, artifact: Path, plan: Plan, gaps: Gaps) -> M
 
 
 def expected_manifest_bytes(
-    draft: Manifest, layers: Sequence[str], files_to_come: Sequence[str], runtimes: Sequence[str], artifact: Path
+    draft: Manifest,
+    choices: Mapping[str, LayerChoices],
+    files_to_come: Sequence[str],
+    runtimes: Sequence[str],
+    artifact: Path,
 ) -> int:
     """Returns the bytes of the finished manifest.json, at most: names as long and numbers as wide as they get."""
+    formats = [candidate.format for layer in choices.values() for candidate in layer.candidates]
     files = file_entries(artifact) + [FileEntry(path=path, bytes=10**10, sha256="0" * 64) for path in files_to_come]
     numbers = dict.fromkeys(draft.components, _WORST_NUMBER)
     kinds = dict.fromkeys(("float_model", "stored", "artifact"), _WORST_NUMBER)
@@ -136,7 +140,7 @@ def expected_manifest_bytes(
             "budget_bytes": 10**10,
             "total_bytes": 10**10,
             "predicted_loss": _WORST_NUMBER,
-            "formats": dict.fromkeys(layers, _WORDIEST_FORMAT),
+            "formats": dict.fromkeys(choices, max(formats, key=len)),
         },
         "parity": {
             "passed": False,

@@ -10,6 +10,8 @@ import pytest
 from turbopocket.export.build import build
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
+from turbopocket.export.results import Built, expected_manifest_bytes
+from turbopocket.quant.plan import Candidate, LayerChoices
 from turbopocket.runtimes.errors import ParityFailed
 from turbopocket.runtimes.manifest import load_manifest, verify
 
@@ -99,3 +101,16 @@ def test_json_files_of_the_report_are_readable(built: Any) -> None:
     folder = built.report.parent
     for name in ("plan.json", "choices.json", "parity.json", "tradeoff.json", "measurements.json"):
         assert json.loads((folder / name).read_text())
+
+
+def test_the_manifest_is_planned_for_the_longest_name_of_a_format(built: Built) -> None:
+    manifest = load_manifest(built.folder)
+
+    def planned(*formats: str) -> int:
+        candidates = tuple(Candidate(text, 1, 0.0) for text in formats)
+        choices = {name: LayerChoices(name, (1, 1), candidates) for name in ("unet.a", "unet.b", "unet.c")}
+        return expected_manifest_bytes(manifest, choices, [], ["onnxruntime"], built.folder)
+
+    assert planned("int4-g32", "avq3x8-d8-shared") == planned("int4-g32") + 3 * (
+        len("avq3x8-d8-shared") - len("int4-g32")
+    )
