@@ -49,7 +49,7 @@ def test_check_rounds_in_the_steps_that_calibration_chose(built: Built, turbopoc
     try:
         changed = json.loads(kept)
         layer = changed["layers"]["unet.conv_in"]
-        layer["output"] = [2.0 * value for value in layer["output"]]
+        layer["output"] = [0.3 * value for value in layer["output"]]  # PyTorch then cuts what the program does not
         ranges.write_text(json.dumps(changed))
         ran = turbopocket("check", built.folder)
         assert ran.code == 3

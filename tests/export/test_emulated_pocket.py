@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.build import WEIGHTS_FILE
+from turbopocket.export.build import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.components import layers_of
 from turbopocket.export.families import load
 from turbopocket.export.lower.onnx import storable
@@ -19,6 +19,7 @@ from turbopocket.export.targets import open_target
 from turbopocket.quant.compress import save_weights
 from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import parse_format
+from turbopocket.quant.ranges import save_ranges
 from turbopocket.runtimes.manifest import file_entries, write_manifest
 
 pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
@@ -51,6 +52,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder)}))
     report_folder(folder).mkdir()
     save_weights(report_folder(folder) / WEIGHTS_FILE, weights)
+    save_ranges(report_folder(folder) / RANGES_FILE, {})
     return folder
 
 
