@@ -18,7 +18,6 @@ from turbopocket.export.graph import Component, ComponentModule
 from turbopocket.export.lower import executorch as target
 from turbopocket.export.lower import executorch_layers
 from turbopocket.export.lower.executorch_gate import require_constants
-from turbopocket.export.lower.executorch_rewrite import attention, chunk
 from turbopocket.export.lower.executorch_stores import GROUP_SCALE_DIGITS
 from turbopocket.export.parity import torch_runner
 from turbopocket.quant.compress import decompressed
@@ -345,28 +344,6 @@ def test_what_xnnpack_can_not_store_has_a_reason(
 ) -> None:
     found = target.storable(parse_format(text), kind, shape)
     assert found is None if reason is None else reason in str(found)
-
-
-@pytest.mark.parametrize("mask", ["none", "causal", "bool", "float"])
-def test_attention_as_exported_is_pytorchs(mask: str) -> None:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, rows, 8) for rows in (5, 7, 7))
-    allowed = torch.rand(2, 1, 5, 7) > 0.4
-    allowed[..., 0] = True
-    given: dict[str, Any] = {
-        "none": {},
-        "causal": {"is_causal": True},
-        "bool": {"attn_mask": allowed},
-        "float": {"attn_mask": torch.where(allowed, 0.0, -torch.inf), "scale": 0.7},
-    }[mask]
-    expected = F.scaled_dot_product_attention(query, key, value, **given)
-    assert torch.allclose(attention(query, key, value, **given), expected, atol=1e-6)
-
-
-def test_chunks_as_exported_are_pytorchs() -> None:
-    x = torch.randn(2, 3, 8)
-    for found, expected in zip(chunk(x, 2, dim=-1), x.chunk(2, dim=-1), strict=True):
-        assert torch.equal(found, expected)
 
 
 def test_layers_that_share_a_weight_are_refused() -> None:
