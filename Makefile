@@ -89,10 +89,10 @@ train-pocket: setup
 DISTILL := $(RUN) distill pocket --steps 4 --batch 32 --guidance 2
 distill-pocket distill-baseline bench-distill: export OMP_NUM_THREADS = 1
 distill-pocket: setup
-	$(DISTILL) --iterations 800 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
+	$(DISTILL) --iterations 600 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
 
 distill-baseline: setup
-	$(DISTILL) --method mse --iterations 163 --student-lr 3e-4 --out build/pocket-mse
+	$(DISTILL) --method mse --iterations 122 --student-lr 3e-4 --out build/pocket-mse
 
 # Students beside their teacher, and TDM with each of its devices off: about three hours on two cores.
 bench-distill: distill-pocket distill-baseline

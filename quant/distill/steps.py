@@ -40,7 +40,7 @@ def even_walk(train_timesteps: int, count: int) -> tuple[Step, ...]:
 class FixedIntervals:
     """TDM's schedule: K steps of equal length over all training timesteps, K drawn from `counts`.
 
-    Odds fall with the root of K, which is ours: the fewer the steps, the more each of them has to learn.
+    Odds fall with the fourth root of K, which is ours: the fewer the steps, the more each of them has to learn.
 
     Timesteps are those of diffusers' DDIM with trailing spacing, so the shipped scheduler config says them whole
     (counts that do not divide them end a little short of clean, as they do there).
@@ -51,7 +51,7 @@ class FixedIntervals:
         if not counts or not all(1 <= count <= MAX_STEPS for count in counts):
             raise QuantError(f"step counts {list(counts)}: allowed are 1 to {MAX_STEPS}")
         self.train_timesteps, self.counts = train_timesteps, tuple(counts)
-        shares = [count**-0.5 for count in self.counts]
+        shares = [count**-0.25 for count in self.counts]
         self.odds = tuple(share / sum(shares) for share in shares)
 
     def walk(self, count: int) -> tuple[Step, ...]:
