@@ -106,7 +106,9 @@ kernels:
 	@command -v cmake >/dev/null && command -v c++ >/dev/null || { echo "make kernels needs CMake and a C++ compiler" >&2; exit 1; }
 	test -f $(HEADERS)/onnxruntime_c_api.h || runtimes/kernels/onnxruntime/fetch_headers.sh $(HEADERS) || \
 	  { echo "no ONNX Runtime headers: make kernels HEADERS=<folder with onnxruntime_c_api.h>" >&2; exit 1; }
-	cmake -S runtimes/kernels -B build/kernels/release -DONNXRUNTIME_HEADERS=$(abspath $(HEADERS))
+	cmake -S runtimes/kernels -B build/kernels/release -DONNXRUNTIME_HEADERS=$(abspath $(HEADERS)) \
+	  -DEXECUTORCH=$(shell $(BIN)/python -c "import importlib.util as u; s = u.find_spec('executorch'); \
+	    print(*(s.submodule_search_locations if s else ()))" 2>/dev/null)
 	cmake --build build/kernels/release
 	cmake --install build/kernels/release --prefix runtimes/kernels
 

@@ -267,7 +267,8 @@ def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: P
     to_come = [path for spec in bench.draft.components.values() for path in target.files(spec)]
     small = folder_bytes(artifact)
     small += expected_manifest_bytes(bench.draft, choices, to_come, target.runtime_names, artifact)
-    fixed = small + sum(target.fixed_bytes(graph) for graph in bench.traced.values())
+    candidates = {form for of_layer in bench.formats.values() for form in of_layer}
+    fixed = small + sum(target.fixed_bytes(graph, candidates) for graph in bench.traced.values())
     fitting: list[Plan] = []
     for _ in range(PLANNING_PASSES):
         proposed = plan(list(choices.values()), compression.budget_bytes, fixed, compression.pin)

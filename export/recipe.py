@@ -67,6 +67,8 @@ class ExecuTorchSection(_Section):
     """
     weights: Literal["inside", "apart"] = "inside"
     """Whether a program holds its constants, or a .ptd file beside it does, which can be sent and mapped by itself."""
+    codebooks: Literal["portable", "kernel"] = "portable"
+    """What reads layers of codebooks: operators that every ExecuTorch has, or ours, which an app has to link."""
 
 
 TargetName = Literal["onnx", "coreml", "executorch"]

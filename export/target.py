@@ -2,7 +2,7 @@
 """A target behind one interface: what a build, a plan, a check and a listing need to know of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -75,8 +75,8 @@ class Target(ABC):
         """What a manifest says of it."""
 
     @abstractmethod
-    def fixed_bytes(self, traced: Any) -> int:
-        """Bytes of its files beside the layers' own, at most."""
+    def fixed_bytes(self, traced: Any, candidates: Iterable[LayerFormat]) -> int:
+        """Bytes of its files beside the layers' own, at most, when each layer gets one of the candidate formats."""
 
     @abstractmethod
     def lowered_bytes(self, traced: Any, formats: Mapping[str, LayerFormat]) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Core ML packages, as a target: Apple's names and folder, checked by our evaluator where there is no Mac."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ class CoreML(Target):
     def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
         return loop_spec(traced.component, coreml.component_spec(traced))
 
-    def fixed_bytes(self, traced: coreml.TracedProgram) -> int:
-        return coreml.fixed_bytes(traced)
+    def fixed_bytes(self, traced: coreml.TracedProgram, candidates: Iterable[LayerFormat]) -> int:
+        return coreml.fixed_bytes(traced, candidates)
 
     def lowered_bytes(self, traced: coreml.TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
         return coreml.lowered_bytes(traced, formats)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """ExecuTorch programs whose layers XNNPACK runs, as a target."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..quant.formats import CompressedTensor, Dense, LayerFormat
+from ..quant.formats import Affine, CompressedTensor, LayerFormat
 from ..quant.ranges import Ranges
 from ..runtimes.arm64.cpus import Cpu
 from ..runtimes.arm64.emulator import Emulator
@@ -21,6 +21,7 @@ from .emulated import ORDER_OF_SUMS, EmulatedRuntime
 from .families import LoadedModel
 from .graph import Component
 from .lower import executorch
+from .lower.executorch_codebook import Codebooks
 from .lower.executorch_layers import Static
 from .lower.executorch_stores import GROUP_SCALE_DIGITS, STORES
 from .parity import Runtime
@@ -59,11 +60,12 @@ was rounded the other way (UNet of `pocket`); `pocket-turbo`'s from itself, step
 class ExecuTorch(Target):
     """ExecuTorch with XNNPACK; `static` rounds activations of 8-bit layers in steps that calibration chose.
 
-    `weights_apart` puts constants into a .ptd file beside each program.
+    `weights_apart` puts constants into a .ptd file beside each program; `codebooks` says which operators read them.
     """
 
     static: bool = False
     weights_apart: bool = False
+    codebooks: Codebooks = "portable"
 
     name = "executorch"
     tools = ("executorch",)
@@ -81,7 +83,7 @@ class ExecuTorch(Target):
         return STORES[type(format), kind]
 
     def trace(self, component: Component) -> executorch.TracedProgram:
-        return executorch.trace(component, self.static, self.weights_apart)
+        return executorch.trace(component, self.static, self.weights_apart, self.codebooks)
 
     def fitted(
         self, traced: executorch.TracedProgram, component: Component, ranges: Mapping[str, Ranges]
@@ -92,8 +94,8 @@ class ExecuTorch(Target):
     def component_spec(self, traced: executorch.TracedProgram) -> ComponentSpec:
         return executorch.component_spec(traced)
 
-    def fixed_bytes(self, traced: executorch.TracedProgram) -> int:
-        return executorch.fixed_bytes(traced)
+    def fixed_bytes(self, traced: executorch.TracedProgram, candidates: Iterable[LayerFormat]) -> int:
+        return executorch.fixed_bytes(traced, candidates)
 
     def lowered_bytes(self, traced: executorch.TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
         return executorch.lowered_bytes(traced, formats)
@@ -106,7 +108,7 @@ class ExecuTorch(Target):
     def as_run(
         self, component: Component, weights: Mapping[str, CompressedTensor], ranges: Mapping[str, Ranges]
     ) -> Component:
-        return executorch.as_run(component, weights, self._static(ranges))
+        return executorch.as_run(component, weights, self._static(ranges), self.codebooks)
 
     def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
         write_tokenizers(model, folder)
@@ -146,4 +148,4 @@ class ExecuTorch(Target):
 
 def _rounds(weights: Mapping[str, CompressedTensor]) -> bool:
     """Whether any layer rounds its input."""
-    return any(not isinstance(weight.format, Dense) for weight in weights.values())
+    return any(isinstance(weight.format, Affine) for weight in weights.values())

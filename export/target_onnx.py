@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX files for ONNX Runtime, as a target."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ class Onnx(Target):
     def component_spec(self, traced: onnx.TracedGraph) -> ComponentSpec:
         return onnx.component_spec(traced)
 
-    def fixed_bytes(self, traced: onnx.TracedGraph) -> int:
-        return onnx.fixed_bytes(traced)
+    def fixed_bytes(self, traced: onnx.TracedGraph, candidates: Iterable[LayerFormat]) -> int:
+        return onnx.fixed_bytes(traced, candidates)
 
     def lowered_bytes(self, traced: onnx.TracedGraph, formats: Mapping[str, LayerFormat]) -> int:
         return onnx.lowered_bytes(traced, formats)

@@ -21,5 +21,6 @@ def open_target(section: TargetSection, guided: bool = False) -> Target:
         batch = 2 if guided else 1
         return CoreML(CoreMLOptions(wanted.deployment, batch, max_package_bytes=parse_bytes(wanted.max_package)))
     if section.name == "executorch":
-        return ExecuTorch(section.executorch.activations == "static", section.executorch.weights == "apart")
+        asked = section.executorch
+        return ExecuTorch(asked.activations == "static", asked.weights == "apart", asked.codebooks)
     return Onnx(OnnxOptions(section.onnx.accuracy_level, section.onnx.prepacked))

@@ -9,13 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import TurbopocketError
-from .executorch_file import data_file, read_layout
+from .executorch_file import Layout, data_file, read_layout
 from .executorch_import import executorch_module
 from .executorch_layers import LayerName, Shown, with_layer_outputs
+from .kernels.library import executorch_operators
 from .manifest import ComponentSpec, Manifest, TensorSpec
 from .runner import Arrays, check_inputs, component_spec
 
 METHOD = "forward"
+OPERATORS = b"turbopocket::"
+"""What the names of our operators begin with in a program's table."""
 _DTYPES = {6: "float32", 4: "int64", 3: "int32", 11: "bool", 1: "int8", 0: "uint8", 5: "float16"}
 """PyTorch's numbers for types of scalars, as programs have them."""
 
@@ -55,7 +58,7 @@ class ExecuTorchRunner:
         if component not in self._shown:
             spec = component_spec(self.manifest, component)
             path = self.folder / spec.file
-            read_layout(path)
+            _load_operators(component, read_layout(path))
             shown = with_layer_outputs(path.read_bytes(), self.layers.get(component, {}))
             data = data_file(self.folder, spec)
             program = executorch_module("runtime").Runtime.get().load_program(shown.program, data_path=data)
@@ -75,7 +78,7 @@ class ExecuTorchRunner:
     def _method(self, component: str, spec: ComponentSpec) -> Any:
         if component not in self._methods:
             path = self.folder / spec.file
-            read_layout(path)
+            _load_operators(component, read_layout(path))
             runtime = executorch_module("runtime").Runtime.get()
             data = data_file(self.folder, spec)
             try:
@@ -88,6 +91,27 @@ class ExecuTorchRunner:
             _require_tensors(component, "outputs", spec.outputs, meta.num_outputs(), meta.output_tensor_meta)
             self._methods[component] = method
         return self._methods[component]
+
+
+def _load_operators(component: str, layout: Layout) -> None:
+    """Our operators, if the program names any. TurbopocketError where they were not built or can not be loaded."""
+    if OPERATORS not in layout.program:
+        return
+    library = executorch_operators()
+    if library is None:
+        raise TurbopocketError(
+            f"{component}: the program needs codebook kernels, which are not built here",
+            hint="make kernels; or build with target.executorch.codebooks = 'portable'",
+        )
+    import torch
+
+    executorch_module("runtime").Runtime.get()  # brings the libraries that the operators register with
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise TurbopocketError(
+            f"{library} can not be loaded: {error}", hint="make kernels, with this ExecuTorch installed"
+        ) from error
 
 
 def _require_tensors(component: str, kind: str, specs: Sequence[TensorSpec], count: int, meta_of: Any) -> None:

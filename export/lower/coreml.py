@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ...quant.formats import CompressedTensor, LayerFormat, parse_format
+from ...quant.formats import CompressedTensor, LayerFormat
 from ...runtimes.coreml.dtypes import TensorType
 from ...runtimes.coreml.interface import CHUNKS, layer_value, package_file, package_names
 from ...runtimes.coreml.package import coremltools_module
@@ -55,9 +55,6 @@ class CoreMLOptions:
 
 
 DEFAULTS = CoreMLOptions()
-
-WORDIEST = tuple(map(parse_format, ("int4-row-asym", "int8-row-asym", "int4-g32-asym", "fp16", "lut4", "vq8-d4")))
-"""Formats of which one takes the most bytes beside its own for any layer: sizes counted with these hold for all."""
 
 
 def trace(component: Component, options: CoreMLOptions = DEFAULTS) -> TracedProgram:
@@ -132,7 +129,7 @@ def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> 
     return sum(content.nbytes for content in Lowering(traced, formats).packages())
 
 
-def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat] = WORDIEST) -> int:
+def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat]) -> int:
     """Bytes of all files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
 
     Candidates that a layer can not be stored in count for nothing.

@@ -7,7 +7,7 @@ weight is compressed, and `lower` writes the same bytes every time.
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,19 +16,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...quant.formats import CompressedTensor, LayerFormat, parse_format
+from ...quant.formats import CompressedTensor, LayerFormat
 from ...quant.ranges import Ranges
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.executorch_import import executorch_module
 from ...runtimes.executorch_layers import LayerName
 from ...runtimes.manifest import ComponentSpec, TensorSpec
 from ..graph import Component
+from .executorch_codebook import Codebooks
 from .executorch_gate import constant_key, refuse_weight_only, require_constants
-from .executorch_layers import Static, is_pointwise, layer_as_run
+from .executorch_layers import AsRun, Static, is_pointwise, layer_as_run
 from .executorch_partition import partitioner
 from .executorch_rewrite import Rewritten
-from .executorch_size import DATA_FILE_BYTES, LayerCounts, constants_bytes, graph_bytes
-from .executorch_stores import Kind, constant_bytes, constants_of, may_be_static, runs_rounded_as_convolution, storable
+from .executorch_size import (
+    DATA_FILE_BYTES,
+    KEY_BYTES,
+    OPERATOR_BYTES,
+    PLACE_BYTES,
+    PROGRAM_BYTES,
+    constants_bytes,
+    operators_bytes,
+)
+from .executorch_stores import (
+    Kind,
+    constant_bytes,
+    constants_of,
+    is_codebook,
+    may_be_static,
+    shared_constant_bytes,
+    storable,
+)
 
 __all__ = [
     "TracedProgram",
@@ -45,8 +62,6 @@ __all__ = [
 
 _DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {torch.float32: "float32", torch.int64: "int64"}
 _LAYER_OPS = ("aten.linear.default", "aten.conv2d.default")
-WORDIEST = tuple(map(parse_format, ("int8-row", "int4-row", "int4-g32", "fp32")))
-"""Formats of which one takes the most bytes beside its own for any layer: sizes counted with these hold for all."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +89,20 @@ class TracedProgram:
     outputs: tuple[TensorSpec, ...]
     static: Mapping[str, Static | None]
     weights_apart: bool
+    codebooks: Codebooks
 
     @property
     def component(self) -> str:
         return self.source.name
 
 
-def trace(component: Component, static: bool = False, weights_apart: bool = False) -> TracedProgram:
+def trace(
+    component: Component, static: bool = False, weights_apart: bool = False, codebooks: Codebooks = "portable"
+) -> TracedProgram:
     """Runs PyTorch's exporter once, for one item a call. Layer weights are not looked at.
 
-    With `static`, every layer counts as one of static steps until `static_layers` says which are; `weights_apart` is
-    for the programs that will be written.
+    With `static`, every layer counts as one of static steps until `static_layers` says which are; `weights_apart` and
+    `codebooks` are for the programs that will be written.
 
     Raises TurbopocketError when ExecuTorch is missing, when two layers share one weight, or when a layer's weight is
     used by anything but its layer, or when PyTorch can not export the component.
@@ -108,6 +126,7 @@ def trace(component: Component, static: bool = False, weights_apart: bool = Fals
         outputs=_outputs(component, program),
         static=dict.fromkeys(layers) if static else {},
         weights_apart=weights_apart,
+        codebooks=codebooks,
     )
 
 
@@ -120,7 +139,7 @@ def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder
     ExecuTorch fails on the way, or the finished program does not hold one as it is.
     """
     _require_formats(traced, {name: weight.format for name, weight in weights.items()})
-    program = _exported(as_run(traced.source, weights, traced.static))
+    program = _exported(as_run(traced.source, weights, traced.static, traced.codebooks))
     refuse_weight_only(program)
     spec = component_spec(traced)
     with _by_executorch(traced.component):
@@ -130,9 +149,11 @@ def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder
 
 
 def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str, LayerName]]:
-    """Each component's layers by the name that a program has for the weight."""
+    """Each component's layers by the name that a program has for the weight; those that XNNPACK has."""
     found: dict[str, dict[str, LayerName]] = {}
     for name, weight in weights.items():
+        if is_codebook(weight.format):
+            continue
         component, path = name.split(".", 1)
         found.setdefault(component, {})[constant_key(constants_of(weight)[0])] = LayerName(path, is_pointwise(weight))
     return found
@@ -144,7 +165,10 @@ def static_layers(ranges: Mapping[str, Ranges]) -> dict[str, Static | None]:
 
 
 def as_run(
-    component: Component, weights: Mapping[str, CompressedTensor], static: Mapping[str, Static | None]
+    component: Component,
+    weights: Mapping[str, CompressedTensor],
+    static: Mapping[str, Static | None],
+    codebooks: Codebooks = "portable",
 ) -> Component:
     """The component as the runtime is to compute it, in PyTorch; it shares all tensors but the layers' weights."""
     shared: dict[int, Any] = {
@@ -152,10 +176,12 @@ def as_run(
     }
     module = copy.deepcopy(component.module, shared)
     model: nn.Module = module.model
+    common = AsRun(codebooks)
     for name, weight in weights.items():
         if name.startswith(component.layer_prefix):
             path = name.removeprefix(component.layer_prefix)
-            model.set_submodule(path, layer_as_run(name, model.get_submodule(path), weight, static.get(name)))
+            layer = layer_as_run(name, model.get_submodule(path), weight, static.get(name), common)
+            model.set_submodule(path, layer)
     return replace(component, module=module)
 
 
@@ -169,37 +195,44 @@ def component_spec(traced: TracedProgram) -> ComponentSpec:
     )
 
 
-def fixed_bytes(traced: TracedProgram) -> int:
-    """Bytes of the file beside the layers' `nbytes`, at most, whatever formats they get."""
-    int8 = parse_format("int8-row")
-    return (
-        _graph_bytes(traced, dict.fromkeys(traced.layers, int8))
-        + constants_bytes(traced.rest_bytes)
-        + sum(_overhead_bytes(layer) for layer in traced.layers.values())
-    )
+def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat]) -> int:
+    """Bytes of the files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
+
+    Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
+    """
+    formats = tuple(candidates)
+    return _base_bytes(traced) + sum(_overhead_bytes(traced, layer, formats) for layer in traced.layers.values())
 
 
 def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
-    """Bytes of the file that `lower` would write for layers in these formats, at most."""
+    """Bytes of the files that `lower` would write for layers in these formats, at most."""
     _require_formats(traced, formats)
-    constants = [size for name, layer in traced.layers.items() for size in constant_bytes(formats[name], layer.shape)]
-    return _graph_bytes(traced, formats) + constants_bytes((*traced.rest_bytes, *constants))
-
-
-def _graph_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
-    static = {name for name in traced.static if may_be_static(formats[name])}
-    convolutions = {
-        name for name, layer in traced.layers.items() if runs_rounded_as_convolution(formats[name], layer.shape)
-    }
-    counts = LayerCounts(
-        len(traced.layers), len(convolutions - static), len(static - convolutions), len(static & convolutions)
+    shapes = {formats[name]: layer.shape for name, layer in traced.layers.items()}
+    return (
+        _base_bytes(traced)
+        + sum(_own_bytes(traced, layer, formats[name]) for name, layer in traced.layers.items())
+        + sum(constants_bytes(shared_constant_bytes(format, shape), PLACE_BYTES) for format, shape in shapes.items())
     )
-    return graph_bytes(traced.operators, counts) + (DATA_FILE_BYTES if traced.weights_apart else 0)
 
 
-def _overhead_bytes(layer: Layer) -> int:
-    found = [each for each in WORDIEST if storable(each, layer.kind, layer.shape) is None]
-    return max(constants_bytes(constant_bytes(each, layer.shape)) - each.nbytes(layer.shape) for each in found)
+def _base_bytes(traced: TracedProgram) -> int:
+    """Of all that is no layer."""
+    data_file = DATA_FILE_BYTES if traced.weights_apart else 0
+    return PROGRAM_BYTES + OPERATOR_BYTES * traced.operators + constants_bytes(traced.rest_bytes) + data_file
+
+
+def _own_bytes(traced: TracedProgram, layer: Layer, format: LayerFormat) -> int:
+    """Of a layer's operators and constants, without those that it has in common with others."""
+    static = layer.name in traced.static and may_be_static(format)
+    find_bytes = PLACE_BYTES if is_codebook(format) else KEY_BYTES
+    constants = constants_bytes(constant_bytes(format, layer.shape), find_bytes)
+    return operators_bytes(format, layer.shape, static, traced.codebooks == "kernel") + constants
+
+
+def _overhead_bytes(traced: TracedProgram, layer: Layer, candidates: Iterable[LayerFormat]) -> int:
+    """Of the candidate format that takes the most beside its `nbytes`; a layer without any counts for nothing."""
+    found = [each for each in candidates if storable(each, layer.kind, layer.shape) is None]
+    return max((_own_bytes(traced, layer, each) - each.nbytes(layer.shape) for each in found), default=0)
 
 
 def _require_formats(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> None:

@@ -7,6 +7,7 @@ finished file for every code and scale, whatever went wrong on the way.
 """
 
 import hashlib
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ...quant.formats import CompressedTensor
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.executorch_file import read_data_names, read_layout
-from .executorch_stores import constants_of
+from .executorch_stores import constants_of, is_codebook
 
 _LAYERS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
 
@@ -35,22 +36,40 @@ def refuse_weight_only(program: torch.export.ExportedProgram) -> None:
 def require_constants(path: Path, weights: Mapping[str, CompressedTensor]) -> None:
     """Returns when the program, or the .ptd file, at `path` holds every weight byte for byte as it was compressed.
 
-    XNNPACK's constants are named by the SHA-256 of their bytes. TurbopocketError names the first layer whose codes or
-    scales are not there: they were changed, folded or widened on the way.
+    XNNPACK's constants are named by the SHA-256 of their bytes; those of codebooks have no such names and are looked
+    for themselves. TurbopocketError names the first layer whose codes or scales are not there: they were changed,
+    folded or widened on the way.
     """
     names = read_data_names(path) if path.suffix == ".ptd" else read_layout(path).program
-    for layer, weight in weights.items():
-        for constant in constants_of(weight):
-            if constant_key(constant).encode() not in names:
-                raise TurbopocketError(
-                    f"{layer}: {path.name} does not hold its {weight.format} values as they were compressed: "
-                    f"{list(constant.shape)} {str(constant.dtype).removeprefix('torch.')} are missing"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        for layer, weight in weights.items():
+            for constant in constants_of(weight):
+                there = (
+                    _holds(held, constant) if is_codebook(weight.format) else constant_key(constant).encode() in names
                 )
+                if not there:
+                    raise TurbopocketError(
+                        f"{layer}: {path.name} does not hold its {weight.format} values as they were compressed: "
+                        f"{list(constant.shape)} {str(constant.dtype).removeprefix('torch.')} are missing"
+                    )
 
 
 def constant_key(constant: Tensor) -> str:
     """What XNNPACK names a constant: the SHA-256 of its bytes, in hexadecimal."""
-    return hashlib.sha256(constant.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(_bytes_of(constant)).hexdigest()
+
+
+def _holds(held: mmap.mmap, constant: Tensor) -> bool:
+    """Whether the bytes are there; the next constant is looked for from there on first, where it mostly is."""
+    wanted = _bytes_of(constant)
+    found = held.find(wanted, held.tell())
+    found = held.find(wanted, 0) if found < 0 else found
+    held.seek(max(found, 0))
+    return found >= 0
+
+
+def _bytes_of(constant: Tensor) -> bytes:
+    return constant.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _is_dequantized(node: object) -> bool:

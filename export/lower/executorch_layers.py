@@ -9,7 +9,7 @@ partitioner takes whole and, run in PyTorch, the arithmetic of the runtime.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from ...quant.formats import Affine, CompressedTensor, Dense
 from ...quant.formats.base import from_matrix_view
 from ...quant.ranges import Ranges
 from ...runtimes.errors import TurbopocketError
-from .executorch_stores import may_be_static
+from .executorch_codebook import CodebookLayer, Codebooks, Order
+from .executorch_stores import is_codebook, may_be_static
 
 OPS = torch.ops.quantized_decomposed
 _LOWEST, _HIGHEST = -128, 127
@@ -152,7 +153,17 @@ def is_pointwise(weight: CompressedTensor) -> bool:
     return isinstance(weight.format, Affine) and weight.shape[2:] == (1, 1)
 
 
-def layer_as_run(name: str, layer: nn.Module, weight: CompressedTensor, static: Static | None) -> nn.Module:
+@dataclass(frozen=True)
+class AsRun:
+    """What a component's layers have in common: how codebooks are read, and the order in which they are."""
+
+    codebooks: Codebooks
+    order: Order = field(default_factory=Order)
+
+
+def layer_as_run(
+    name: str, layer: nn.Module, weight: CompressedTensor, static: Static | None, common: AsRun
+) -> nn.Module:
     """The layer with its weight as stored; 8-bit ones with `static` steps, if there are any.
 
     Raises TurbopocketError for formats that XNNPACK has no kernel for.
@@ -161,6 +172,9 @@ def layer_as_run(name: str, layer: nn.Module, weight: CompressedTensor, static: 
         dense = copy.deepcopy(layer, {id(tensor): tensor for tensor in layer.parameters()})
         dense.weight = _constant(weight.parts["weight"])
         return dense
+    if is_codebook(weight.format):
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        return CodebookLayer(layer, weight, common.codebooks, common.order)
     if not isinstance(weight.format, Affine):
         raise TurbopocketError(f"{name}: XNNPACK has no kernel for {weight.format}")
     codes_OK, scale_OG, _ = weight.format.unpack(weight)

@@ -19,7 +19,7 @@ def partitioner() -> Any:
 
     class Partitioner(xnnpack.XnnpackPartitioner):  # type: ignore[misc,name-defined]
         def generate_partitions(self, ep: Any) -> list[Any]:
-            groups = self.get_matched_nodes_from_configs(ep)
+            groups = [group for group in self.get_matched_nodes_from_configs(ep) if not _sums_vectors(group)]
             alone = [group for group in groups if _rounds_for_convolution(group)]
             rest = [group for group in groups if not _rounds_for_convolution(group)]
             found = list(canonical.generate_grouped_partitions_from_list_of_nodes(ep.graph_module, rest))
@@ -34,3 +34,15 @@ def partitioner() -> Any:
 def _rounds_for_convolution(group: list[Any]) -> bool:
     targets = [str(node.target) for node in group]
     return any("convolution" in target for target in targets) and any("choose_qparams" in target for target in targets)
+
+
+def _sums_vectors(group: list[Any]) -> bool:
+    """Whether it makes a weight of a codebook's vectors: a delegate more for each layer, where an addition does."""
+    return len(group) == 1 and _is_of_vectors(group[0])
+
+
+def _is_of_vectors(node: Any) -> bool:
+    target = str(node.target)
+    return "embedding" in target or (
+        ("add.Tensor" in target or "view_copy" in target) and any(map(_is_of_vectors, node.all_input_nodes))
+    )

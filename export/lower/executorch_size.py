@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large an ExecuTorch program gets, from counts."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from ...quant.formats import Additive, Affine, Codebook, LayerFormat
 
 ALIGNMENT = 16
 KEY_BYTES = 120
 """A constant's entry: its name, which is its SHA-256 in hexadecimal, and where it lies."""
+PLACE_BYTES = 16
+"""The entry of a constant that is not XNNPACK's: where it lies."""
 OPERATOR_BYTES = 200
 LAYER_BYTES = 300
 ROUNDED_CONVOLUTION_BYTES = 2200
@@ -14,33 +18,29 @@ ROUNDED_CONVOLUTION_BYTES = 2200
 STATIC_LINEAR_BYTES, STATIC_CONVOLUTION_BYTES = 950, 2400
 """Operators that round the input and widen the output, and their steps; a convolution's channels move twice as well."""
 PROGRAM_BYTES = 4096
+KERNEL_BYTES = 350
+"""A call of our kernel, and the delegate around it cut in two."""
+VECTORS_BYTES, BOOK_BYTES, TAP_BYTES = 2300, 1100, 500
+"""Operators that look a layer's vectors up and the delegate that multiplies; more for each codebook, and for each tap
+of a convolution of several."""
 DATA_FILE_BYTES = 1024
 """Head and padding of a file of constants."""
 
 
-def constants_bytes(sizes: Iterable[int]) -> int:
-    """Bytes of constants of these sizes, with what it takes to find them."""
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT + KEY_BYTES for size in sizes)
+def constants_bytes(sizes: Iterable[int], find_bytes: int = KEY_BYTES) -> int:
+    """Bytes of constants of these sizes, with what it takes to find each; XNNPACK's by default."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT + find_bytes for size in sizes)
 
 
-@dataclass(frozen=True)
-class LayerCounts:
-    """Layers of a program: all, convolutions that find the scale of their integer input while they run, and those of
-    static steps, where a convolution of one tap is a Linear."""
-
-    all: int
-    rounded_convolutions: int
-    static_linear: int
-    static_convolutions: int
-
-
-def graph_bytes(operators: int, layers: LayerCounts) -> int:
-    """Bytes of the operators of a program, at most."""
-    return (
-        PROGRAM_BYTES
-        + OPERATOR_BYTES * operators
-        + LAYER_BYTES * layers.all
-        + ROUNDED_CONVOLUTION_BYTES * layers.rounded_convolutions
-        + STATIC_LINEAR_BYTES * layers.static_linear
-        + STATIC_CONVOLUTION_BYTES * layers.static_convolutions
-    )
+def operators_bytes(format: LayerFormat, shape: tuple[int, ...], static: bool, kernel: bool) -> int:
+    """Bytes of what runs one layer, at most; `kernel` has operators of our own read codebooks."""
+    if isinstance(format, Additive | Codebook):
+        if kernel:
+            return KERNEL_BYTES
+        taps = math.prod(shape[2:])
+        books = format.count if isinstance(format, Additive) else 1
+        return VECTORS_BYTES + BOOK_BYTES * books + (TAP_BYTES * taps if taps > 1 else 0)
+    convolution = isinstance(format, Affine) and math.prod(shape[2:]) != 1
+    if static and isinstance(format, Affine):
+        return LAYER_BYTES + (STATIC_CONVOLUTION_BYTES if convolution else STATIC_LINEAR_BYTES)
+    return LAYER_BYTES + (ROUNDED_CONVOLUTION_BYTES if convolution else 0)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from ...quant.formats import CompressedTensor, LayerFormat, parse_format
+from ...quant.formats import CompressedTensor, LayerFormat
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.manifest import ComponentSpec, TensorSpec
 from .onnx_codebook import distinct
@@ -56,18 +56,6 @@ class OnnxOptions:
 
 DEFAULTS = OnnxOptions()
 
-WORDIEST = tuple(
-    map(
-        parse_format,
-        (
-            *("int4-row-asym", "int8-row-asym", "int4-g32-asym", "fp16", "fp32"),
-            *("vq8-d2", "avq2x8-d2", "avq3x8-d2", "avq4x8-d2"),
-        ),
-    )
-)
-"""Formats of which one takes the most nodes for any layer, and which need all operators of our own: sizes counted with
-these hold for all formats."""
-
 
 def lower(
     traced: TracedGraph,
@@ -105,7 +93,7 @@ def lowered_bytes(traced: TracedGraph, formats: Mapping[str, LayerFormat], optio
     return graph.model().ByteSize() + data_bytes(graph.tensors())
 
 
-def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat] = WORDIEST) -> int:
+def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
     """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
 
     Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
@@ -113,7 +101,7 @@ def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat] = WORDIES
     return graph_bytes(traced, candidates) + rest_bytes(traced)
 
 
-def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat] = WORDIEST) -> int:
+def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
     """Bytes of `model.onnx` and of gaps in the data file, at most: each layer in its wordiest candidate format.
 
     Candidates that a layer can not be stored in count for nothing; so does a layer without any.

@@ -16,7 +16,9 @@ from ..command import run
 from ..errors import TurbopocketError
 
 SOURCES = Path(__file__).parent
+KERNELS = SOURCES.parent / "kernels"
 PROGRAM = "executorch_runner"
+_SOURCE_SUFFIXES = (".cpp", ".h", ".txt")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def _key(toolchain: Toolchain) -> str:
     digest = hashlib.sha256(repr((str(toolchain.executorch), toolchain.options)).encode())
     library = (toolchain.executorch / "lib" / "libexecutorch.so").stat()
     digest.update(repr((library.st_size, library.st_mtime_ns)).encode())
-    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"), SOURCES / "CMakeLists.txt"]):
+    folders = SOURCES, KERNELS, KERNELS / "core", KERNELS / "executorch"
+    for source in [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in _SOURCE_SUFFIXES]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

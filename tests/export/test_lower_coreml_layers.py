@@ -382,7 +382,7 @@ def test_layers_beyond_fp16_compute_in_fp32(name: str, deployment: str, tmp_path
     assert (
         on_disk
         == target.lowered_bytes(traced, formats)
-        <= target.fixed_bytes(traced) + sum(weight.nbytes for weight in weights.values())
+        <= target.fixed_bytes(traced, set(formats.values())) + sum(weight.nbytes for weight in weights.values())
     )
     program = Program.open(folder)
     kinds = {program.function.types[value].dtype.name for value in ("first", "second")}

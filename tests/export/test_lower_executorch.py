@@ -221,7 +221,7 @@ def test_the_file_is_no_larger_than_planned_and_hardly_smaller(lowered: Lowered)
     planned = target.lowered_bytes(lowered.traced, formats)
     assert found <= planned <= found + 12_000
     layers = sum(weight.nbytes for weight in lowered.weights.values())
-    assert planned <= target.fixed_bytes(lowered.traced) + layers
+    assert planned <= target.fixed_bytes(lowered.traced, set(formats.values())) + layers
 
 
 def test_a_layer_whose_input_is_not_rounded_is_refused_by_name(
@@ -336,10 +336,14 @@ def test_two_lowerings_are_the_same_bytes(lowered: Lowered, tmp_path: Path) -> N
         ("int4-row", "linear", (64, 33), "an even number of columns, not 33"),
         ("int8-g32", "linear", (64, 64), "groups of scales for 4 bits only"),
         ("lut4", "linear", (64, 64), "no lookup tables"),
-        ("vq8-d4", "conv2d", (64, 64, 3, 3), "no lookup tables"),
+        ("vq8-d4", "conv2d", (64, 64, 3, 3), None),
+        ("avq2x8-d8-shared", "linear", (64, 64), None),
+        ("avq2x8-d8", "linear", (64, 20), "not a multiple of vector length 8"),
+        ("avq2x6-d8", "linear", (64, 64), "codes of 8 bits, avq2x6-d8 has 6"),
+        ("vq8-d4-r16", "linear", (64, 64), "one codebook of vectors along the inputs"),
     ],
 )
-def test_what_xnnpack_can_not_store_has_a_reason(
+def test_what_a_program_can_not_store_has_a_reason(
     text: str, kind: Any, shape: tuple[int, ...], reason: str | None
 ) -> None:
     found = target.storable(parse_format(text), kind, shape)
