@@ -20,7 +20,7 @@ STATIC_LINEAR_BYTES, STATIC_CONVOLUTION_BYTES = 950, 2400
 PROGRAM_BYTES = 4096
 KERNEL_BYTES = 350
 """A call of our kernel, and the delegate around it cut in two."""
-VECTORS_BYTES, BOOK_BYTES, TAP_BYTES = 2300, 1100, 500
+VECTORS_BYTES, BOOK_BYTES, TAP_BYTES = 2550, 1100, 320
 """Operators that look a layer's vectors up and the delegate that multiplies; more for each codebook, and for each tap
 of a convolution of several."""
 DATA_FILE_BYTES = 1024
