@@ -54,6 +54,7 @@ bench-codebooks: export OMP_NUM_THREADS = 1
 bench-codebooks: setup
 	$(BIN)/python benchmarks/codebooks.py
 	$(BIN)/python benchmarks/sdxl_block.py
+	$(BIN)/python benchmarks/executorch_codebooks.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8, about 4 bits and codebooks, against float PyTorch.

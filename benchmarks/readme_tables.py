@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/distillation.md", "docs/codebooks.md")
+PAGES = ("README.md", "docs/distillation.md", "docs/codebooks.md", "docs/kernels.md")
 
 
 def _load(name: str) -> Any:
@@ -126,6 +126,25 @@ def codebooks() -> str:
     return _table(header, rows)
 
 
+def executorch_codebooks() -> str:
+    """A stack of layers of codebooks in ExecuTorch, by what reads them."""
+    measured = _load("executorch_codebooks")
+    rows = []
+    for name, row in measured["programs"].items():
+        grown = row["growth_bytes"]["resident"]
+        rows.append(
+            [
+                name,
+                *(f"{each / 1e6:.2f} MB" for each in (row["file_bytes"], row["planned_bytes"])),
+                f"{row['relative_error']:.1e}",
+                f"{grown / 1e6:.2f} MB ({row['resident_to_compressed']:.2f} x)",
+                f"{row['speed_to_dense']:.2f}",
+            ]
+        )
+    header = ["read by", "file", "planned", "to PyTorch", "resident growth, to compressed weights", "speed to dense"]
+    return _table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "memory": memory,
@@ -134,6 +153,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "students": students,
     "ablations": ablations,
     "codebooks": codebooks,
+    "executorch_codebooks": executorch_codebooks,
 }
 
 

@@ -149,11 +149,9 @@ def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder
 
 
 def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str, LayerName]]:
-    """Each component's layers by the name that a program has for the weight; those that XNNPACK has."""
+    """Each component's layers by the name that XNNPACK has for the weight; layers that it does not run have none."""
     found: dict[str, dict[str, LayerName]] = {}
     for name, weight in weights.items():
-        if is_codebook(weight.format):
-            continue
         component, path = name.split(".", 1)
         found.setdefault(component, {})[constant_key(constants_of(weight)[0])] = LayerName(path, is_pointwise(weight))
     return found
