@@ -39,8 +39,8 @@ def path_of(op: Message) -> str:
 
 
 def weight_operations(form: Form, first_blob: int) -> Iterator[Message]:
-    """What gives the layer's weight, and the scale of its outputs if it has one, their names."""
-    yield form.weight_operation(_weight(form.layer), first_blob)
+    """What gives the layer's weights, and the scale of its outputs if it has one, their names."""
+    yield from form.weight_operations(_weights(form), first_blob)
     if form.scales_outputs:
         tensors = form.tensors()
         yield const(_scale(form.layer), stored(tensors[-1], first_blob + len(tensors) - 1))
@@ -58,26 +58,33 @@ def geometry_constants(layers: Iterable[Layer]) -> list[Message]:
 def applied(op: Message, form: Form, constants: Mapping[str, Message]) -> Iterator[Message]:
     """The layer's arithmetic; the last operation gives the traced one's value.
 
-    A scale of outputs comes between product and bias.
+    A scale of outputs comes between product, or sum of products, and bias.
     """
     layer = form.layer
     bias = constants[op.inputs["bias"].arguments[0].name] if "bias" in op.inputs else None
     output = op.outputs[0].name
     tensor = type_of(op.outputs[0].type)
-    inputs = {"x": op.inputs["x"].arguments[0].name, "weight": _weight(layer)}
+    inputs = {"x": op.inputs["x"].arguments[0].name}
     if layer.kind == "conv2d":
         inputs |= {parameter: _constant_name(value) for parameter, value in _geometry(layer).items()}
     kind = "linear" if layer.kind == "linear" else "conv"
     if not form.scales_outputs:
         if bias is not None or layer.kind == "linear":
             inputs["bias"] = zero_bias(layer) if bias is None else bias.outputs[0].name
-        yield operation(kind, output, tensor, inputs)
+        (weight,) = _weights(form)
+        yield operation(kind, output, tensor, inputs | {"weight": weight})
         return
     if layer.kind == "linear":
         inputs["bias"] = zero_bias(layer)
     scaled = output if bias is None else f"{output}_scaled"
-    yield operation(kind, f"{output}_unscaled", tensor, inputs)
-    yield operation("mul", scaled, tensor, {"x": f"{output}_unscaled", "y": _scale(layer)})
+    total = ""
+    for index, weight in enumerate(_weights(form)):
+        product = f"{output}_product{index}"
+        yield operation(kind, product, tensor, inputs | {"weight": weight})
+        if total:
+            yield operation("add", f"{output}_sum{index}", tensor, {"x": total, "y": product})
+        total = f"{output}_sum{index}" if total else product
+    yield operation("mul", scaled, tensor, {"x": total, "y": _scale(layer)})
     if bias is not None:
         yield _as_channels(f"{output}_bias", bias, layer)
         yield operation("add", output, tensor, {"x": scaled, "y": f"{output}_bias"})
@@ -93,8 +100,9 @@ def _as_channels(name: str, bias: Message, layer: Layer) -> Message:
     return value
 
 
-def _weight(layer: Layer) -> str:
-    return f"{layer.path.replace('.', '_')}_weight"
+def _weights(form: Form) -> list[str]:
+    name = f"{form.layer.path.replace('.', '_')}_weight"
+    return [name] if form.products == 1 else [f"{name}{index}" for index in range(form.products)]
 
 
 def _scale(layer: Layer) -> str:

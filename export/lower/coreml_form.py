@@ -56,6 +56,11 @@ class Form(ABC):
     scales_outputs: ClassVar[bool] = False
     """Whether the last tensor is a scale [O] that multiplies the layer's output."""
 
+    @property
+    def products(self) -> int:
+        """Weights that the layer multiplies with one after the other; its output is the sum."""
+        return 1
+
     @classmethod
     @abstractmethod
     def refusal(cls, format: Any, shape: tuple[int, ...], deployment: Deployment) -> str | None:
@@ -71,11 +76,16 @@ class Form(ABC):
 
     @abstractmethod
     def decoding(self, name: str, values: Sequence[Message]) -> Message:
-        """The operation that decodes the stored values to the weight of that name."""
+        """The operation that decodes stored values to the weight of that name; of a sum, to one of its weights."""
 
-    def weight_operation(self, name: str, first_blob: int) -> Message:
-        """`decoding`, of tensors that are the program's blobs from `first_blob` on."""
-        return self.decoding(name, [stored(tensor, first_blob + at) for at, tensor in enumerate(self.tensors())])
+    def weight_operations(self, names: Sequence[str], first_blob: int) -> list[Message]:
+        """`decoding` to each weight, of tensors that are the program's blobs from `first_blob` on.
+
+        The tensors of one weight lie behind those of the one before; a scale of outputs is last.
+        """
+        values = [stored(tensor, first_blob + at) for at, tensor in enumerate(self.tensors())]
+        each = len(values) // self.products
+        return [self.decoding(name, values[at * each : (at + 1) * each]) for at, name in enumerate(names)]
 
     def _decoded_by(
         self, kind: str, name: str, inputs: Mapping[str, Message], attributes: Mapping[str, Message] | None = None

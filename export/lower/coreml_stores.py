@@ -7,13 +7,14 @@ from ...quant.formats import Additive, Affine, Codebook, Dense, LayerFormat, Pal
 from ...runtimes.errors import TurbopocketError
 from .coreml_affine import AffineForm, DenseForm
 from .coreml_form import Deployment, Form, Kind, Layer
-from .coreml_lut import CodebookForm, PaletteForm
+from .coreml_lut import AdditiveForm, CodebookForm, PaletteForm
 
 STORES: Mapping[type[LayerFormat], type[Form]] = {
     Dense: DenseForm,
     Affine: AffineForm,
     Palette: PaletteForm,
     Codebook: CodebookForm,
+    Additive: AdditiveForm,
 }
 """What this target stores natively, of Linear and Conv2d alike. A format that is not here has no compressed form."""
 
@@ -26,8 +27,6 @@ def storable(
 ) -> str | None:
     """None when this target keeps a layer of this kind and shape compressed in that format, else the reason."""
     form = STORES.get(type(format))
-    if isinstance(format, Additive):
-        return f"Core ML looks a weight up once, {format} adds {format.count} vectors"
     if form is None:
         return f"Core ML has no compressed {kind} for {format}"
     return format.fits(shape) or form.refusal(format, shape, deployment)

@@ -39,7 +39,7 @@ def test_a_no_comes_with_its_numbers() -> None:
         assert row["reason"] == "4 input channels are not a multiple of group 32 in int4-g32"
 
 
-def test_one_codebook_is_for_both_targets_and_a_sum_of_them_for_onnx() -> None:
+def test_codebooks_are_for_all_targets() -> None:
     rows = [row for row in listings.format_rows() if row["shape"] == [640, 640]]
     told = {(row["format"], row["target"]): (row["stored_as"], row["reason"]) for row in rows}
     assert told["vq8-d4", "coreml"] == ("constexpr_lut_to_dense, mul", None)
@@ -47,8 +47,9 @@ def test_one_codebook_is_for_both_targets_and_a_sum_of_them_for_onnx() -> None:
         stored_as, reason = told[name, "onnx"]
         assert str(stored_as).startswith("CodebookLinear, or Gather, Add, MatMul")
         assert reason is None
-    reason = "Core ML looks a weight up once, avq2x8-d8 adds 2 vectors"
-    assert told["avq2x8-d8", "coreml"] == (None, reason)
+        assert str(told[name, "executorch"][0]).startswith("embedding and bmm, or turbopocket::codebook_linear")
+    sums = "constexpr_lut_to_dense and a product for each codebook, add, mul"
+    assert told["avq2x8-d8", "coreml"] == (sums, None)
 
 
 def test_formats_are_shown_in_80_columns_each_answer_with_a_note() -> None:

@@ -248,7 +248,9 @@ def test_a_guided_unet_takes_two_items_and_three_are_two_calls(tmp_path: Path) -
     assert snr_db(found["out_sample"], expected["out_sample"]) >= LEAST_SNR_DB
 
 
-@pytest.mark.parametrize("name", ["fp16", "int8-row", "int4-row-asym", "int4-g32-asym", "lut4-r16", "vq8-d4"])
+@pytest.mark.parametrize(
+    "name", ["fp16", "int8-row", "int4-row-asym", "int4-g32-asym", "lut4-r16", "vq8-d4", "avq2x8-d4"]
+)
 def test_packages_have_exactly_the_predicted_bytes(traced: dict[str, Traced], name: str, tmp_path: Path) -> None:
     for part, (component, graph) in traced.items():
         weights = compressed(component, graph, name, "int8-row")
