@@ -78,8 +78,11 @@ class Form(ABC):
         return []
 
     def overhead_bytes(self, node: NodeProto) -> int:
-        """Bytes that the traced `node` takes in both files beside `format.nbytes(shape)`; within a few digits."""
-        tensors = self.tensors()
+        """Bytes that the traced `node` takes in both files beside `format.nbytes(shape)`; within a few digits.
+
+        What it shares with other layers is not counted.
+        """
+        tensors = [tensor for tensor in self.tensors() if tensor.name not in self.shared()]
         graph = GraphProto(
             node=[*self.prepare(), *self.apply(node)],
             initializer=external_initializers(tensors, offset=_LARGE_OFFSET),
