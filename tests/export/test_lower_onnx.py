@@ -215,7 +215,7 @@ def test_files_have_exactly_the_predicted_bytes(traced: dict[str, Traced], name:
 def test_shared_codebooks_are_no_layers_overhead(traced: dict[str, Traced]) -> None:
     _, graph = traced["unet"]
     shared, own = (target.fixed_bytes(graph, [parse_format(name)]) for name in ("avq2x8-d8-shared", "avq2x8-d8"))
-    assert abs(shared - own) < 100 * len(graph.layers)  # codebooks have 8,192 bytes
+    assert shared <= own <= shared + 300 * len(graph.layers)  # codebooks have 8,192 bytes, their entry a few
 
 
 def test_a_file_holds_one_body_per_operator_and_number_of_codebooks(traced: dict[str, Traced], tmp_path: Path) -> None:
