@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-distill bench-vqdm bench-codebooks train-pocket distill-pocket \
-	distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
+.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-executorch bench-distill bench-vqdm \
+	bench-codebooks train-pocket distill-pocket distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
 
 setup: .venv/.installed
 
@@ -65,6 +65,14 @@ bench-quality: setup
 	$(RUN) build --recipe codebooks --out build/codebooks --overwrite
 	$(BIN)/python benchmarks/alignment.py build/int8 build/demo build/codebooks
 	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
+	$(BIN)/python benchmarks/readme_tables.py
+
+# The same of ExecuTorch programs, with steps of activations found while they run and chosen by calibration: 20 minutes.
+bench-executorch: export OMP_NUM_THREADS = 1
+bench-executorch: setup
+	$(RUN) build --target executorch --budget 14MB --out build/executorch --overwrite
+	$(RUN) build --target executorch --budget 14MB --activations static --out build/executorch-static --overwrite
+	$(BIN)/python benchmarks/alignment.py build/executorch build/executorch-static --out benchmarks/results/alignment_executorch.json
 	$(BIN)/python benchmarks/readme_tables.py
 
 # optimum-onnx needs older libraries, so it gets an environment of its own.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the test prompts with float PyTorch and with artifacts in ONNX Runtime; counts what the judge reads right.
+"""Draws the test prompts with float PyTorch and with artifacts in their runtimes; counts what the judge reads right.
 
     python benchmarks/alignment.py build/int8 build/demo [--prompts 500] [--out benchmarks/results/alignment.json]
 
@@ -21,9 +21,11 @@ from turbopocket.export.components import components_of
 from turbopocket.export.families import load
 from turbopocket.export.parity import torch_runner
 from turbopocket.export.recipe import parse_recipe
+from turbopocket.export.targets import open_target
 from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.scenes import sample_scenes
 from turbopocket.runtimes.conditioning import condition, unconditional
+from turbopocket.runtimes.executorch import ExecuTorchRunner
 from turbopocket.runtimes.manifest import Manifest, load_manifest
 from turbopocket.runtimes.metrics import psnr_db
 from turbopocket.runtimes.runner import Runner, open_runner
@@ -58,10 +60,11 @@ def draw_batch(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequen
 
 
 def draw_all(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequence[str]) -> Pictures:
-    """uint8 [N, H, W, 3] for all prompts, a batch at a time."""
-    starts = range(0, len(prompts), BATCH)
+    """uint8 [N, H, W, 3] for all prompts, as many at a time as the runner takes."""
+    batch = 1 if isinstance(runner, ExecuTorchRunner) else BATCH
+    starts = range(0, len(prompts), batch)
     return np.concatenate(
-        [draw_batch(runner, folder, manifest, prompts[start : start + BATCH], start) for start in starts]
+        [draw_batch(runner, folder, manifest, prompts[start : start + batch], start) for start in starts]
     )
 
 
@@ -92,7 +95,7 @@ def main() -> None:
         found = draw_all(open_runner(folder, manifest), folder, manifest, prompts)
         judged = alignment(judge, found, scenes)
         rows[folder.name] = {
-            "runtime": "onnxruntime",
+            "runtime": open_target(parse_recipe(manifest.recipe, "manifest").target).runtime_names[0],
             "bytes": folder_bytes(folder),
             "alignment": judged.all_right,
             "by_label": judged.by_label,

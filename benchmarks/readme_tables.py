@@ -25,9 +25,9 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
-def results() -> str:
+def results(name: str = "alignment") -> str:
     """Alignment and bytes, float against artifacts."""
-    measured = _load("alignment")
+    measured = _load(name)
     rows = []
     for name, row in measured["results"].items():
         size = f"{row['bytes'] / 1e6:.2f} MB" if "bytes" in row else f"{measured['fp16_bytes'] / 1e6:.2f} MB (fp16)"
@@ -147,6 +147,7 @@ def executorch_codebooks() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
+    "results_executorch": lambda: results("alignment_executorch"),
     "memory": memory,
     "pocket": pocket,
     "arm64": arm64,
