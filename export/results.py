@@ -58,7 +58,7 @@ class Built:
 
 def parity_table(gaps: Gaps, emulated: Mapping[str, Emulated] | None = None) -> Table:
     """Returns both gaps per component and runtime, for a terminal; emulated CPUs also against this machine's."""
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fits a terminal of 80 columns
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits a terminal of 80 columns
     for column in ("component", "runtime"):
         table.add_column(column, no_wrap=True)
     for column in ("compression", "lowering", "SNR dB", "limit", "verdict"):

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table that `build` and `check` print fits a terminal, whatever runs the artifact."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from turbopocket.export.parity import Gaps, Pictures
+from turbopocket.export.results import parity_table
+from turbopocket.runtimes.parity import Limits, ParityReport, ParityRow
+
+
+def report(error: float) -> ParityReport:
+    row = ParityRow(
+        picture=0,
+        component="text_encoder_2",
+        timestep=None,
+        output="text_embeds",
+        max_abs_error=error,
+        relative_error=error,
+        snr_db=100.0,
+        max_relative_error=1e-4,
+    )
+    return ParityReport(limits=Limits(), rows=[row], pictures=[])
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime+kernels", "arm64:cortex-a76", "executorch"])
+def test_every_column_is_whole_in_80(runtime: str) -> None:
+    gaps = Gaps(report(0.012), {runtime: report(3.21e-7)}, report(0.1), Pictures((), (), ()), {})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(parity_table(gaps))
+    (row,) = console.file.getvalue().splitlines()[1:]  # type: ignore[attr-defined]
+    assert row.split() == ["text_encoder_2", runtime, "1.20e-02", "3.21e-07", "129.9", "1e-04", "passed"]
