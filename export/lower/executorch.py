@@ -135,10 +135,11 @@ def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder
 
     Its constants are inside, or in `<component>.ptd` beside it.
 
-    Raises TurbopocketError when `weights` are not exactly the traced layers', XNNPACK can not store one of them,
-    ExecuTorch fails on the way, or the finished program does not hold one as it is.
+    Raises TurbopocketError when `weights` are not exactly the traced layers', a program can not store one of them, what
+    layers share is not equal, ExecuTorch fails on the way, or the finished program does not hold one as it is.
     """
     _require_formats(traced, {name: weight.format for name, weight in weights.items()})
+    _require_equal_shares(weights)
     program = _exported(as_run(traced.source, weights, traced.static, traced.codebooks))
     refuse_weight_only(program)
     spec = component_spec(traced)
@@ -242,6 +243,15 @@ def _require_formats(traced: TracedProgram, formats: Mapping[str, LayerFormat]) 
         reason = storable(formats[name], layer.kind, layer.shape)
         if reason is not None:
             raise TurbopocketError(f"{name}: {reason}")
+
+
+def _require_equal_shares(weights: Mapping[str, CompressedTensor]) -> None:
+    first: dict[tuple[LayerFormat, str], Tensor] = {}
+    for name, weight in weights.items():
+        for part in weight.format.shared_parts:
+            value = weight.parts[part]
+            if not torch.equal(first.setdefault((weight.format, part), value), value):
+                raise TurbopocketError(f"{name}: its {part} of {weight.format} are not those of other layers")
 
 
 def _exported(component: Component) -> torch.export.ExportedProgram:

@@ -248,6 +248,14 @@ def test_a_program_without_a_stored_value_is_refused(build: Build, form: Codeboo
         require_constants(whole.program, whole.weights | {name: altered(whole.weights[name], part)})
 
 
+def test_layers_that_do_not_share_what_they_must_are_refused(build: Build, tmp_path: Path) -> None:
+    part = build("portable")
+    changed = part.weights | {"part.key": altered(part.weights["part.key"], "codebooks")}
+    with pytest.raises(TurbopocketError, match=r"part\.key: its codebooks of avq3x8-d8-shared are not those of other"):
+        target.lower(part.traced, changed, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_kernels_that_were_not_built_are_one_clear_error(
     build: Build, sample: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
