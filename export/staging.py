@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs appear whole or not at all: they are made beside their final place and renamed."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import MANIFEST_NAME
+
+_LOCK = ".lock"
 
 
 def report_folder(artifact: Path) -> Path:
@@ -52,12 +55,17 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def staged_folders(finals: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
-    """Yields empty folders that take the places of `finals` on success and vanish on any failure."""
-    stage = None
+    """Yields empty folders that take the places of `finals` on success and vanish on any failure.
+
+    What a killed process left of the same kind goes too: its lock is gone with it.
+    """
+    stage = held = None
     try:
-        parent = finals[0].parent
+        parent, prefix = finals[0].parent, f".{finals[0].name}."
         parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{finals[0].name}.", dir=parent))
+        _remove_abandoned(parent, prefix)
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        held = _lock(stage / _LOCK)
         made = tuple(stage / final.name for final in finals)
         for folder in made:
             folder.mkdir()
@@ -69,6 +77,27 @@ def staged_folders(finals: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _lock(path: Path) -> int | None:
+    """An open file that only this process has a lock on; None when another has it, or locks do not work there."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for lock in parent.glob(f"{prefix}*/{_LOCK}"):
+        held = _lock(lock)
+        if held is not None:
+            shutil.rmtree(lock.parent, ignore_errors=True)
+            os.close(held)
 
 
 def _replace(new: Path, final: Path) -> None:

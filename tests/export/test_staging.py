@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs appear whole or not at all."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,26 @@ def test_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
     with pytest.raises(TurbopocketError, match="can not write"):
         write_atomically(tmp_path / "none" / "picture.png", b"new")
     assert [each.name for each in tmp_path.iterdir()] == ["picture.png"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from turbopocket.export.staging import staged_folders
+with staged_folders((Path(sys.argv[1]),)) as (stage,):
+    (stage / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_and_what_a_running_one_makes_stays(tmp_path: Path) -> None:
+    final = tmp_path / "art"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(final)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".art.*/art/half"))) == 1
+    with staged_folders((final,)) as (running,):
+        assert not list(tmp_path.glob(".art.*/art/half"))
+        with staged_folders((final,)) as (second,):
+            (second / "file").write_text("second")
+        assert running.is_dir()
+    assert list(tmp_path.glob(".art.*")) == []
