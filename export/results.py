@@ -73,8 +73,13 @@ def parity_table(gaps: Gaps, emulated: Mapping[str, Emulated] | None = None) -> 
             limit = next(row.max_relative_error for row in report.rows if row.component == name)
             verdict = "passed" if error <= limit else "failed"
             snr = f"{-20 * math.log10(error):.1f}" if error > 0 else "exact"
-            table.add_row(name, runtime, f"{compression[name]:.2e}", f"{error:.2e}", snr, f"{limit:.0e}", verdict)
+            table.add_row(name, runtime, f"{compression[name]:.2e}", f"{error:.2e}", snr, _limit(limit), verdict)
     return table
+
+
+def _limit(value: float) -> str:
+    short = f"{value:.0e}"
+    return short if float(short) == value else f"{value:.1e}"
 
 
 def show_built(built: Built, console: Console) -> None:
