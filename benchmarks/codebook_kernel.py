@@ -40,7 +40,7 @@ WIDTH, LENGTH = 1280, 8
 ROWS = {256: 21, 1024: 11, 4096: 7}
 CONV2D = {32: 11, 64: 7}
 CHANNELS = 320
-LAYERS = 24
+LAYERS = 96
 BLOCK = 32
 RNG = np.random.default_rng(0)
 
