@@ -317,6 +317,8 @@ def _layers(component: Component, used: Mapping[str, torch.fx.Node]) -> dict[str
             raise TurbopocketError(
                 f"{name}: a Conv2d of {module.groups} groups is not supported for ExecuTorch, only of 1"
             )
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            raise TurbopocketError(f"{name}: a Conv2d that pads {module.padding_mode} is not supported for ExecuTorch")
         kind: Kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
         layers[name] = Layer(name, kind, tuple(module.weight.shape))
     return layers

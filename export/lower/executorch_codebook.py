@@ -36,7 +36,7 @@ class Order:
 
 
 class CodebookLayer(nn.Module):
-    """y = scale * (x Σ codebooks[m][codes[..., m]]) + bias of a Linear or Conv2d. ValueError for grouped channels."""
+    """y = scale * (x Σ codebooks[m][codes[..., m]]) + bias of a Linear, or of a Conv2d of one group that pads zeros."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, weight: CompressedTensor, form: Codebooks, order: Order) -> None:
         super().__init__()
@@ -104,8 +104,7 @@ class CodebookLayer(nn.Module):
 
 def _geometry(conv: nn.Conv2d) -> tuple[list[int], ...]:
     """Kernel, stride, padding and dilation, rows first."""
-    if isinstance(conv.padding, str) or conv.groups != 1:
-        raise ValueError(f"a convolution of padding {conv.padding} and {conv.groups} groups has no codebook operator")
+    assert not isinstance(conv.padding, str)
     return tuple(list(pair) for pair in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
 
 

@@ -256,6 +256,14 @@ def test_layers_that_do_not_share_what_they_must_are_refused(build: Build, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_convolutions_that_pad_anything_but_zeros_are_refused() -> None:
+    part = Part()
+    part.conv.padding_mode = "circular"
+    component = Component("part", Wrapped("part", part.eval()), {"sample": torch.zeros(1, 8, 12, 12)}, ("row",))
+    with pytest.raises(TurbopocketError, match=r"part\.conv: a Conv2d that pads circular is not supported"):
+        target.trace(component)
+
+
 def test_kernels_that_were_not_built_are_one_clear_error(
     build: Build, sample: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
