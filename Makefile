@@ -67,7 +67,7 @@ bench-quality: setup
 	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
 	$(BIN)/python benchmarks/readme_tables.py
 
-# The same of ExecuTorch programs, with steps of activations found while they run and chosen by calibration: 20 minutes.
+# The same of ExecuTorch programs, with steps of activations found while they run and chosen by calibration: seven minutes.
 bench-executorch: export OMP_NUM_THREADS = 1
 bench-executorch: setup
 	$(RUN) build --target executorch --budget 14MB --out build/executorch --overwrite
@@ -103,7 +103,7 @@ distill-pocket: setup
 distill-baseline: setup
 	$(DISTILL) --method mse --iterations 122 --student-lr 3e-4 --out build/pocket-mse
 
-# Students beside their teacher, and TDM with each of its devices off: about three hours on two cores.
+# Students beside their teacher, and TDM with each of its devices off: over an hour of one core that has AVX-512 BF16.
 bench-distill: distill-pocket distill-baseline
 	$(BIN)/python benchmarks/distillation.py students build/pocket-turbo build/pocket-mse
 	$(BIN)/python benchmarks/distillation.py ablations

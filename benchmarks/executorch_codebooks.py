@@ -3,10 +3,10 @@
 
     python benchmarks/executorch_codebooks.py [--out benchmarks/results/executorch_codebooks.json]
 
-24 layers of 1280 x 1280 in `avq2x8-d8`, one after the other, 16 rows of input, as in `codebook_kernel.py`. Each program
-runs in a process of the C++ runner. Memory is how much more that process grows, files' pages included, from before the
-program is opened to after its first run, than it does for one layer of 64 x 64, so the libraries are not in it. Times
-are the fastest of several runs, programs in turns; read the ratios.
+24 layers of 1280 x 1280 in `avq2x8-d8`, one after the other, 16 rows of input. Each program runs in a process of the
+C++ runner. Memory is how much more that process grows, files' pages included, from before the program is opened to
+after its first run, than it does for one layer of 64 x 64, so the libraries are not in it. Times are the fastest of
+several runs, programs in turns; read the ratios.
 """
 
 import argparse

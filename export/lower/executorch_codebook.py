@@ -67,9 +67,7 @@ class CodebookLayer(nn.Module):
     ) -> Tensor:
         """By one product with the pixels under each tap: XNNPACK has no convolution by weights made at run time."""
         padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
-        sizes = [
-            (padded.shape[2 + axis] - (kernel[axis] - 1) * dilation[axis] - 1) // stride[axis] + 1 for axis in range(2)
-        ]
+        sizes = _output_sizes(x, kernel, stride, padding, dilation)
         rows, columns = (
             [
                 slice(tap * dilation[axis], tap * dilation[axis] + (sizes[axis] - 1) * stride[axis] + 1, stride[axis])
@@ -108,6 +106,16 @@ def _geometry(conv: nn.Conv2d) -> tuple[list[int], ...]:
     return tuple(list(pair) for pair in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
 
 
+def _output_sizes(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Rows and columns of a convolution's output."""
+    return [
+        (x.shape[2 + axis] + 2 * padding[axis] - (kernel[axis] - 1) * dilation[axis] - 1) // stride[axis] + 1
+        for axis in range(2)
+    ]
+
+
 def _dense(codes: Tensor, codebooks: Tensor, scale: Tensor) -> Tensor:
     """The weight [O, K], as the kernels decode it."""
     parts = [codebook[codes[:, :, book].long()] for book, codebook in enumerate(codebooks.float())]
@@ -129,16 +137,9 @@ def _linear(x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, bias: Te
 
 @impl(_LIBRARY, "codebook_conv2d", "CompositeExplicitAutograd")
 def _conv2d(
-    x: Tensor,
-    codes: Tensor,
-    codebooks: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, bias: Tensor | None, *geometry: Sequence[int]
 ) -> Tensor:
+    kernel, stride, padding, dilation = (list(pair) for pair in geometry)
     weight_OhwI = _dense(codes, codebooks, scale).unflatten(1, [*kernel, x.shape[1]])
     return F.conv2d(x, weight_OhwI.permute(0, 3, 1, 2), bias, stride, padding, dilation)
 
@@ -150,18 +151,6 @@ def _linear_shape(x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, bi
 
 @register_fake("turbopocket::codebook_conv2d", lib=_LIBRARY)
 def _conv2d_shape(
-    x: Tensor,
-    codes: Tensor,
-    codebooks: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, bias: Tensor | None, *geometry: Sequence[int]
 ) -> Tensor:
-    sizes = [
-        (x.shape[2 + axis] + 2 * padding[axis] - (kernel[axis] - 1) * dilation[axis] - 1) // stride[axis] + 1
-        for axis in range(2)
-    ]
-    return x.new_empty(x.shape[0], codes.shape[0], *sizes)
+    return x.new_empty(x.shape[0], codes.shape[0], *_output_sizes(x, *geometry))

@@ -36,15 +36,15 @@ struct Shape {
 };
 
 // Says what is wrong in the log, and stops the run.
-void refuse(KernelRuntimeContext& context, const char* message) {
+void refuse(KernelRuntimeContext& context, const char* message, Error error = Error::InvalidArgument) {
   ET_LOG(Error, "codebook kernel: %s", message);
-  context.fail(Error::InvalidArgument);
+  context.fail(error);
 }
 
 bool passed(KernelRuntimeContext& context, const codebook::Status& status) {
   if (status.ok()) return true;
-  refuse(context, status.message);
-  if (status.code == codebook::Code::kOutOfMemory) context.fail(Error::MemoryAllocationFailed);
+  const bool memory = status.code == codebook::Code::kOutOfMemory;
+  refuse(context, status.message, memory ? Error::MemoryAllocationFailed : Error::InvalidArgument);
   return false;
 }
 
