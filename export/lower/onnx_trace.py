@@ -89,11 +89,12 @@ def _exported(component: Component) -> ir.Model:
 
 
 def _nested(module: nn.Module, dynamic: tuple[Any, ...]) -> Any:
-    """`dynamic`, with what goes to a `*added` parameter of forward in a tuple of its own, as torch.export wants it."""
-    code = type(module).forward.__code__
-    named = code.co_argcount - 1
-    takes_more = bool(code.co_flags & 0x04)
-    return (*dynamic[:named], dynamic[named:]) if takes_more else dynamic
+    """`dynamic`, with what goes to a `*added` parameter of forward in a tuple of its own, as torch.export wants it.
+
+    Where nothing goes there (Stable Diffusion 1.x has no added conditions), there is no such tuple either.
+    """
+    named = type(module).forward.__code__.co_argcount - 1
+    return (*dynamic[:named], dynamic[named:]) if len(dynamic) > named else dynamic
 
 
 @contextmanager
