@@ -29,7 +29,7 @@ from turbopocket.runtimes.executorch import ExecuTorchRunner
 from turbopocket.runtimes.manifest import Manifest, load_manifest
 from turbopocket.runtimes.metrics import psnr_db
 from turbopocket.runtimes.runner import Runner, open_runner
-from turbopocket.runtimes.sampler import make_sampler
+from turbopocket.runtimes.sampler import Memory, make_sampler
 from turbopocket.runtimes.text_to_image import seeded_noise
 from turbopocket.runtimes.tokenizer import open_tokenizers
 
@@ -47,13 +47,18 @@ def draw_batch(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequen
     shape = (1, image.latent_channels, image.latent_height, image.latent_width)
     noises = [seeded_noise(first_seed + index) for index in range(len(prompts))]
     x_t = np.concatenate([noise(shape) for noise in noises]) * np.float32(sampler.init_noise_sigma)
+    memory = Memory()
+
+    def fresh(shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return np.concatenate([noise((1, *shape[1:])) for noise in noises])
+
     for index, timestep in enumerate(sampler.timesteps):
         asked = {"sample": sampler.scale_model_input(x_t, index), "timestep": np.array(timestep, np.float32)}
         guided = runner.run("unet", asked | conditional)["out_sample"]
         if scale > 1:
             away = runner.run("unet", asked | away_from)["out_sample"]
             guided = away + np.float32(scale) * (guided - away)
-        x_t = sampler.step(index, x_t, guided, lambda shape: np.concatenate([n((1, *shape[1:])) for n in noises]))
+        x_t, memory = sampler.step(index, x_t, guided, memory, fresh)
     latents = x_t / np.float32(image.vae_scaling_factor)
     sample = runner.run("vae_decoder", {"latent_sample": latents})["sample"]
     return np.round(np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255).astype(np.uint8)

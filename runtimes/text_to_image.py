@@ -11,7 +11,7 @@ from .conditioning import condition, feed, unconditional
 from .errors import TurbopocketError
 from .manifest import Manifest
 from .runner import Runner, component_spec
-from .sampler import NoiseSource, Sampler, make_sampler
+from .sampler import Memory, NoiseSource, Sampler, make_sampler
 from .tokenizer import Tokenizer
 
 Array = NDArray[np.float32]
@@ -96,14 +96,14 @@ def _denoise(
 ) -> Array:
     image = manifest.image
     x_t = noise((1, image.latent_channels, image.latent_height, image.latent_width))
-    x_t = x_t * np.float32(sampler.init_noise_sigma)
+    x_t, memory = x_t * np.float32(sampler.init_noise_sigma), Memory()
     for index, timestep in enumerate(sampler.timesteps):
         asked = {
             "sample": sampler.scale_model_input(x_t, index),
             "timestep": _shaped_timestep(manifest, timestep),
         }
         outputs = [_ask_unet(runner, manifest, asked | conditioned) for conditioned in conditions]
-        x_t = sampler.step(index, x_t, _guided(outputs, scale), noise)
+        x_t, memory = sampler.step(index, x_t, _guided(outputs, scale), memory, noise)
     return x_t
 
 

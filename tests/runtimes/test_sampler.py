@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.sampler import make_sampler
+from turbopocket.runtimes.sampler import Memory, make_sampler
 from turbopocket.runtimes.schedule import SCHEDULER_CLASSES, SamplerSpec, alphas_cumprod, timesteps
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
@@ -34,13 +34,14 @@ def assert_walks_like(scheduler: Any, steps: int) -> None:
     answers = torch.randn(steps, *SHAPE, generator=torch.Generator().manual_seed(0))
     expected = answers[0] * scheduler.init_noise_sigma
     found = answers[0].numpy() * np.float32(sampler.init_noise_sigma)
+    memory = Memory()
     np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), rtol=1e-6)
     for index, timestep in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(expected, timestep)
         ours_seen = sampler.scale_model_input(found, index)
         answer, our_answer = answers[index] + 0.1 * seen, answers[index].numpy() + np.float32(0.1) * ours_seen
         expected = scheduler.step(answer, timestep, expected, return_dict=False, **options)[0]
-        found = sampler.step(index, found, our_answer, lambda s: torch.randn(s, generator=ours).numpy())
+        found, memory = sampler.step(index, found, our_answer, memory, lambda s: torch.randn(s, generator=ours).numpy())
         assert found.dtype == np.float32
         assert_close(ours_seen, seen.numpy())
         assert_close(found, expected.numpy())
@@ -107,14 +108,14 @@ def test_there_are_always_as_many_timesteps_as_steps() -> None:
 def test_noise_is_drawn_in_every_ancestral_step_but_the_last() -> None:
     draws = []
     sampler = make_sampler(SamplerSpec.from_scheduler_config(TURBO, 3, 0.0))
-    x_t = np.ones(SHAPE, dtype=np.float32)
+    x_t, memory = np.ones(SHAPE, dtype=np.float32), Memory()
 
     def noise(shape: tuple[int, ...]) -> np.ndarray:
         draws.append(shape)
         return np.zeros(shape, dtype=np.float32)
 
     for index in range(3):
-        x_t = sampler.step(index, x_t, x_t, noise)
+        x_t, memory = sampler.step(index, x_t, x_t, memory, noise)
     assert draws == [SHAPE, SHAPE]
 
 
