@@ -75,7 +75,7 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     With `measured` (a build's choices.json) losses are measured ones, else every weight counts alike.
     """
     target = open_target(recipe.target)
-    model = load_shapes(recipe.model.source)
+    model = load_shapes(recipe.model.source, recipe.model.config)
     components = target.components(model)
     shapes = shapes_of(layers_of(components))
     formats = candidate_formats(target, shapes, recipe.compress.formats, recipe.compress.pin)
@@ -86,6 +86,7 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     accounted = account(decided.choices)
     return {
         "model": model.name,
+        "notes": list(model.notes),
         "target": recipe.target.name,
         "loss_model": "shapes" if measured is None else str(measured),
         "budget_bytes": recipe.compress.budget_bytes,
@@ -175,6 +176,8 @@ def show_plan(summary: Mapping[str, Any], console: Console) -> None:
     if summary["kept"]:
         console.print(f"{len(summary['kept'])} layers in floating point, {summary['kept'][0]} first", highlight=False)
     console.print(f"{'everything else':14} {format_bytes(summary['fixed_bytes']):>22}", highlight=False)
+    for note in summary["notes"]:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     budget = summary["budget_bytes"]
     within = f" of {format_bytes(budget)} allowed" if budget else ""
     console.print(f"total {format_bytes(summary['total_bytes'])}{within}", highlight=False)

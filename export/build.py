@@ -114,7 +114,8 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         gaps = _compare(bench, session, stored, ranges_of(stats), artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
-        unverified, notes = bench.target.inspect(artifact, manifest), bench.target.notes(artifact, manifest)
+        unverified = bench.target.inspect(artifact, manifest)
+        notes = (*bench.model.notes, *bench.target.notes(artifact, manifest))
         built_bytes = folder_bytes(artifact)
         _require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
         save_choices(report / CHOICES_FILE, choices)
@@ -149,7 +150,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
 
 def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workbench:
     with progress.stage("load"):
-        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
+        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
         target = open_target(recipe.target, sampler_spec(model, recipe.sampler).guidance_scale > 1)
         components = target.components(model)
     traced = _traced(target, components, progress, "trace")

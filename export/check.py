@@ -33,7 +33,7 @@ from .targets import open_target
 class Checked:
     """What a check found. `gaps` is None when only the files could be checked; `why_not` then says why.
 
-    `unverified` lists what only a device can tell, `notes` what to know of how it ran on this machine.
+    `unverified` lists what only a device can tell, `notes` what to know of the model and of how it ran on this machine.
     """
 
     manifest: Manifest
@@ -100,7 +100,8 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
             raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
-        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
+        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
+        notes = (*model.notes, *notes)
         evidence = evidence_for(model)
         prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
         session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)

@@ -25,9 +25,12 @@ arm64_app = typer.Typer(no_args_is_help=True, help="An emulated ARM CPU, for `ch
 app.add_typer(arm64_app, name="arm64")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, or a hub id."
+SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, a single-file checkpoint, or a hub id."
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
 OptionalSource = Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket-turbo.")]
+Config = Annotated[
+    str | None, typer.Option("--config", help="For a single file or a UNet: a folder or hub id with all that it lacks.")
+]
 TARGET_HELP = "What the phone runs: onnx, coreml or executorch."
 TargetName = Annotated[str | None, typer.Option("--target", help=TARGET_HELP)]
 TargetNames = Annotated[list[str] | None, typer.Option("--target", help=f"{TARGET_HELP} May be given several times.")]
@@ -72,6 +75,7 @@ def _pins(pins: list[str] | None) -> dict[str, str] | None:
 def build(
     out: Annotated[Path, typer.Option(help="The artifact folder to make.")],
     source: OptionalSource = None,
+    config: Config = None,
     target: TargetNames = None,
     deployment: Deployment = None,
     activations: Activations = None,
@@ -95,6 +99,7 @@ def build(
 
     overrides = {
         "model.source": source,
+        "model.config": config,
         "model.lora": lora or None,
         "target.name": target[0] if target else None,
         "target.also": target[1:] if target else None,
@@ -138,6 +143,7 @@ def distill(
         str, typer.Option(help="Arithmetic: no (float32), bf16, fp16; auto: bf16 where the device multiplies in it.")
     ] = "auto",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
+    config: Config = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a model folder.")] = False,
     as_json: AsJson = False,
@@ -146,21 +152,28 @@ def distill(
     from ..quant.distill.options import DistillOptions
     from .distill import DistillRequest, devices_without, distil
     from .progress import StageProgress
+    from .results import show_remarks
 
     options = DistillOptions(
         iterations=iterations, batch=batch, student_lr=student_lr, fake_lr=fake_lr,
         devices=devices_without(without or []), seed=seed,
     )  # fmt: skip
     request = DistillRequest(
-        source, steps, method, options, guidance, prompts, lora_rank, horizon, precision, gradient_checkpointing
+        source, steps, method, options, guidance, prompts, lora_rank, horizon, precision, gradient_checkpointing, config
     )
     summary = distil(request, out, overwrite, StageProgress(quiet=as_json))
-    _emit(summary, as_json, lambda console: console.print(f"model     {summary['model']}", soft_wrap=True))
+
+    def show(console: Console) -> None:
+        show_remarks((), summary["notes"], console)
+        console.print(f"model     {summary['model']}", soft_wrap=True)
+
+    _emit(summary, as_json, show)
 
 
 @app.command()
 def plan(
     source: OptionalSource = None,
+    config: Config = None,
     target: TargetName = None,
     deployment: Deployment = None,
     budget: Budget = None,
@@ -175,6 +188,7 @@ def plan(
 
     overrides = {
         "model.source": source,
+        "model.config": config,
         "target.name": target,
         "target.coreml.deployment": deployment,
         "compress.budget": budget,

@@ -44,11 +44,12 @@ BYTES_PER_TRAINED = 16  # weight, gradient, two moments; fp32
 class DistillRequest:
     """What the user asks for, beside the options of the method.
 
-    `guidance` None is what the teacher ships with, `lora_rank` None trains all weights. `prompts` is a text file,
-    one a line; without it, the model's own. The student's walks start at training timestep `horizon` - 1 from pure
-    noise: the teacher's last timesteps hold next to no signal, and what a network says there is multiplied by its
-    inverse (the released code of TDM starts at 800 of 1000, or at 900). `precision` "auto" is bf16 where the device
-    multiplies in it, else float32: a CPU that has to imitate bf16 is 35 times slower in it.
+    `config` completes a source that is a single file or a UNet (see `families.load`). `guidance` None is what the
+    teacher ships with, `lora_rank` None trains all weights. `prompts` is a text file, one a line; without it, the
+    model's own. The student's walks start at training timestep `horizon` - 1 from pure noise: the teacher's last
+    timesteps hold next to no signal, and what a network says there is multiplied by its inverse (the released code
+    of TDM starts at 800 of 1000, or at 900). `precision` "auto" is bf16 where the device multiplies in it, else
+    float32: a CPU that has to imitate bf16 is 35 times slower in it.
     """
 
     source: str
@@ -61,6 +62,7 @@ class DistillRequest:
     horizon: int = 800
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    config: str | None = None
 
     def __post_init__(self) -> None:
         _require_known("method", [self.method], tuple(METHODS))
@@ -99,7 +101,7 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
     out = out.absolute()
     _refuse(request, out, overwrite)
     with progress.stage("load"):
-        model = load(request.source)
+        model = load(request.source, config=request.config)
         prompts = _prompts(model, request)
     own = model_sampling(model).get("guidance_scale", DEFAULT_GUIDANCE)
     options = replace(request.options, guidance=own if request.guidance is None else request.guidance)
@@ -134,7 +136,13 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
     if accelerator.is_main_process:
         with progress.stage("save"), staged_folders((out,)) as (folder,):
             _write(folder, model, networks.student, request)
-    return {"model": str(out), "steps": request.steps, "method": request.method, "run": str(run)}
+    return {
+        "model": str(out),
+        "steps": request.steps,
+        "method": request.method,
+        "run": str(run),
+        "notes": list(model.notes),
+    }
 
 
 class _PromptSource:
@@ -294,7 +302,12 @@ def _decoded(vae: Any, latents: Tensor) -> Tensor:
 
 def _write(folder: Path, model: LoadedModel, student: Denoiser, request: DistillRequest) -> None:
     """The teacher's folder with the student's UNet, its schedule, and the biases for fewer steps."""
-    shutil.copytree(model.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet", "judge"))
+    elsewhere = [name for name, place in model.weights.items() if place != model.folder / name and name != "unet"]
+    ignored = shutil.ignore_patterns("unet", "judge", *elsewhere)
+    shutil.copytree(model.folder, folder, dirs_exist_ok=True, ignore=ignored)
+    for name in elsewhere:
+        saved: Any = model.modules[name].half()
+        saved.save_pretrained(folder / name)
     biases = student.step_biases()
     unet = student.release()
     if request.lora_rank is not None:

@@ -28,7 +28,9 @@ class ModelSection(_Section):
     """Where the float model comes from."""
 
     source: str = "pocket-turbo"
-    """A bundled name, a diffusers folder, or a hub id."""
+    """A bundled name, a diffusers folder, a single-file checkpoint, a UNet's own folder, or a hub id."""
+    config: str | None = None
+    """For a single file or a UNet: the folder or hub id with configs, tokenizers and the parts that it lacks."""
     lora: tuple[Path, ...] = ()
     """LoRA files merged into the weights before compression."""
 

@@ -38,7 +38,7 @@ def pipeline_manifest(
         components=dict(components),
         tokenizers=tokenizers,
         sampler=sampler_spec(model, recipe.sampler),
-        only_these_steps=is_student(model.folder / "unet"),
+        only_these_steps=is_student(model.weights["unet"]),
         image=image_spec(model),
         force_zeros_for_empty_prompt=bool(model.pipeline_config.get("force_zeros_for_empty_prompt", False)),
         tools={name: metadata.version(name) for name in (*TOOLS, *tools)},

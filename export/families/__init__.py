@@ -9,12 +9,12 @@ from torch import nn
 
 from ...runtimes.errors import TurbopocketError
 from .base import LoadedModel, ModelFamily, ModuleSpec
-from .json_object import read_json_object
 from .lora import merge_lora
 from .pipeline_index import family_of, pipeline_config, read_pipeline_index
+from .safetensors_header import StoredTensor
 from .sd import SD
 from .sdxl import SDXL
-from .source import resolve
+from .source import Checkpoint, resolve
 from .steps import tell_steps
 from .tokenizer import tokenizer_json
 from .weights import checked_tensors, empty_module, fill_weights
@@ -33,58 +33,70 @@ FAMILIES: tuple[ModelFamily, ...] = (SDXL, SD)
 ALL_FOLDERS = frozenset(folder for family in FAMILIES for folder in family.folders)
 
 
-def load(source: str, lora: Sequence[Path] = (), steps: int | None = None) -> LoadedModel:
+def load(source: str, lora: Sequence[Path] = (), steps: int | None = None, config: str | None = None) -> LoadedModel:
     """Returns the model at `source` with its weights, LoRA files merged into them in order.
 
-    `source` is a bundled name (`pocket`), a diffusers folder, or a hub id. `steps` sets a student that was
-    distilled for several step counts for one of them; by default it is as saved. Raises TurbopocketError when
-    `source` is none of those, or the checkpoint is not whole, not supported, or not finite.
+    `source` is a bundled name (`pocket`), a diffusers folder, a single file, a UNet's own folder, or a hub id;
+    `config` completes a file or a UNet (see `source.resolve`). `steps` sets a student that was distilled for several
+    step counts for one of them; by default it is as saved. Raises TurbopocketError when `source` is none of those,
+    or the checkpoint is not whole, not supported, or not finite.
     """
-    name, folder = resolve(source, ALL_FOLDERS, with_weights=True)
-    model, family = _described(name, folder, has_weights=True)
+    checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=True)
+    model, family = _described(checkpoint, has_weights=True)
     stored = {  # every header before any values, so that a broken UNet is known before gigabytes are read
-        component: checked_tensors(model.modules[component], folder / component, spec)
+        component: _stored(checkpoint, component, spec, model.modules[component])
         for component, spec in family.modules.items()
     }
     for component, tensors in stored.items():
         fill_weights(model.modules[component], tensors)
     if steps is not None:
-        tell_steps(model.modules["unet"], folder / "unet", steps)
+        tell_steps(model.modules["unet"], model.weights["unet"], steps)
     for file in lora:
         merge_lora(model, family, file)
     return model
 
 
-def load_shapes(source: str) -> LoadedModel:
-    """Returns the model at `source` without weights, all tensors on the meta device; reads only the configs.
+def load_shapes(source: str, config: str | None = None) -> LoadedModel:
+    """Returns the model at `source` without weights, all tensors on the meta device.
 
-    Raises TurbopocketError as `load` does, except about weights.
+    Reads only the configs, and the header of a single file. Raises TurbopocketError as `load` does, except about
+    weights.
     """
-    name, folder = resolve(source, ALL_FOLDERS, with_weights=False)
-    model, _ = _described(name, folder, has_weights=False)
+    checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=False)
+    model, family = _described(checkpoint, has_weights=False)
+    for component in checkpoint.file.parts if checkpoint.file else ():
+        _stored(checkpoint, component, family.modules[component], model.modules[component])
     for module in model.modules.values():
         module.to("meta")
     return model
 
 
-def _described(name: str, folder: Path, has_weights: bool) -> tuple[LoadedModel, ModelFamily]:
+def _stored(checkpoint: Checkpoint, component: str, spec: ModuleSpec, module: nn.Module) -> dict[str, StoredTensor]:
+    found = checkpoint.stored_tensors(component, module, spec)
+    return checked_tensors(module, found, checkpoint.weights(component), spec)
+
+
+def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, ModelFamily]:
+    folder = checkpoint.folder
     index = read_pipeline_index(folder)
     family = family_of(index, folder, FAMILIES)
-    modules = {component: empty_module(folder / component, spec) for component, spec in family.modules.items()}
+    modules = {name: empty_module(checkpoint.config_folder(name), spec) for name, spec in family.modules.items()}
     _check_widths(modules, folder)
     vae: Any = modules["vae"]
     vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     model = LoadedModel(
-        name=name,
+        name=checkpoint.name,
         family=family.name,
         folder=folder,
         modules=modules,
         tokenizers={f"text_encoder{t.removeprefix('tokenizer')}": folder / t for t in family.tokenizers},
-        scheduler_config=read_json_object(folder / "scheduler" / "scheduler_config.json"),
+        scheduler_config=checkpoint.scheduler_config,
         pipeline_config=pipeline_config(index, family),
         image_size_px=_sample_size(modules["unet"], folder) * vae_scale_factor,
         vae_scale_factor=vae_scale_factor,
         has_weights=has_weights,
+        weights={name: checkpoint.weights(name) for name in family.modules},
+        notes=checkpoint.notes,
     )
     return model, family
 

@@ -59,8 +59,10 @@ class ModelFamily:
 class LoadedModel:
     """One checkpoint: its modules in eval mode, fp32, without gradients, and the settings of its pipeline.
 
-    `modules` has `text_encoder`, `text_encoder_2` (SDXL only), `unet` and `vae`; `tokenizers` maps each text
-    encoder to the folder of its tokenizer. With `has_weights` false every tensor is on the meta device.
+    `folder` holds the pipeline's own settings. `modules` has `text_encoder`, `text_encoder_2` (SDXL only), `unet`
+    and `vae`; `weights` says in which folder or single file each of them is stored, `notes` what of all this was
+    assumed. `tokenizers` maps each text encoder to the folder of its tokenizer. With `has_weights` false every tensor
+    is on the meta device.
     `image_size_px` is the side of the square picture that the UNet was trained for.
     """
 
@@ -74,3 +76,5 @@ class LoadedModel:
     image_size_px: int
     vae_scale_factor: int
     has_weights: bool
+    weights: Mapping[str, Path]
+    notes: tuple[str, ...] = ()

@@ -18,19 +18,23 @@ from .weight_files import choose_weight_file
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ANSWER_TIMEOUT_S = 20
+FILES_SHOWN = 5
 STEMS = ("diffusion_pytorch_model", "model")
 
 
-def download(repo_id: str, folders: Collection[str], with_weights: bool) -> Path:
+def download(repo_id: str, folders: Collection[str], weights_of: Collection[str]) -> Path:
     """Returns the local folder of a hub model, fetched now or, when the hub cannot be reached, before.
 
-    Of each of `folders` come the configs, and with `with_weights` one set of weights. Raises TurbopocketError
-    when the hub does not know the model, or cannot be reached and no earlier copy exists.
+    Of each of `folders` come the configs, and of those in `weights_of` one set of weights. Raises TurbopocketError
+    when the hub does not know the model, the model is no diffusers pipeline, or the hub cannot be reached and no
+    earlier copy exists.
     """
     try:
         info = HfApi().model_info(repo_id, timeout=ANSWER_TIMEOUT_S)
         names = [sibling.rfilename for sibling in info.siblings or ()]
-        return Path(snapshot_download(repo_id, allow_patterns=wanted_files(names, folders, with_weights)))
+        if "model_index.json" not in names:
+            raise _no_pipeline(repo_id, names)
+        return Path(snapshot_download(repo_id, allow_patterns=wanted_files(names, folders, weights_of)))
     except RepositoryNotFoundError:
         raise TurbopocketError(
             f"{repo_id}: no such folder here, and no such model on the hub that is open to you",
@@ -52,7 +56,20 @@ def _downloaded_before(repo_id: str, reason: Exception) -> Path:
         ) from None
 
 
-def wanted_files(names: Iterable[str], folders: Collection[str], with_weights: bool) -> list[str]:
+def _no_pipeline(repo_id: str, names: Collection[str]) -> TurbopocketError:
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    shown = ", ".join(files[:FILES_SHOWN]) + (" ..." if len(files) > FILES_SHOWN else "")
+    needed = " ".join([*(name for name in ("config.json",) if name in names), *files[:1]])
+    return TurbopocketError(
+        f"{repo_id} has no model_index.json, so it is not a diffusers pipeline; "
+        f"of safetensors it holds {shown or 'nothing'}",
+        hint=f"hf download {repo_id} {needed} --local-dir {repo_id.split('/')[1]} fetches what can be given"
+        if files
+        else None,
+    )
+
+
+def wanted_files(names: Iterable[str], folders: Collection[str], weights_of: Collection[str]) -> list[str]:
     """Returns which files of a repository to fetch: the index, configs, and one set of weights a folder."""
     by_folder: dict[str, set[str]] = {}
     for name in names:
@@ -62,7 +79,7 @@ def wanted_files(names: Iterable[str], folders: Collection[str], with_weights: b
     for folder in sorted(set(folders) & by_folder.keys()):
         present = by_folder[folder]
         chosen = {name for name in present if name.endswith((".json", ".txt"))}
-        if with_weights:
+        if folder in weights_of:
             chosen |= {file for stem in STEMS for file in _one_set_of_weights(present, stem)}
         wanted += [f"{folder}/{name}" for name in sorted(chosen)]
     return wanted

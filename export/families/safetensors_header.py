@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,17 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor is stored, and as what; `dtype` is safetensors' name, such as 'F16'."""
+    """Where one tensor is stored, and as what; `dtype` is safetensors' name, such as 'F16'.
+
+    `steps` are done to the stored values, in order, to have the tensor (a part of them, or transposed); `shape`
+    is the tensor's, after them.
+    """
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    steps: tuple[Callable[[Any], Any], ...] = ()
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -41,6 +47,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises TurbopocketError when the file is not safetensors, is a Git LFS pointer, is truncated, or has bytes
     that no tensor owns.
     """
+    return read_header_and_metadata(file)[0]
+
+
+def read_header_and_metadata(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """Returns what `read_header` does, and the texts that its writer put beside it; raises as that does."""
     size_bytes = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(HEADER_SIZE_BYTES)
@@ -53,13 +64,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if size_bytes < data_start:
             raise _truncated(file, size_bytes, data_start, "its header alone")
         header = _parse_header(file, stream.read(header_bytes))
+    metadata = header.pop("__metadata__", None)
     tensors = {name: _stored_tensor(file, name, entry) for name, entry in header.items()}
     end = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size_bytes < end:
         raise _truncated(file, size_bytes, end, "its header")
     if size_bytes > end:
         raise TurbopocketError(f"{file} has {size_bytes - end} bytes after its last tensor, none are allowed")
-    return tensors
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _truncated(file: Path, size_bytes: int, needed_bytes: int, needed_by: str) -> TurbopocketError:
@@ -77,7 +89,6 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
         header = None
     if not isinstance(header, dict):
         raise TurbopocketError(f"{file} is not a safetensors file: its header is not a JSON object")
-    header.pop("__metadata__", None)
     return header
 
 

@@ -42,14 +42,31 @@ def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
 
 
 def _no_weights(folder: Path, stem: str) -> TurbopocketError:
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
-    if pickled:
+    names = sorted(path.name for path in folder.iterdir())
+    named_otherwise = [name for name in names if name.endswith(".safetensors")]
+    pickled = [name for name in names if Path(name).suffix in PICKLED_SUFFIXES]
+    if pickled and not named_otherwise:
         return TurbopocketError(
             f"{folder} holds weights only as pickles ({', '.join(pickled)}), which can run code when opened; "
             "safetensors is allowed",
-            hint="load the pipeline with diffusers and save_pretrained(folder, safe_serialization=True)",
+            hint=_conversion_command(folder),
         )
-    return TurbopocketError(f"{folder} has no weights: no {stem}.safetensors, no shard index, no variant of it")
+    only = f"mv '{folder / named_otherwise[0]}' '{folder / stem}.safetensors'" if len(named_otherwise) == 1 else None
+    return TurbopocketError(
+        f"{folder} has no weights: no {stem}.safetensors, no shard index, no variant of it; "
+        f"it holds {', '.join(names) or 'nothing'}",
+        hint=only,
+    )
+
+
+def _conversion_command(folder: Path) -> str:
+    """The command by which diffusers saves a folder's pickles as safetensors, without running their code."""
+    whole = (folder.parent / "model_index.json").is_file()
+    name, pickled = ("DiffusionPipeline", folder.parent) if whole else ("UNet2DConditionModel", folder)
+    return (
+        f"""python -c "from diffusers import {name} as M; """
+        f"""M.from_pretrained({str(pickled)!r}).save_pretrained({f"{pickled}-safetensors"!r})\""""
+    )
 
 
 def _sharded(index: Path) -> dict[str, StoredTensor]:

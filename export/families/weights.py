@@ -17,7 +17,6 @@ from ...runtimes.errors import TurbopocketError
 from .base import ModuleSpec
 from .json_object import read_json_object
 from .safetensors_header import StoredTensor
-from .weight_files import stored_tensors
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # transformers saved this constant buffer in older files; the module computes it.
@@ -54,14 +53,15 @@ def _construct(module_class: Any, config: dict[str, Any]) -> Any:
     return module_class.from_config(config)
 
 
-def checked_tensors(module: nn.Module, folder: Path, spec: ModuleSpec) -> dict[str, StoredTensor]:
-    """Returns where each of the module's tensors is stored, by the module's names, from the headers alone.
+def checked_tensors(
+    module: nn.Module, found: Mapping[str, StoredTensor], where: Path, spec: ModuleSpec
+) -> dict[str, StoredTensor]:
+    """Returns where each of the module's tensors is stored, by the module's names, of those `found` in `where`.
 
-    Raises TurbopocketError when the folder has no safetensors weights, or a tensor is missing, unexpected, or
-    of another shape or dtype.
+    Raises TurbopocketError when a tensor is missing, unexpected, or of another shape or dtype.
     """
-    stored = _renamed(stored_tensors(folder, spec.weights_stem), spec)
-    _check_names_and_shapes({name: tuple(t.shape) for name, t in module.state_dict().items()}, stored, folder)
+    stored = _renamed(found, spec)
+    _check_names_and_shapes({name: tuple(t.shape) for name, t in module.state_dict().items()}, stored, where)
     return stored
 
 
@@ -85,13 +85,13 @@ def _renamed(stored: Mapping[str, StoredTensor], spec: ModuleSpec) -> dict[str, 
 
 
 def _check_names_and_shapes(
-    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], folder: Path
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], where: Path
 ) -> None:
     if missing := expected.keys() - stored.keys():
-        raise TurbopocketError(f"{folder}: {len(missing)} tensors are missing: {_shown(missing)}")
+        raise TurbopocketError(f"{where}: {len(missing)} tensors are missing: {_shown(missing)}")
     if unexpected := stored.keys() - expected.keys():
         raise TurbopocketError(
-            f"{folder}: {len(unexpected)} tensors are not in the model of config.json: {_shown(unexpected)}"
+            f"{where}: {len(unexpected)} tensors are not in the model of config.json: {_shown(unexpected)}"
         )
     for name, tensor in stored.items():
         if tensor.shape != expected[name]:
@@ -113,7 +113,13 @@ def read_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Returns the values of stored tensors in fp32; raises TurbopocketError when any is NaN or infinite."""
     with ExitStack() as stack:
         files = {file: stack.enter_context(_opened(file)) for file in {t.file for t in stored.values()}}
-        return {name: _finite(files[t.file].get_tensor(t.name).float(), t) for name, t in stored.items()}
+        return {name: _finite(_taken(files[t.file].get_tensor(t.name), t), t) for name, t in stored.items()}
+
+
+def _taken(values: Tensor, tensor: StoredTensor) -> Tensor:
+    for step in tensor.steps:
+        values = step(values)
+    return values.float()
 
 
 def _opened(file: Path) -> Any:
