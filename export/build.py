@@ -33,10 +33,11 @@ from ..runtimes.runner import Arrays, Runner
 from ..runtimes.tokenizer import open_tokenizers
 from .budget import candidate_formats, curve, parameter_count
 from .components import component_name, group_name, layers_of, shapes_of
+from .diffusers_reference import compare_with_diffusers
 from .families import LoadedModel, load
 from .families.evidence import Evidence, evidence_for, read_prompts
 from .graph import Component
-from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
+from .parity import Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .probe import make_probe
 from .progress import StageProgress
 from .recipe import Recipe
@@ -103,6 +104,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         bench = _workbench(recipe, progress, spread)
         bench.target.write_side_files(bench.model, bench.traced, artifact)
         session = _session(bench, artifact)
+        to_diffusers = _compare_with_diffusers(bench, session)
         stats = _calibrate(bench, session)
         bench = _fitted(bench, stats)
         choices = _measure(bench, session, stats)
@@ -111,7 +113,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         stored, tuned = _fine_tune(bench, session, weights)
         weights = {name: stored[name] for name in weights}
         bench, costs = _lowered(bench, stats, stored, artifact)
-        gaps = _compare(bench, session, stored, ranges_of(stats), artifact)
+        gaps = _compare(bench, session, stored, ranges_of(stats), to_diffusers, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
@@ -134,6 +136,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
                 compression=gaps.compression,
                 total=gaps.total,
                 alignment=gaps.alignment,
+                to_diffusers=to_diffusers.largest_error,
                 memory=_memory(bench, artifact),
                 stage_seconds=progress.stage_seconds,
                 lowering=costs,
@@ -178,6 +181,16 @@ def _session(bench: Workbench, artifact: Path) -> Session:
     """The pictures of the parity check: prompts that neither calibration nor planning has seen."""
     prompts = bench.evidence.prompts("report", bench.recipe.parity.pictures, bench.recipe.seed)
     return Session(bench.draft, open_tokenizers(artifact, bench.draft), prompts, bench.recipe.seed)
+
+
+def _compare_with_diffusers(bench: Workbench, session: Session) -> ToDiffusers:
+    """How far our loop is from diffusers' pipeline; raises ParityFailed before hours are spent on a wrong loop."""
+    with bench.progress.stage("reference"):
+        found = compare_with_diffusers(bench.model, torch_runner(bench.components), session)
+    if found.failure is not None:
+        hint = "the loop here does not know something that the model asks for: please report its .json files"
+        raise ParityFailed(found.failure, hint)
+    return found
 
 
 def _calibrate(bench: Workbench, session: Session) -> dict[str, LayerStats]:
@@ -348,6 +361,7 @@ def _compare(
     session: Session,
     stored: Mapping[str, CompressedTensor],
     ranges: Mapping[str, Ranges],
+    to_diffusers: ToDiffusers,
     artifact: Path,
 ) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
@@ -356,7 +370,7 @@ def _compare(
     runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
         as_run = [bench.target.as_run(component, weights, ranges) for component in bench.components]
-        gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, advance)
+        gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, to_diffusers, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")
     return gaps

@@ -18,13 +18,14 @@ from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.tokenizer import open_tokenizers
 from .build import RANGES_FILE, WEIGHTS_FILE
 from .components import layers_of
+from .diffusers_reference import compare_with_diffusers
 from .emulated import Emulated, measure_emulated
 from .families import load
 from .families.evidence import evidence_for
-from .parity import Gaps, Session, gap_steps, measure_gaps
+from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
 from .progress import StageProgress
 from .recipe import parse_recipe
-from .results import parity_summary, parity_table, show_remarks
+from .results import parity_summary, show_parity, show_remarks
 from .staging import report_folder
 from .targets import open_target
 
@@ -70,7 +71,7 @@ class Checked:
         if self.gaps is None:
             console.print(f"parity was not measured: {self.why_not}", highlight=False, soft_wrap=True)
         else:
-            console.print(parity_table(self.gaps, self.emulated))
+            show_parity(self.gaps, console, self.emulated)
         for name, each in self.emulated.items():
             ran = ", ".join(f"{count:,} {kind}" for kind, count in each.kernels.items())
             console.print(
@@ -111,8 +112,10 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
     asked_of = artifact, manifest, weights, limit
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
     as_run = [target.as_run(component, weights, ranges) for component in components]
+    with progress.stage("reference"):
+        to_diffusers = compare_with_diffusers(model, torch_runner(components), session)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
-        gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, advance)
+        gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, to_diffusers, advance)
     here = next(iter(runtimes.values()))
     emulated = {}
     for cpu, emulator in asked:

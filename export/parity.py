@@ -23,6 +23,15 @@ from .graph import Component
 Picture = NDArray[np.uint8]
 KINDS = ("float_model", "stored", "artifact")
 NO_LIMITS = Limits(max_relative_error=math.inf)
+TO_DIFFUSERS_ERROR = 1e-4
+"""Of any array of `compare_with_diffusers`, as ||ours - theirs|| / ||theirs||.
+
+Two right loops in 1, 4 and 30 steps, guidance 0, 5 and 7.5, each sampler, on both bundled models and on random ones of
+both families: 2.5e-6 at most (the UNet's input after thirty ancestral steps); inputs that are no sums, such as
+timesteps and text states, are equal. Wrong ones: a `beta_end` that is 0.1 % off 1.1e-3 to 2.4e-3, a VAE scaling factor
+that is 2 % off 2e-2, another timestep spacing or other text states 0.1 and more. One timestep beside the right one is
+at least 1e-3 off.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,15 +52,48 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class Gaps:
-    """Three comparisons and the pictures under them.
+class Difference:
+    """One array of our loop and the same one of diffusers' pipeline, as ||ours - theirs|| / ||theirs||."""
 
+    array: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class ToDiffusers:
+    """Everything that was compared while one picture was drawn, in the order in which it came to be."""
+
+    differences: tuple[Difference, ...]
+
+    @property
+    def largest_error(self) -> float:
+        """The largest relative error of all arrays."""
+        return max(each.relative_error for each in self.differences)
+
+    @property
+    def failure(self) -> str | None:
+        """One sentence on the first array that differs, None when none does: what comes later follows from it."""
+        for each in self.differences:
+            if each.relative_error > TO_DIFFUSERS_ERROR:
+                return (
+                    f"diffusers' own pipeline draws another picture from the same float weights and the same noise: "
+                    f"relative error {each.relative_error:.3g} is over {TO_DIFFUSERS_ERROR:g} in {each.array}"
+                )
+        return None
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Four comparisons and the pictures under them.
+
+    `to_diffusers`: our loop over float PyTorch against diffusers' own; nothing else is worth comparing when it fails.
     `compression`: float PyTorch against PyTorch with the stored weights; it has no limit, it is what the budget
     costs. `lowering`, by runtime: PyTorch with the stored weights against the artifact; each must pass. `total`:
     pictures of float PyTorch against those of the artifact in its first runtime. `alignment` has a share per set of
     pictures, or None.
     """
 
+    to_diffusers: ToDiffusers
     compression: ParityReport
     lowering: dict[str, ParityReport]
     total: ParityReport
@@ -61,6 +103,8 @@ class Gaps:
     @property
     def failure(self) -> str | None:
         """One sentence on the first runtime that does not compute what PyTorch computes; None when all do."""
+        if self.to_diffusers.failure is not None:
+            return self.to_diffusers.failure
         failures = {name: report.failure for name, report in self.lowering.items()}
         return next((f"{name}: {failure}" for name, failure in failures.items() if failure), None)
 
@@ -101,6 +145,7 @@ def measure_gaps(
     runtimes: Mapping[str, Runtime],
     session: Session,
     evidence: Evidence,
+    to_diffusers: ToDiffusers,
     advance: Callable[[], None],
 ) -> Gaps:
     """Draws every prompt with the float model, with the stored weights and with the artifact, and compares.
@@ -132,6 +177,7 @@ def measure_gaps(
         [each.picture for each in floats], [each.picture for each in stored], next(iter(drawn.values()))
     )
     return Gaps(
+        to_diffusers=to_diffusers,
         compression=_report(rows, session, pictures.stored, pictures.float_model, evidence),
         lowering=lowering,
         total=_report([], session, pictures.artifact, pictures.float_model, evidence),

@@ -75,7 +75,8 @@ class Measurements(BaseModel):
     weights (H = E[x xᵀ], E the error), None for stored without error. `compression` compares float PyTorch with
     PyTorch that has the stored weights, `total` the pictures of float PyTorch with the artifact's. `alignment` is
     the share of pictures that show all their prompt says, for `float_model`, `stored` (weights, in PyTorch) and
-    `artifact`; None where nobody can tell.
+    `artifact`; None where nobody can tell. `to_diffusers` is the float model's largest relative error while it is drawn
+    here, against diffusers' own pipeline.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -86,6 +87,7 @@ class Measurements(BaseModel):
     compression: ParityReport
     total: ParityReport
     alignment: dict[str, float | None]
+    to_diffusers: float
     memory: dict[str, MemoryFigures]
     stage_seconds: dict[str, float]
     lowering: dict[str, LoweringCost] = Field(default_factory=dict)

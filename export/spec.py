@@ -51,10 +51,19 @@ def sampler_spec(model: LoadedModel, section: SamplerSection) -> SamplerSpec:
     own = model_sampling(model)
     steps = section.steps or own.get("steps", DEFAULT_STEPS)
     guidance = own.get("guidance_scale", DEFAULT_GUIDANCE) if section.guidance is None else section.guidance
+    return SamplerSpec.from_scheduler_config(scheduler_config(model, section.kind), steps, guidance)
+
+
+def scheduler_config(model: LoadedModel, kind: str) -> dict[str, Any]:
+    """Returns the model's scheduler config, of its own class (`model`) or of the class of a sampler's kind.
+
+    StableDiffusionPipeline takes two settings for outdated and never draws with them: a `steps_offset` other than 1
+    and `clip_sample`. Other pipelines of diffusers take the config as it is.
+    """
     config = dict(model.scheduler_config)
-    if section.kind != "model":
-        config["_class_name"] = next(name for name, (kind, _) in SCHEDULER_CLASSES.items() if kind == section.kind)
-    return SamplerSpec.from_scheduler_config(config, steps, guidance)
+    if kind != "model":
+        config["_class_name"] = next(name for name, (known, _) in SCHEDULER_CLASSES.items() if known == kind)
+    return config | {"steps_offset": 1, "clip_sample": False} if model.family == "sd" else config
 
 
 def model_sampling(model: LoadedModel) -> dict[str, Any]:

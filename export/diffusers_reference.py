@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The float model drawn by diffusers' own pipeline: what our loop, which every phone repeats, has to equal."""
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from ..runtimes.errors import TurbopocketError
+from ..runtimes.manifest import Manifest
+from ..runtimes.metrics import relative_error
+from ..runtimes.runner import Arrays, Runner
+from ..runtimes.sampler import NoiseSource
+from ..runtimes.text_to_image import draw, seeded_noise
+from .families import FAMILIES, LoadedModel
+from .parity import Difference, Session, ToDiffusers
+from .spec import scheduler_config
+
+Picture = NDArray[np.float32]
+DRAWN_APART = ("unet", "vae_decoder")
+
+
+def compare_with_diffusers(model: LoadedModel, runner: Runner, session: Session) -> ToDiffusers:
+    """Draws the session's first picture with diffusers' pipeline, then with our loop, and compares as they go.
+
+    `runner` runs the float modules of `model`. Compared are all inputs of each call of the UNet and of the VAE decoder,
+    what each gives on equal inputs, and the picture. Our loop goes on from the outputs that diffusers had: with some
+    samplers a difference of 1e-6 becomes another picture (33 dB between two right loops in thirty steps of DDIM with
+    clipped samples, random weights and a guidance of 7.5).
+    """
+    prompt, seed = session.prompts[0], session.seed
+    with _recorded(model) as calls:
+        expected = diffusers_picture(model, session.manifest, prompt, seed)
+    following = _Following(runner, calls)
+    found = draw(following, session.manifest, session.tokenizers, prompt, seeded_noise(seed))
+    for component in DRAWN_APART:
+        made, due = following.made[component], len(calls[component])
+        following.note(f"the number of calls of {component}, {made} of {due}", np.array(made), np.array(due))
+    following.note("the finished picture", found, expected)
+    return ToDiffusers(tuple(following.differences))
+
+
+def diffusers_picture(
+    model: LoadedModel,
+    manifest: Manifest,
+    prompt: str,
+    seed: int,
+    negative_prompt: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Picture:
+    """Returns the picture [H, W, 3] in 0..1 that diffusers' pipeline of the model's family draws from our noise.
+
+    The pipeline is made of the very modules of `model`, of its tokenizer folders as diffusers loads them, and of the
+    scheduler class that the manifest's sampler stands for, with the config of the model's folder; there is no safety
+    checker. Sizes are the manifest's, and so are steps and guidance by default. Raises TurbopocketError when the
+    pipeline refuses, or draws random numbers that are not ours.
+    """
+    noise, image, sampler = seeded_noise(seed), manifest.image, manifest.sampler
+    latents = noise((1, image.latent_channels, image.latent_height, image.latent_width))
+    with _pipeline(model, sampler.kind) as pipeline, _drawing_from(noise, pipeline.scheduler):
+        try:
+            pictures = pipeline(
+                prompt,
+                negative_prompt=negative_prompt,
+                height=image.height,
+                width=image.width,
+                num_inference_steps=sampler.steps if steps is None else steps,
+                guidance_scale=sampler.guidance_scale if guidance is None else guidance,
+                latents=torch.from_numpy(latents),
+                output_type="np",
+            ).images
+        except ValueError as error:  # what its checks of the request raise
+            raise TurbopocketError(f"{type(pipeline).__name__} of diffusers refuses to draw: {error}") from error
+    picture: Picture = pictures[0]
+    return picture
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What diffusers gave a module for one picture, under the names of our inputs, and what came out."""
+
+    inputs: Arrays
+    output: NDArray[np.float32]
+
+
+class _Following:
+    """A runner whose UNet and VAE are asked and answer as diffusers' did in the same call; differences are noted."""
+
+    def __init__(self, runner: Runner, calls: Mapping[str, list[_Call]]) -> None:
+        self._runner, self._calls = runner, calls
+        self.made = dict.fromkeys(DRAWN_APART, 0)
+        self.differences: list[Difference] = []
+
+    def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The component's own outputs, or those of the same call in diffusers' pipeline."""
+        if component not in DRAWN_APART:
+            return self._runner.run(component, inputs)
+        self.made[component] += 1
+        if self.made[component] > len(self._calls[component]):
+            return self._runner.run(component, inputs)
+        theirs, where = self._calls[component][self.made[component] - 1], f"call {self.made[component]} of {component}"
+        for name in sorted(inputs.keys() | theirs.inputs.keys()):
+            self.note(f"input {name} of {where}", inputs.get(name), theirs.inputs.get(name))
+        asked = {name: _like(theirs.inputs.get(name), value) for name, value in inputs.items()}
+        ((name, output),) = self._runner.run(component, asked).items()
+        self.note(f"the output of {where}", output, theirs.output)
+        return {name: theirs.output}
+
+    def note(self, array: str, found: NDArray[Any] | None, expected: NDArray[Any] | None) -> None:
+        """Keeps the difference of two arrays; it is infinite when one is absent or has another shape."""
+        error = math.inf
+        if found is not None and expected is not None and found.squeeze().shape == expected.squeeze().shape:
+            error = relative_error(found.squeeze(), expected.squeeze())
+        self.differences.append(Difference(array, error))
+
+
+def _like(theirs: NDArray[Any] | None, ours: NDArray[Any]) -> NDArray[Any]:
+    """Their numbers in the form of ours, where they fit."""
+    if theirs is None or theirs.squeeze().shape != ours.squeeze().shape:
+        return ours
+    return theirs.reshape(ours.shape).astype(ours.dtype)
+
+
+@contextmanager
+def _recorded(model: LoadedModel) -> Iterator[dict[str, list[_Call]]]:
+    """Lists that fill with the calls of UNet and VAE, one a picture of the batch, while the context is open.
+
+    With guidance diffusers asks for two pictures at once, the unconditional one first; our loop asks for that last.
+    """
+    calls: dict[str, list[_Call]] = {component: [] for component in DRAWN_APART}
+    vae: Any = model.modules["vae"]
+    decode = vae.decode
+
+    def unet_ran(_: object, arguments: tuple[Any, ...], options: dict[str, Any], outputs: tuple[Tensor]) -> None:
+        named = dict(zip(("sample", "timestep"), arguments, strict=True))
+        named |= {name: options.get(name) for name in ("encoder_hidden_states", "timestep_cond")}
+        named |= options.get("added_cond_kwargs") or {}
+        arrays = {name: value.numpy() for name, value in named.items() if value is not None}
+        for index in reversed(range(len(outputs[0]))):
+            own = {name: value if value.ndim == 0 else value[index] for name, value in arrays.items()}
+            calls["unet"].append(_Call(own, outputs[0][index].numpy()[None]))
+
+    def vae_decode(latents: Tensor, *arguments: Any, **options: Any) -> Any:
+        outputs = decode(latents, *arguments, **options)
+        calls["vae_decoder"].append(_Call({"latent_sample": latents.numpy()}, outputs[0].numpy()))
+        return outputs
+
+    hook = model.modules["unet"].register_forward_hook(unet_ran, with_kwargs=True)
+    vae.decode = vae_decode
+    try:
+        yield calls
+    finally:
+        hook.remove()
+        del vae.decode
+
+
+@contextmanager
+def _pipeline(model: LoadedModel, kind: str) -> Iterator[Any]:
+    """diffusers' pipeline around the model's modules, whose configs are afterwards as they were.
+
+    StableDiffusionPipeline corrects configs that it takes for outdated, in place and with a warning.
+    """
+    config = scheduler_config(model, kind)
+    family = next(family for family in FAMILIES if family.name == model.family)
+    parts: dict[str, Any] = {
+        **model.modules,
+        "scheduler": getattr(diffusers, config["_class_name"]).from_config(config),
+        **{name.replace("text_encoder", "tokenizer"): _tokenizer(model, name) for name in model.tokenizers},
+        **_settings(model),
+    }
+    unet: Any = model.modules["unet"]
+    own_config = unet._internal_dict
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipeline = getattr(diffusers, family.pipeline_class)(**parts)
+            pipeline.set_progress_bar_config(disable=True)
+            yield pipeline
+    finally:
+        unet._internal_dict = own_config
+
+
+def _settings(model: LoadedModel) -> dict[str, Any]:
+    """What is left of the pipeline's arguments; None and False switch off what judges or marks pictures."""
+    if model.family == "sdxl":
+        force_zeros = model.pipeline_config["force_zeros_for_empty_prompt"]
+        return {"force_zeros_for_empty_prompt": force_zeros, "add_watermarker": False}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def _tokenizer(model: LoadedModel, encoder: str) -> Any:
+    return CLIPTokenizer.from_pretrained(model.tokenizers[encoder], local_files_only=True)
+
+
+@contextmanager
+def _drawing_from(noise: NoiseSource, scheduler: Any) -> Iterator[None]:
+    """Hands the scheduler our noise: its module asks `randn_tensor` for every random number.
+
+    Raises TurbopocketError when PyTorch's own generator was asked as well: then the pictures can not be compared.
+    """
+    module: Any = sys.modules[type(scheduler).__module__]
+    own, state = getattr(module, "randn_tensor", None), torch.get_rng_state()
+
+    def ours(shape: tuple[int, ...], *_: object, **__: object) -> Tensor:
+        return torch.from_numpy(noise(tuple(shape)))
+
+    try:
+        if own is not None:
+            module.randn_tensor = ours
+        yield
+        if not torch.equal(torch.get_rng_state(), state):
+            raise TurbopocketError(
+                f"{type(scheduler).__name__} draws random numbers that can not be replaced by our noise, "
+                "so its picture can not be compared"
+            )
+    finally:
+        torch.set_rng_state(state)
+        if own is not None:
+            module.randn_tensor = own
