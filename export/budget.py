@@ -20,6 +20,7 @@ from .components import component_name, group_name, layers_of, shapes_of
 from .families import load_shapes
 from .graph import Component
 from .recipe import Recipe
+from .sizes import drawn_sizes
 from .target import Kind, Target
 from .targets import open_target
 from .units import format_bytes
@@ -76,7 +77,7 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     """
     target = open_target(recipe.target)
     model = load_shapes(recipe.model.source, recipe.model.config)
-    components = target.components(model)
+    components = target.components(model, drawn_sizes(model, recipe.image.image_sizes))
     shapes = shapes_of(layers_of(components))
     formats = candidate_formats(target, shapes, recipe.compress.formats, recipe.compress.pin)
     choices = estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)

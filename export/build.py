@@ -51,6 +51,7 @@ from .results import (
     layer_snr_db,
     tradeoff_points,
 )
+from .sizes import drawn_sizes, size_notes
 from .spec import pipeline_manifest, sampler_spec
 from .staging import refuse_occupied, report_folder, run_folder, staged_folders
 from .target import Target, Traced
@@ -102,7 +103,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
     refuse_occupied(out, overwrite)
     with workers.open() as spread, staged_folders((out, report_folder(out))) as (artifact, report):
         bench = _workbench(recipe, progress, spread)
-        bench.target.write_side_files(bench.model, bench.traced, artifact)
+        bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
         session = _session(bench, artifact)
         to_diffusers = _compare_with_diffusers(bench, session)
         stats = _calibrate(bench, session)
@@ -117,7 +118,8 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
-        notes = (*bench.model.notes, *bench.target.notes(artifact, manifest))
+        target_notes = bench.target.notes(artifact, manifest)
+        notes = (*bench.model.notes, *target_notes, *size_notes(bench.model, manifest.sizes))
         built_bytes = folder_bytes(artifact)
         _require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
         save_choices(report / CHOICES_FILE, choices)
@@ -155,7 +157,7 @@ def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workb
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
         target = open_target(recipe.target, sampler_spec(model, recipe.sampler).guidance_scale > 1)
-        components = target.components(model)
+        components = target.components(model, drawn_sizes(model, recipe.image.image_sizes))
     traced = _traced(target, components, progress, "trace")
     # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
     used = {name for graph in traced.values() for name in graph.layers}
@@ -179,8 +181,8 @@ def _traced(target: Target, components: Sequence[Component], progress: StageProg
 
 def _session(bench: Workbench, artifact: Path) -> Session:
     """The pictures of the parity check: prompts that neither calibration nor planning has seen."""
-    prompts = bench.evidence.prompts("report", bench.recipe.parity.pictures, bench.recipe.seed)
-    return Session(bench.draft, open_tokenizers(artifact, bench.draft), prompts, bench.recipe.seed)
+    asked = open_tokenizers(artifact, bench.draft), bench.evidence, bench.recipe.parity.pictures, bench.recipe.seed
+    return Session.of_report(bench.draft, *asked)
 
 
 def _compare_with_diffusers(bench: Workbench, session: Session) -> ToDiffusers:
@@ -249,7 +251,8 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
     choices: dict[str, LayerChoices] = {}
     fit = bench.fit(measuring_fit(parse_fit(bench.recipe.compress.fit)))
     with bench.progress.stage("measure", len(bench.layers)) as advance:
-        probe = make_probe(replace(session, prompts=prompts), torch_runner(bench.components), PROBE_STEPS)
+        probing = replace(session, prompts=prompts).of_one_size()  # whose calls go in one batch
+        probe = make_probe(probing, torch_runner(bench.components), PROBE_STEPS)
         for component in bench.components:
             own = {name: formats for name, formats in bench.formats.items() if component_name(name) == component.name}
             outputs = probe.outputs_after(component.name)
@@ -311,7 +314,8 @@ def _fine_tune(
     )
     with bench.progress.stage("fine-tune", asked.pictures + asked.iterations * len(bench.components)) as advance:
         recorder = Recorder(torch_runner(bench.components))
-        _calibration_drawing(bench, session, recorder, asked.pictures, advance)()
+        one_size = session.of_one_size()  # calls are trained on in batches
+        _calibration_drawing(bench, one_size, recorder, asked.pictures, advance)()
         for component in bench.components:
             calls = [call for call in recorder.calls if call.component == component.name]
             seen = Calls.of(

@@ -26,6 +26,7 @@ from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
 from .progress import StageProgress
 from .recipe import parse_recipe
 from .results import parity_summary, show_parity, show_remarks
+from .sizes import size_notes
 from .staging import report_folder
 from .targets import open_target
 
@@ -87,7 +88,7 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
     model; without the former only the files are checked. Raises TurbopocketError for files that do not match, and for
     emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or could not be compared with PyTorch.
     """
-    asked = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
+    emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     manifest = load_manifest(artifact)
     recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
     target = open_target(recipe.target)
@@ -97,16 +98,18 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
     if not stored.is_file():
         why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
-        if asked:
+        if emulators:
             raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
         notes = (*model.notes, *notes)
         evidence = evidence_for(model)
-        prompts = evidence.prompts("report", recipe.parity.pictures, recipe.seed)
-        session = Session(manifest, open_tokenizers(artifact, manifest), prompts, recipe.seed)
-    components, kept, ranges = target.components(model), load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
+        asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
+        session = Session.of_report(*asked)
+        notes += size_notes(model, manifest.sizes)
+    components = target.components(model, manifest.sizes)
+    kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
     weights = {name: kept[name] for name in layers_of(components) if name in kept}
     limit = recipe.parity.max_lowering_error or target.lowering_limit(weights)
     asked_of = artifact, manifest, weights, limit
@@ -118,7 +121,7 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
         gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, to_diffusers, advance)
     here = next(iter(runtimes.values()))
     emulated = {}
-    for cpu, emulator in asked:
+    for cpu, emulator in emulators:
         there = target.emulated(artifact, manifest, weights, cpu, emulator)
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
             measured = measure_emulated(

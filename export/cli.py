@@ -46,6 +46,15 @@ Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, s
 Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT for layers that must keep a format.")]
 
+SIZE_HELP = "WIDTHxHEIGHT of pictures in pixels, such as 768x512"
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--size", help=f"{SIZE_HELP}. For onnx several times, the default first. Default: the model's own."),
+]
+Size = Annotated[
+    str | None, typer.Option(help=f"{SIZE_HELP}: one that the artifact was built for. Default: its first.")
+]
+
 
 def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
     """Prints `value` as JSON, or lets `show` print it for a person."""
@@ -86,6 +95,7 @@ def build(
     lora: Annotated[list[Path] | None, typer.Option(help="LoRA .safetensors merged before compression.")] = None,
     fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse, gptq or vqdm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
+    size: Sizes = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is not empty.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that fit layers side by side.")] = 1,
@@ -110,6 +120,7 @@ def build(
         "compress.fit": fit,
         "compress.pin": _pins(pin),
         "sampler.steps": steps,
+        "image.sizes": size or None,
         "seed": seed,
     }
     made = build_targets(_recipe(recipe, overrides), out, overwrite, as_json, Workers(workers, ray))
@@ -233,12 +244,13 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first noise.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: what the artifact ships.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance.")] = None,
+    size: Size = None,
     as_json: AsJson = False,
 ) -> None:
     """Draws a picture from the artifact alone; PyTorch is not used."""
     from .draw import draw
 
-    result = draw(artifact, prompt, out, seed, steps, guidance)
+    result = draw(artifact, prompt, out, seed, steps, guidance, size)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     _emit(result, as_json, lambda console: console.print(f"{result['picture']}", soft_wrap=True))

@@ -7,24 +7,40 @@ from typing import Any
 from torch import nn
 
 from ..quant.calibrate import compressible_layers, weight_of
+from ..runtimes.image_size import ImageSize
 from .families import LoadedModel
 from .graph import Component, text_encoder_component, unet_component, vae_decoder_component
+from .sizes import latent_size
 
 
-def components_of(model: LoadedModel, all_states: bool = True) -> list[Component]:
+def components_of(model: LoadedModel, sizes: Sequence[ImageSize] = (), all_states: bool = True) -> list[Component]:
     """Returns the graphs in the order in which drawing runs them; they share the model's modules.
 
-    Without `all_states` text encoders give only the hidden states that a pipeline reads.
+    `sizes` are those of pictures that the graphs must take, the model's own when there are none. Without `all_states`
+    text encoders give only the hidden states that a pipeline reads.
     """
-    side = model.image_size_px // model.vae_scale_factor
+    latents = [latent_size(model, size) for size in sizes or (model.image_size,)]
+    free = len(latents) > 1
+    traced = _traced_latents(model.modules["unet"], latents) if free else latents[0]
     encoders = {name: module for name, module in model.modules.items() if name.startswith("text_encoder")}
     configs: list[Any] = [module.config for module in encoders.values()]
     tokens = min(config.max_position_embeddings for config in configs)
     return [
         *(text_encoder_component(module, name, all_states) for name, module in encoders.items()),
-        unet_component(model.modules["unet"], (side, side), tokens),
-        vae_decoder_component(model.modules["vae"], (side, side)),
+        unet_component(model.modules["unet"], traced, tokens, free),
+        vae_decoder_component(model.modules["vae"], traced, free),
     ]
+
+
+def _traced_latents(unet: Any, latents: Sequence[ImageSize]) -> ImageSize:
+    """Latents at which a graph for all these sizes is traced.
+
+    Where a side can not be halved evenly at every level, diffusers has the way up follow the sizes of the way down;
+    else it doubles. The former is right for every size, so one such size decides for all.
+    """
+    levels = 2**unet.num_upsamplers
+    uneven = any(side % levels for size in latents for side in size)
+    return ImageSize(2 * levels + uneven, 2 * levels + uneven)
 
 
 def layers_of(components: Sequence[Component]) -> dict[str, nn.Module]:

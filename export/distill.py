@@ -29,6 +29,7 @@ from .families.evidence import evidence_for, read_prompts
 from .families.steps import STEP_BIASES_FILE
 from .progress import Advance, StageProgress
 from .prompt_states import PromptStates
+from .sizes import latent_size
 from .spec import DEFAULT_GUIDANCE, model_sampling
 from .staging import run_folder, staged_folders
 
@@ -117,7 +118,7 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
     accelerator.init_trackers("log")
     source = _PromptSource(model, prompts, options, accelerator)
     config: Any = model.modules["unet"].config
-    shape = (config.in_channels, *[model.image_size_px // model.vae_scale_factor] * 2)
+    shape = (config.in_channels, *latent_size(model, model.image_size))
 
     def watch(iteration: int) -> None:
         if accelerator.is_main_process:

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..runtimes.image_size import parse_size
 from ..runtimes.manifest import load_manifest, verify
 from ..runtimes.runner import open_runner
 from ..runtimes.text_to_image import generate
@@ -17,13 +18,22 @@ from .staging import write_atomically
 
 
 def draw(
-    artifact: Path, prompt: str, out: Path, seed: int, steps: int | None, guidance: float | None
+    artifact: Path,
+    prompt: str,
+    out: Path,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    size: str | None = None,
 ) -> dict[str, Any]:
     """Writes the picture of `prompt` to `out` and returns what was done, warnings included.
 
-    Raises TurbopocketError for an artifact that is damaged or was edited, and for an empty prompt.
+    `size` is WIDTHxHEIGHT, by default the artifact's first. Raises TurbopocketError for an artifact that is damaged or
+    was edited, for an empty prompt, and for a size that the artifact was not built for.
     """
     manifest = load_manifest(artifact)
+    if size is not None:
+        manifest = manifest.at_size(parse_size(size))
     verify(artifact, manifest)
     runner, tokenizers = open_runner(artifact, manifest), open_tokenizers(artifact, manifest)
     start = time.monotonic()
@@ -39,6 +49,7 @@ def draw(
         "picture": str(out),
         "prompt": prompt,
         "seed": seed,
+        "size": str(manifest.image.size),
         "steps": steps or manifest.sampler.steps,
         "guidance": manifest.sampler.guidance_scale if guidance is None else guidance,
         "seconds": round(seconds, 3),

@@ -5,7 +5,8 @@ Names, order and number types of the tensors are those of optimum-onnx's pipelin
 our artifacts. Layers are named `<component>.<module path>`, as in `quant`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,19 +37,25 @@ class ComponentModule(nn.Module):
 class Component:
     """One graph: its module, and the names of the tensors that go in (with an example of each) and come out.
 
-    The first dimension of every input that has dimensions is the batch and may vary; all others are fixed.
+    The first dimension of every input that has dimensions is the batch and may vary. So may those in `free`, which has
+    their names by tensor (inputs and outputs) and index; all others are fixed.
     """
 
     name: str
     module: ComponentModule
     example_inputs: dict[str, Tensor]
     output_names: tuple[str, ...]
+    free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     @property
     def layer_prefix(self) -> str:
         """What a parameter's or layer's name has in front of the path inside the model: `unet.`."""
         return f"{self.name}."
 
+
+LATENT_SIDES = {2: "latent_height", 3: "latent_width"}
+PICTURE_SIDES = {2: "height", 3: "width"}
+"""Names of free dimensions: those of the manifest's `image`."""
 
 PENULTIMATE = "hidden_embeds"
 """Apple's name of the hidden state that SDXL reads: the one before the last layer."""
@@ -109,15 +116,18 @@ class _UNet(ComponentModule):
         return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)[0]
 
 
-def unet_component(unet: nn.Module, latent_size: tuple[int, int] | None = None, text_tokens: int = 77) -> Component:
+def unet_component(
+    unet: nn.Module, latent_size: tuple[int, int] | None = None, text_tokens: int = 77, free_size: bool = False
+) -> Component:
     """`sample` [B, C, h, w], `timestep` [] and `encoder_hidden_states` [B, T, D] to `out_sample` [B, C, h, w].
 
     SDXL's UNet also takes `text_embeds` [B, P] and `time_ids` [B, 6]. All float32. `latent_size` is (h, w), by
-    default the size the model was trained for.
+    default the size the model was trained for; with `free_size` it is an example.
     """
     module = _UNet("unet", unet)
     config = module.model.config
-    height, width = latent_size or (config.sample_size, config.sample_size)
+    own = config.sample_size
+    height, width = latent_size or ((own, own) if isinstance(own, int) else own)
     inputs = {
         "sample": torch.zeros(EXAMPLE_BATCH, config.in_channels, height, width),
         "timestep": torch.tensor(999.0),
@@ -128,7 +138,8 @@ def unet_component(unet: nn.Module, latent_size: tuple[int, int] | None = None, 
         pooled_width = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
         inputs["text_embeds"] = torch.zeros(EXAMPLE_BATCH, pooled_width)
         inputs["time_ids"] = torch.zeros(EXAMPLE_BATCH, time_ids)
-    return Component("unet", module, inputs, ("out_sample",))
+    free = {"sample": LATENT_SIDES, "out_sample": LATENT_SIDES} if free_size else {}
+    return Component("unet", module, inputs, ("out_sample",), free)
 
 
 class _DecoderHalf(nn.Module):
@@ -148,11 +159,15 @@ class _VaeDecoder(ComponentModule):
         return self.model(latent_sample)
 
 
-def vae_decoder_component(vae: Any, latent_size: tuple[int, int]) -> Component:
-    """`latent_sample` [B, C, h, w] (already divided by the scaling factor) to `sample` [B, 3, H, W] in -1..1."""
+def vae_decoder_component(vae: Any, latent_size: tuple[int, int], free_size: bool = False) -> Component:
+    """`latent_sample` [B, C, h, w] (already divided by the scaling factor) to `sample` [B, 3, H, W] in -1..1.
+
+    With `free_size` the latents' size is an example.
+    """
     return Component(
         name="vae_decoder",
         module=_VaeDecoder("vae_decoder", _DecoderHalf(vae)),
         example_inputs={"latent_sample": torch.zeros(EXAMPLE_BATCH, vae.config.latent_channels, *latent_size)},
         output_names=("sample",),
+        free={"latent_sample": LATENT_SIDES, "sample": PICTURE_SIDES} if free_size else {},
     )

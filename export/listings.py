@@ -107,14 +107,14 @@ def model_rows() -> dict[str, list[dict[str, Any]]]:
 
 def _bundled_row(name: str) -> dict[str, Any]:
     if not BUNDLED[name].is_dir():
-        return {"name": name, "installed": False, "family": None, "fp16_bytes": None, "image_size_px": None}
+        return {"name": name, "installed": False, "family": None, "fp16_bytes": None, "image_size": None}
     model = load_shapes(name)
     return {
         "name": name,
         "installed": True,
         "family": model.family,
         "fp16_bytes": sum(2 * parameter_count(component) for component in components_of(model)),
-        "image_size_px": model.image_size_px,
+        "image_size": str(model.image_size),
     }
 
 
@@ -123,8 +123,8 @@ def show_models(rows: Mapping[str, Sequence[Mapping[str, Any]]], console: Consol
     bundled = Table("bundled model", "family", "fp16", "picture", header_style="bold")
     for row in rows["bundled"]:
         if row["installed"]:
-            side = row["image_size_px"]
-            bundled.add_row(row["name"], row["family"], format_bytes(row["fp16_bytes"]), f"{side} x {side} px")
+            picture = f"{row['image_size']} px"
+            bundled.add_row(row["name"], row["family"], format_bytes(row["fp16_bytes"]), picture)
         else:
             bundled.add_row(row["name"], "", "", "its weights are not in this installation")
     pipelines = Table("pipeline class that loads", "family", "modules", header_style="bold")

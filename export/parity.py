@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,9 +133,22 @@ class Session:
     prompts: Sequence[str]
     seed: int
 
+    @classmethod
+    def of_report(
+        cls, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], evidence: Evidence, pictures: int, seed: int
+    ) -> "Session":
+        """What a report shows: so many pictures of prompts that nothing else has seen, one of each size at least."""
+        prompts = evidence.prompts("report", max(pictures, len(manifest.sizes)), seed)
+        return cls(manifest, tokenizers, prompts, seed)
+
+    def of_one_size(self) -> "Session":
+        """Returns the same with all pictures of the default size."""
+        return replace(self, manifest=self.manifest.model_copy(update={"sizes": self.manifest.sizes[:1]}))
+
     def draw(self, runner: Runner, index: int) -> Picture:
-        """Returns picture `index`: its prompt, from the noise of seed + index."""
-        return generate(runner, self.manifest, self.tokenizers, self.prompts[index], self.seed + index)
+        """Returns picture `index`: its prompt, from the noise of seed + index, the artifact's sizes in turn."""
+        manifest = self.manifest.of_picture(index)
+        return generate(runner, manifest, self.tokenizers, self.prompts[index], self.seed + index)
 
 
 def measure_gaps(

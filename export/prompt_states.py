@@ -30,8 +30,8 @@ class PromptStates:
         encoded = {name: self._encode(name, encoder, prompts) for name, encoder in self._encoders.items()}
         if self._model.family == "sd":
             return {"encoder_hidden_states": encoded["text_encoder"].last_hidden_state}
-        side = self._model.image_size_px
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=self._device)
+        size = self._model.image_size
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self._device)
         return {
             "encoder_hidden_states": torch.cat([outputs.hidden_states[-2] for outputs in encoded.values()], -1),
             "text_embeds": encoded["text_encoder_2"].text_embeds,

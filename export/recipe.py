@@ -17,6 +17,7 @@ from ..quant.errors import QuantError
 from ..quant.fit import parse_fit
 from ..quant.formats import parse_format
 from ..runtimes.errors import TurbopocketError
+from ..runtimes.image_size import ImageSize, parse_size
 from .units import parse_bytes
 
 
@@ -74,6 +75,8 @@ class ExecuTorchSection(_Section):
 
 
 TargetName = Literal["onnx", "coreml", "executorch"]
+SEVERAL_SIZES: tuple[TargetName, ...] = ("onnx",)
+"""Targets of which one artifact draws several sizes."""
 
 
 class TargetSection(_Section):
@@ -117,6 +120,25 @@ class CompressSection(_Section):
     @property
     def budget_bytes(self) -> int | None:
         return None if self.budget is None else parse_bytes(self.budget)
+
+
+class ImageSection(_Section):
+    """What pictures the artifact draws."""
+
+    sizes: tuple[str, ...] = ()
+    """WIDTHxHEIGHT in pixels, the default first; several for onnx only. Without any: the size of the model's own."""
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes_differ(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        sizes = [parse_size(value) for value in values]
+        if twice := next((size for size in sizes if sizes.count(size) > 1), None):
+            raise ValueError(f"size {twice} is asked for {sizes.count(twice)} times, once is enough")
+        return values
+
+    @property
+    def image_sizes(self) -> tuple[ImageSize, ...]:
+        return tuple(parse_size(text) for text in self.sizes)
 
 
 class SamplerSection(_Section):
@@ -167,11 +189,23 @@ class Recipe(_Section):
     model: ModelSection = ModelSection()
     target: TargetSection = TargetSection()
     compress: CompressSection = CompressSection()
+    image: ImageSection = ImageSection()
     sampler: SamplerSection = SamplerSection()
     calibrate: CalibrateSection = CalibrateSection()
     finetune: FineTuneSection = FineTuneSection()
     parity: ParitySection = ParitySection()
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _sizes_fit_in_one_artifact(self) -> Self:
+        asked = ", ".join(self.image.sizes)
+        for name in (self.target.name, *self.target.also):
+            if len(self.image.sizes) > 1 and name not in SEVERAL_SIZES:
+                raise ValueError(
+                    f"{name} takes one size in an artifact, {len(self.image.sizes)} are asked for ({asked}): "
+                    f"build one artifact for each, or one for {', '.join(SEVERAL_SIZES)}, which takes several"
+                )
+        return self
 
     def per_target(self) -> dict[str, Self]:
         """Returns one recipe for each target that is asked for, by its name."""

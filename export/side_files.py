@@ -8,22 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from ..runtimes.errors import TurbopocketError
+from ..runtimes.image_size import ImageSize
 from .families import LoadedModel, tokenizer_json
+from .sizes import latent_size
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 CONFIG_OWNERS = {"vae_decoder": "vae"}
 """Components whose config belongs to a module of another name."""
 
 
-def write_side_files(model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
+def write_side_files(model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path) -> None:
     """Writes model_index.json, one config.json a component, the scheduler's config and the tokenizers.
 
     `tokenizer.json` is complete for our readers; vocab.json and merges.txt, copied when the checkpoint has them,
-    are for readers that know only those.
+    are for readers that know only those. `size` is the default of the pictures, which optimum
+    reads in the UNet's config.
     """
+    height, width = latent_size(model, size)
+    drawn: dict[str, Any] = {"sample_size": height if height == width else [height, width]}
+    own = {"unet": drawn} if size != model.image_size else {}
     for component in components:
         config = model.modules[CONFIG_OWNERS.get(component, component)].config
-        _write_json(folder / component / "config.json", _plain(config))
+        _write_json(folder / component / "config.json", _plain(config) | own.get(component, {}))
     write_tokenizers(model, folder, TOKENIZER_FILES)
     _write_json(folder / "scheduler" / "scheduler_config.json", dict(model.scheduler_config))
     _write_json(folder / "model_index.json", _model_index(model, components))

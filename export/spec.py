@@ -7,11 +7,13 @@ from importlib import metadata
 from typing import Any
 
 from ..runtimes.errors import TurbopocketError
+from ..runtimes.image_size import ImageSize
 from ..runtimes.manifest import ComponentSpec, FileEntry, ImageSpec, Manifest
 from ..runtimes.schedule import SCHEDULER_CLASSES, SamplerSpec
 from .families import LoadedModel
 from .families.steps import is_student
 from .recipe import Recipe, SamplerSection
+from .sizes import drawn_sizes, latent_size
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
@@ -27,6 +29,7 @@ def pipeline_manifest(
 
     Float PyTorch runs under it exactly as the artifact will, so both see the same steps and the same noise.
     """
+    sizes = drawn_sizes(model, recipe.image.image_sizes)
     files = {file for spec in components.values() for file in (spec.file, spec.data) if file is not None}
     tokenizers = {name: name.replace("text_encoder", "tokenizer") for name in model.tokenizers}
     files |= {f"{folder}/tokenizer.json" for folder in tokenizers.values()}
@@ -39,7 +42,8 @@ def pipeline_manifest(
         tokenizers=tokenizers,
         sampler=sampler_spec(model, recipe.sampler),
         only_these_steps=is_student(model.weights["unet"]),
-        image=image_spec(model),
+        image=image_spec(model, sizes[0]),
+        sizes=list(sizes),
         force_zeros_for_empty_prompt=bool(model.pipeline_config.get("force_zeros_for_empty_prompt", False)),
         tools={name: metadata.version(name) for name in (*TOOLS, *tools)},
         recipe=recipe.to_toml(),
@@ -80,15 +84,15 @@ def model_sampling(model: LoadedModel) -> dict[str, Any]:
     return values
 
 
-def image_spec(model: LoadedModel) -> ImageSpec:
-    """Returns the picture's and the latents' sizes."""
-    side, latent_side = model.image_size_px, model.image_size_px // model.vae_scale_factor
+def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:
+    """Returns what a picture of that size is made from."""
+    latents = latent_size(model, size)
     config: Any = model.modules["vae"].config
     return ImageSpec(
-        height=side,
-        width=side,
+        height=size.height,
+        width=size.width,
         latent_channels=config.latent_channels,
-        latent_height=latent_side,
-        latent_width=latent_side,
+        latent_height=latents.height,
+        latent_width=latents.width,
         vae_scaling_factor=config.scaling_factor,
     )

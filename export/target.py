@@ -2,7 +2,7 @@
 """A target behind one interface: what a build, a plan, a check and a listing need to know of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -11,6 +11,7 @@ from ..quant.ranges import Ranges
 from ..runtimes.arm64.cpus import PREFIX, Cpu
 from ..runtimes.arm64.emulator import Emulator
 from ..runtimes.errors import TurbopocketError
+from ..runtimes.image_size import ImageSize
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.memory import MemoryFigures
 from .emulated import EmulatedRuntime
@@ -55,8 +56,8 @@ class Target(ABC):
         """What runs the artifact here; the one that draws what a phone shows first."""
 
     @abstractmethod
-    def components(self, model: LoadedModel) -> list[Component]:
-        """The model's graphs with the outputs that this target ships."""
+    def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
+        """The model's graphs for pictures of these sizes, with the outputs that this target ships."""
 
     @abstractmethod
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
@@ -101,8 +102,10 @@ class Target(ABC):
         return component
 
     @abstractmethod
-    def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
-        """Writes configs and tokenizers."""
+    def write_side_files(
+        self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
+    ) -> None:
+        """Writes configs and tokenizers; `size` is the default of the pictures."""
 
     @abstractmethod
     def files(self, spec: ComponentSpec) -> list[str]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Core ML packages, as a target: Apple's names and folder, checked by our evaluator where there is no Mac."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ..runtimes.coreml.interface import loop_spec
 from ..runtimes.coreml.lint import UNVERIFIED, lint
 from ..runtimes.coreml.runner import CoreMLRunner
 from ..runtimes.errors import TurbopocketError
+from ..runtimes.image_size import ImageSize
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.parity import Limits
 from .components import components_of
@@ -45,8 +46,8 @@ class CoreML(Target):
     def runtime_names(self) -> tuple[str, ...]:
         return tuple(_runs(self.max_lowering_error))
 
-    def components(self, model: LoadedModel) -> list[Component]:
-        return components_of(model, all_states=False)
+    def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
+        return components_of(model, sizes, all_states=False)
 
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
         return coreml.storable(format, kind, shape, self.options.deployment)
@@ -80,7 +81,9 @@ class CoreML(Target):
     ) -> ComponentSpec:
         return loop_spec(traced.component, coreml.lower(traced, weights, folder))
 
-    def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
+    def write_side_files(
+        self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
+    ) -> None:
         write_swift_files(model, folder)
 
     def files(self, spec: ComponentSpec) -> list[str]:

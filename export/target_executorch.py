@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ExecuTorch programs whose layers XNNPACK runs, as a target."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..runtimes.arm64.emulator import Emulator
 from ..runtimes.executorch import ExecuTorchRunner
 from ..runtimes.executorch_native.memory import measure_program
 from ..runtimes.executorch_native.runner import EmulatedExecuTorchRunner
+from ..runtimes.image_size import ImageSize
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.memory import MemoryFigures
 from ..runtimes.parity import Limits
@@ -73,8 +74,8 @@ class ExecuTorch(Target):
     runtime_names = ("executorch",)
     group_scale_digits = GROUP_SCALE_DIGITS
 
-    def components(self, model: LoadedModel) -> list[Component]:
-        return components_of(model, all_states=False)
+    def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
+        return components_of(model, sizes, all_states=False)
 
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
         return executorch.storable(format, kind, shape)
@@ -110,7 +111,9 @@ class ExecuTorch(Target):
     ) -> Component:
         return executorch.as_run(component, weights, self._static(ranges), self.codebooks)
 
-    def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
+    def write_side_files(
+        self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
+    ) -> None:
         write_tokenizers(model, folder)
 
     def files(self, spec: ComponentSpec) -> list[str]:

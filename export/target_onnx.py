@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX files for ONNX Runtime, as a target."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..runtimes.arm64.cpus import PREFIX, Cpu
 from ..runtimes.arm64.emulator import Emulator
 from ..runtimes.arm64.runner import EmulatedOnnxRunner
 from ..runtimes.errors import TurbopocketError
+from ..runtimes.image_size import ImageSize
 from ..runtimes.kernels.library import onnx_operators
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.memory import MemoryFigures
@@ -47,8 +48,8 @@ class Onnx(Target):
     max_lowering_error = 1e-4
     runtime_names = ("onnxruntime",)
 
-    def components(self, model: LoadedModel) -> list[Component]:
-        return components_of(model)
+    def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
+        return components_of(model, sizes)
 
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
         return onnx.storable(format, kind, shape)
@@ -71,8 +72,10 @@ class Onnx(Target):
     def lower(self, traced: onnx.TracedGraph, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
         return onnx.lower(traced, weights, folder, self.options)
 
-    def write_side_files(self, model: LoadedModel, components: Mapping[str, Any], folder: Path) -> None:
-        write_side_files(model, components, folder)
+    def write_side_files(
+        self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
+    ) -> None:
+        write_side_files(model, components, size, folder)
 
     def files(self, spec: ComponentSpec) -> list[str]:
         return [spec.file, f"{spec.file}.data"]

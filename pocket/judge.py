@@ -72,6 +72,11 @@ def load_judge(file: Path = JUDGE_FILE) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
+def reads(picture: NDArray[np.uint8]) -> bool:
+    """Whether a picture [H, W, C] is of the size that the judge was trained on."""
+    return picture.shape == (SIDE, SIDE, 3)
+
+
 def as_pictures(pictures: Pictures) -> Tensor:
     """(N, 3, 64, 64) float32 in [0, 1].
 

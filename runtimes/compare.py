@@ -44,8 +44,9 @@ __all__ = [
 ]
 
 Picture = NDArray[np.uint8]
-FeatureDistance = Callable[[Picture, Picture], float]
-"""How far apart a network finds two pictures [H, W, 3]: 0 when they look the same to it."""
+FeatureDistance = Callable[[Picture, Picture], float | None]
+"""How far apart a network finds two pictures [H, W, 3]: 0 when they look the same to it, None when it reads no pictures
+of that size."""
 
 
 class Reference(LayerRunner, Protocol):
@@ -103,11 +104,11 @@ class Recording:
 def record(
     reference: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], prompts: Sequence[str], seed: int
 ) -> list[Recording]:
-    """One recording per prompt, drawn by the reference from seed, seed + 1, …"""
+    """One recording per prompt, drawn by the reference from seed, seed + 1, …, the artifact's sizes in turn."""
     recordings = []
     for index, prompt in enumerate(prompts):
         recorder = Recorder(reference)
-        picture = generate(recorder, manifest, tokenizers, prompt, seed + index)
+        picture = generate(recorder, manifest.of_picture(index), tokenizers, prompt, seed + index)
         recordings.append(Recording(prompt, seed + index, picture, recorder.calls))
     return recordings
 
@@ -143,7 +144,8 @@ def compare(
             failed = failed or not row.passed
             rows.append(row)
         try:
-            drawn.append(generate(candidate, manifest, tokenizers, recording.prompt, recording.seed))
+            at_its_size = manifest.of_picture(index)
+            drawn.append(generate(candidate, at_its_size, tokenizers, recording.prompt, recording.seed))
         except NotFinite:
             drawn.append(None)
         about = index, recording.prompt, recording.seed

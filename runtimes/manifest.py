@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import TurbopocketError
+from .image_size import ImageSize
 from .schedule import SamplerSpec, validation_summary
 
 __all__ = [
@@ -78,7 +79,10 @@ class ComponentSpec(_Record):
 
 
 class ImageSpec(_Record):
-    """The picture in pixels, and its latents, which are divided by `vae_scaling_factor` before decoding."""
+    """The picture in pixels, and its latents, which are divided by `vae_scaling_factor` before decoding.
+
+    Dimensions of an artifact for several sizes have the names of these fields where a graph leaves them free.
+    """
 
     height: PositiveInt
     width: PositiveInt
@@ -86,6 +90,29 @@ class ImageSpec(_Record):
     latent_height: PositiveInt
     latent_width: PositiveInt
     vae_scaling_factor: float = Field(gt=0)
+
+    @property
+    def size(self) -> ImageSize:
+        """The picture's size in pixels."""
+        return ImageSize(self.height, self.width)
+
+    @property
+    def position(self) -> ImageSize:
+        """Pixels that one position of the latents stands for."""
+        return ImageSize(self.height // self.latent_height, self.width // self.latent_width)
+
+    def at(self, size: ImageSize) -> "ImageSpec":
+        """The same of a picture of that size."""
+        latent_height, latent_width = size.height // self.position.height, size.width // self.position.width
+        latent = {"latent_height": latent_height, "latent_width": latent_width}
+        return self.model_copy(update={"height": size.height, "width": size.width, **latent})
+
+    @model_validator(mode="after")
+    def _positions_are_whole(self) -> "ImageSpec":
+        if self.height % self.latent_height or self.width % self.latent_width:
+            latents = ImageSize(self.latent_height, self.latent_width)
+            raise ValueError(f"a picture of {self.size} has no whole pixels for each of {latents} latent positions")
+        return self
 
 
 class Manifest(_Record):
@@ -102,6 +129,9 @@ class Manifest(_Record):
     only_these_steps: bool = False
     """Whether the weights are those of a student for exactly the sampler's steps."""
     image: ImageSpec
+    """What it draws when no size is asked for."""
+    sizes: list[ImageSize] = Field(min_length=1)
+    """[height, width] in pixels of all pictures that it draws; the first is that of `image`."""
     force_zeros_for_empty_prompt: bool
     tools: dict[str, str]
     recipe: str
@@ -112,6 +142,42 @@ class Manifest(_Record):
     def total_bytes(self) -> int:
         """Bytes of all listed files together."""
         return sum(entry.bytes for entry in self.files)
+
+    def at_size(self, size: ImageSize) -> "Manifest":
+        """The same with `image` of that size. Raises TurbopocketError when the artifact was not built for it."""
+        if size not in self.sizes:
+            listed = ", ".join(map(str, self.sizes))
+            raise TurbopocketError(
+                f"{self.name} was asked for {size}, this artifact was built for {listed}",
+                hint=f"build another with --size {size}",
+            )
+        return self.model_copy(update={"image": self.image.at(size)})
+
+    def of_picture(self, index: int) -> "Manifest":
+        """The same at the size of picture `index` of several: all sizes in turn, the default first."""
+        return self.at_size(self.sizes[index % len(self.sizes)])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _draws_its_image(cls, values: Any) -> Any:
+        """An artifact from before there were several sizes draws that of `image`."""
+        if not isinstance(values, dict) or "sizes" in values:
+            return values
+        image = values.get("image")
+        size = (image.get("height"), image.get("width")) if isinstance(image, dict) else getattr(image, "size", None)
+        return values | {"sizes": [size]}
+
+    @model_validator(mode="after")
+    def _sizes_are_whole(self) -> "Manifest":
+        image = self.image
+        if self.sizes[0] != image.size:
+            raise ValueError(f"sizes begins with {self.sizes[0]}, image is {image.size}")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"sizes lists {', '.join(map(str, self.sizes))}: one of them twice")
+        for size in self.sizes:
+            if min(size) < 1 or any(side % pixels for side, pixels in zip(size, image.position, strict=True)):
+                raise ValueError(f"sizes lists {size}: a latent position has {image.position} pixels")
+        return self
 
     @model_validator(mode="after")
     def _refers_to_listed_files(self) -> "Manifest":

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from .errors import TurbopocketError
-from .manifest import ComponentSpec, Manifest, TensorSpec, load_manifest
+from .manifest import ComponentSpec, ImageSpec, Manifest, TensorSpec, load_manifest
 from .runner import Arrays, component_spec
 
 _STATUS = Path("/proc/self/status")
@@ -39,8 +39,8 @@ class MemoryFigures:
 def measure(folder: Path, component: str, threads: int = 1) -> MemoryFigures:
     """The memory of one component, opened as `OnnxRunner` opens it and run once on zeros, in a fresh Python.
 
-    Named dimensions are 1. Raises TurbopocketError when the system has no /proc/self/status, when there is no
-    such component, or when the run fails.
+    It runs for one picture of the artifact's largest size. Raises TurbopocketError when the system has no
+    /proc/self/status, when there is no such component, or when the run fails.
     """
     spec = component_spec(load_manifest(folder), component)
     if not _STATUS.is_file():
@@ -75,13 +75,13 @@ def component_bytes(manifest: Manifest, component: str) -> int:
     return sum(entry.bytes for entry in manifest.files if entry.path.startswith(owned))
 
 
-def zero_inputs(spec: ComponentSpec) -> Arrays:
-    """Zeros of the component's input shapes, named dimensions being 1."""
-    return {tensor.name: np.zeros(_shape(tensor), dtype=tensor.dtype) for tensor in spec.inputs}
+def zero_inputs(spec: ComponentSpec, image: ImageSpec) -> Arrays:
+    """Zeros of the component's input shapes for one picture; free dimensions have their size there by their name."""
+    return {tensor.name: np.zeros(_shape(tensor, image), dtype=tensor.dtype) for tensor in spec.inputs}
 
 
-def _shape(tensor: TensorSpec) -> list[int]:
-    return [dimension if isinstance(dimension, int) else 1 for dimension in tensor.shape]
+def _shape(tensor: TensorSpec, image: ImageSpec) -> list[int]:
+    return [each if isinstance(each, int) else vars(image).get(each, 1) for each in tensor.shape]
 
 
 def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
@@ -90,7 +90,8 @@ def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
 
     manifest = load_manifest(folder)
     spec = component_spec(manifest, component)
-    inputs = zero_inputs(spec)
+    largest = max(manifest.sizes, key=lambda size: size.height * size.width)
+    inputs = zero_inputs(spec, manifest.image.at(largest))
     start = resident_bytes()
     session = open_session(str(folder / spec.file), threads)
     loaded = resident_bytes()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...runtimes.errors import TurbopocketError
+from ...runtimes.image_size import ImageSize
 from .base import LoadedModel, ModelFamily, ModuleSpec
 from .lora import merge_lora
 from .pipeline_index import family_of, pipeline_config, read_pipeline_index
@@ -92,7 +93,7 @@ def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, 
         tokenizers={f"text_encoder{t.removeprefix('tokenizer')}": folder / t for t in family.tokenizers},
         scheduler_config=checkpoint.scheduler_config,
         pipeline_config=pipeline_config(index, family),
-        image_size_px=_sample_size(modules["unet"], folder) * vae_scale_factor,
+        image_size=ImageSize(*(side * vae_scale_factor for side in _sample_size(modules["unet"], folder))),
         vae_scale_factor=vae_scale_factor,
         has_weights=has_weights,
         weights={name: checkpoint.weights(name) for name in family.modules},
@@ -119,8 +120,13 @@ def _check_widths(modules: Mapping[str, nn.Module], folder: Path) -> None:
         )
 
 
-def _sample_size(unet: Any, folder: Path) -> int:
+def _sample_size(unet: Any, folder: Path) -> ImageSize:
+    """The latents' size that the UNet was trained for."""
     size = unet.config["sample_size"]
-    if not isinstance(size, int):
-        raise TurbopocketError(f"{folder / 'unet' / 'config.json'}: sample_size is {size!r}; one integer is needed")
-    return size
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides):
+        raise TurbopocketError(
+            f"{folder / 'unet' / 'config.json'}: sample_size is {size!r}; a positive integer, or [height, width] of "
+            "them, is needed"
+        )
+    return ImageSize(*sides)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ...runtimes.image_size import ImageSize
+
 FamilyName = Literal["sdxl", "sd"]
 
 
@@ -63,7 +65,7 @@ class LoadedModel:
     and `vae`; `weights` says in which folder or single file each of them is stored, `notes` what of all this was
     assumed. `tokenizers` maps each text encoder to the folder of its tokenizer. With `has_weights` false every tensor
     is on the meta device.
-    `image_size_px` is the side of the square picture that the UNet was trained for.
+    `image_size` is the picture that the UNet was trained for, in pixels.
     """
 
     name: str
@@ -73,7 +75,7 @@ class LoadedModel:
     tokenizers: Mapping[str, Path]
     scheduler_config: Mapping[str, Any]
     pipeline_config: Mapping[str, Any]
-    image_size_px: int
+    image_size: ImageSize
     vae_scale_factor: int
     has_weights: bool
     weights: Mapping[str, Path]

@@ -60,19 +60,26 @@ class SceneEvidence:
 
     @property
     def feature_distance(self) -> FeatureDistance:
-        """||f(found) - f(expected)|| / ||f(expected)|| for the judge's features f."""
+        """||f(found) - f(expected)|| / ||f(expected)|| for the judge's features f, of pictures of its size."""
         return self._distance
 
-    def alignment(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> float:
-        """Returns the share of pictures in which the judge reads every attribute of the prompt."""
-        from ...pocket.judge import alignment
+    def alignment(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> float | None:
+        """Returns the share of pictures in which the judge reads every attribute of the prompt.
+
+        None when one of them is not of the size that the judge was trained on.
+        """
+        from ...pocket.judge import alignment, reads
         from ...pocket.scenes import parse_caption
 
+        if not all(map(reads, pictures)):
+            return None
         return alignment(self._judge, np.stack(pictures), [parse_caption(prompt) for prompt in prompts]).all_right
 
-    def _distance(self, found: Picture, expected: Picture) -> float:
-        from ...pocket.judge import features
+    def _distance(self, found: Picture, expected: Picture) -> float | None:
+        from ...pocket.judge import features, reads
 
+        if not reads(expected):
+            return None
         first, second = features(self._judge, np.stack([found, expected]))
         return float((first - second).norm() / second.norm())
 

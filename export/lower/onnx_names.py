@@ -14,11 +14,13 @@ _KINDS: dict[str, Kind] = {"Linear": "linear", "Conv2d": "conv2d"}
 _WEIGHT = ".weight"
 
 
-def name_by_module(graph: GraphProto, component: str, parameters: Mapping[str, Tensor]) -> list[Layer]:
+def name_by_module(
+    graph: GraphProto, component: str, parameters: Mapping[str, Tensor], free: Mapping[str, Mapping[int, str]]
+) -> list[Layer]:
     """Names every node that reads `<path>.weight`, and its output, by that path; returns the Linear and Conv2d ones.
 
-    A second use of a layer is called `<path>/2`. All other node names, documentation and shapes of inner values
-    are dropped: nothing reads them. The graph's outputs keep their names.
+    A second use of a layer is called `<path>/2`. Free dimensions get the names in `free`. All other node names,
+    documentation and shapes of inner values are dropped: nothing reads them. The graph's outputs keep their names.
     """
     layers: dict[str, Layer] = {}
     renamed: dict[str, str] = {}
@@ -41,7 +43,7 @@ def name_by_module(graph: GraphProto, component: str, parameters: Mapping[str, T
             shape = tuple(parameters[path + _WEIGHT].shape)
             layers[path] = Layer(f"{component}.{path}", path, kind, shape)
     _rename(graph, renamed)
-    _name_batch(graph)
+    _name_dimensions(graph, free)
     _strip(graph)
     del graph.value_info[:]
     return list(layers.values())
@@ -72,10 +74,11 @@ def _rename(graph: GraphProto, renamed: Mapping[str, str]) -> None:
             graph.node.append(helper.make_node("Identity", [renamed[output.name]], [output.name]))
 
 
-def _name_batch(graph: GraphProto) -> None:
-    """Calls the first dimension of inputs and outputs `batch` where it may vary, instead of the exporter's `s72`."""
+def _name_dimensions(graph: GraphProto, free: Mapping[str, Mapping[int, str]]) -> None:
+    """Names what may vary in inputs and outputs, the first dimension `batch`, instead of the exporter's `s72`."""
     for value in (*graph.input, *graph.output):
         _strip(value)
-        for dimension in value.type.tensor_type.shape.dim[:1]:
+        names = {0: "batch", **free.get(value.name, {})}
+        for index, dimension in enumerate(value.type.tensor_type.shape.dim):
             if dimension.dim_param:
-                dimension.dim_param = "batch"
+                dimension.dim_param = names[index]

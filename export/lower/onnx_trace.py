@@ -8,7 +8,7 @@ with an equal one. Parameters are inputs of the graph while it is simplified, fo
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +60,7 @@ def trace(component: Component) -> TracedGraph:
     used = {value.name: parameters[value.name] for value in model.graph.inputs if value.name in parameters}
     del model.graph.inputs[len(component.example_inputs) :]
     skeleton = ir.to_proto(model)
-    layers = name_by_module(skeleton.graph, component.name, used)
+    layers = name_by_module(skeleton.graph, component.name, used, component.free)
     weights = {f"{layer.path}.weight" for layer in layers}
     rest = {name: tensor for name, tensor in used.items() if name not in weights}
     return TracedGraph(component.name, skeleton, {layer.name: layer for layer in layers}, rest)
@@ -69,7 +69,7 @@ def trace(component: Component) -> TracedGraph:
 def _exported(component: Component) -> ir.Model:
     device = next(component.module.parameters()).device
     inputs = tuple(tensor.to(device) for tensor in component.example_inputs.values())
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if tensor.ndim else None for tensor in inputs)
+    dynamic = tuple(_dynamic(tensor, component.free.get(name, {})) for name, tensor in component.example_inputs.items())
     with _quiet_exporter(), torch.no_grad():
         program = torch.export.export(
             component.module, inputs, dynamic_shapes=_nested(component.module, dynamic), strict=False
@@ -86,6 +86,11 @@ def _exported(component: Component) -> ir.Model:
         )
     assert exported is not None  # None only for an export to a file
     return exported.model
+
+
+def _dynamic(tensor: Tensor, free: Mapping[int, str]) -> dict[int, Any] | None:
+    """Which dimensions of an input may vary, as torch.export wants it said."""
+    return dict.fromkeys((0, *free), torch.export.Dim.DYNAMIC) if tensor.ndim else None
 
 
 def _nested(module: nn.Module, dynamic: tuple[Any, ...]) -> Any:
@@ -205,7 +210,7 @@ def _detach_parameters(model: ir.Model, component: Component) -> dict[str, Tenso
 
 
 def _simplify(model: ir.Model) -> None:
-    """Leaves only arithmetic that depends on an input: shapes are numbers, but for the batch."""
+    """Leaves only arithmetic that depends on an input: shapes are numbers, but for the batch and free dimensions."""
     for node in model.graph:
         node.metadata_props.clear()
     _fix_reshapes(model)
