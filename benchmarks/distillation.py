@@ -34,6 +34,7 @@ from turbopocket.quant.distill.steps import FixedIntervals, even_walk
 from turbopocket.quant.distill.tdm import guided_clean_and_noise
 from turbopocket.quant.distill.trajectory_mse import network_evaluations
 from turbopocket.runtimes.schedule import SamplerSpec, alphas_cumprod
+from turbopocket.runtimes.scheduler_classes import config_for
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = 500
@@ -64,7 +65,7 @@ class Painter:
 
     def __init__(self, source: str, steps: int, guidance: float, step_biases: bool) -> None:
         self.model = load(source, steps=steps if step_biases else None)
-        spec = SamplerSpec.from_scheduler_config(self.model.scheduler_config, 1, 1.0)
+        spec = SamplerSpec.from_scheduler_config(config_for(self.model.scheduler_config, "ddim"), 1, 1.0)
         self.diffusion = Diffusion(torch.from_numpy(alphas_cumprod(spec)), spec.prediction_type)
         self.walk = even_walk(self.diffusion.train_timesteps, steps)
         self.denoiser = Denoiser(self.model.modules["unet"], step_condition=False)

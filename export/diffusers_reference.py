@@ -21,6 +21,7 @@ from ..runtimes.manifest import Manifest
 from ..runtimes.metrics import relative_error
 from ..runtimes.runner import Arrays, Runner
 from ..runtimes.sampler import NoiseSource
+from ..runtimes.scheduler_classes import SamplerKind
 from ..runtimes.text_to_image import draw, seeded_noise
 from .families import FAMILIES, LoadedModel
 from .parity import Difference, Session, ToDiffusers
@@ -166,7 +167,7 @@ def _recorded(model: LoadedModel) -> Iterator[dict[str, list[_Call]]]:
 
 
 @contextmanager
-def _pipeline(model: LoadedModel, kind: str) -> Iterator[Any]:
+def _pipeline(model: LoadedModel, kind: SamplerKind) -> Iterator[Any]:
     """diffusers' pipeline around the model's modules, whose configs are afterwards as they were.
 
     StableDiffusionPipeline corrects configs that it takes for outdated, in place and with a warning.

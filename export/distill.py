@@ -24,6 +24,7 @@ from ..quant.distill.tdm import drawn
 from ..quant.distill.trainer import METHODS, Networks, Precision, Task, distill, restored_iteration
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.schedule import SamplerSpec, alphas_cumprod
+from ..runtimes.scheduler_classes import config_for
 from .families import LoadedModel, load
 from .families.evidence import evidence_for, read_prompts
 from .families.steps import STEP_BIASES_FILE
@@ -208,14 +209,26 @@ def _prompts(model: LoadedModel, request: DistillRequest) -> list[str]:
 
 
 def _diffusion(model: LoadedModel, horizon: int) -> Diffusion:
-    """The teacher's process up to the horizon. Raises TurbopocketError for a horizon that it does not have."""
-    spec = SamplerSpec.from_scheduler_config(model.scheduler_config, 1, 1.0)
+    """The teacher's process up to the horizon. Raises TurbopocketError for a horizon that it does not have, and for a
+    noise schedule that a first and a last beta do not say.
+    """
+    spec = _noise_schedule(model)
+    if spec.rescale_betas_zero_snr:
+        raise TurbopocketError(
+            "rescale_betas_zero_snr = True: cut at a horizon, this teacher's noise schedule is none that a first and a "
+            "last beta say"
+        )
     if not LEAST_HORIZON <= horizon <= spec.num_train_timesteps:
         raise TurbopocketError(
             f"horizon {horizon}: this teacher has {spec.num_train_timesteps} timesteps, "
             f"at least {LEAST_HORIZON} are needed"
         )
     return Diffusion(torch.from_numpy(alphas_cumprod(spec))[:horizon], spec.prediction_type)
+
+
+def _noise_schedule(model: LoadedModel) -> SamplerSpec:
+    """What the teacher was trained on, whichever sampler its folder names: a student's is DDIM."""
+    return SamplerSpec.from_scheduler_config(config_for(model.scheduler_config, "ddim"), 1, 1.0)
 
 
 def _beta_end(spec: SamplerSpec, horizon: int) -> float:
@@ -320,7 +333,7 @@ def _write(folder: Path, model: LoadedModel, student: Denoiser, request: Distill
         {str(count): biases[count].half().contiguous() for count in range(1, request.steps + 1)},
         folder / "unet" / STEP_BIASES_FILE,
     )
-    spec = SamplerSpec.from_scheduler_config(model.scheduler_config, 1, 1.0)
+    spec = _noise_schedule(model)
     scheduler = {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": request.horizon,

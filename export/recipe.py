@@ -18,6 +18,8 @@ from ..quant.fit import parse_fit
 from ..quant.formats import parse_format
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize, parse_size
+from ..runtimes.schedule import MAX_STEPS
+from ..runtimes.scheduler_classes import SamplerKind
 from .units import parse_bytes
 
 
@@ -144,9 +146,9 @@ class ImageSection(_Section):
 class SamplerSection(_Section):
     """How the artifact draws; calibration, parity and phones use the same steps."""
 
-    kind: Literal["model", "euler", "euler_ancestral", "ddim", "lcm"] = "model"
-    """`model` keeps the scheduler saved with the checkpoint."""
-    steps: int | None = Field(default=None, ge=1, le=1000)
+    kind: Literal["model", SamplerKind] = "model"
+    """`model` keeps the scheduler saved with the checkpoint; another walks the checkpoint's noise schedule."""
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(default=None, ge=0.0, le=50.0)
     """Classifier-free guidance; 1 or less switches it off. Without it: what the checkpoint's card recommends."""
 

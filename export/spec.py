@@ -4,12 +4,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize
 from ..runtimes.manifest import ComponentSpec, FileEntry, ImageSpec, Manifest
-from ..runtimes.schedule import SCHEDULER_CLASSES, SamplerSpec
+from ..runtimes.schedule import SamplerSpec
+from ..runtimes.scheduler_classes import SamplerKind, config_for
 from .families import LoadedModel
 from .families.steps import is_student
 from .recipe import Recipe, SamplerSection
@@ -58,15 +59,13 @@ def sampler_spec(model: LoadedModel, section: SamplerSection) -> SamplerSpec:
     return SamplerSpec.from_scheduler_config(scheduler_config(model, section.kind), steps, guidance)
 
 
-def scheduler_config(model: LoadedModel, kind: str) -> dict[str, Any]:
+def scheduler_config(model: LoadedModel, kind: Literal["model", SamplerKind]) -> dict[str, Any]:
     """Returns the model's scheduler config, of its own class (`model`) or of the class of a sampler's kind.
 
     StableDiffusionPipeline takes two settings for outdated and never draws with them: a `steps_offset` other than 1
     and `clip_sample`. Other pipelines of diffusers take the config as it is.
     """
-    config = dict(model.scheduler_config)
-    if kind != "model":
-        config["_class_name"] = next(name for name, (known, _) in SCHEDULER_CLASSES.items() if known == kind)
+    config = dict(model.scheduler_config) if kind == "model" else config_for(model.scheduler_config, kind)
     return config | {"steps_offset": 1, "clip_sample": False} if model.family == "sd" else config
 
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import TurbopocketError
+from .scheduler_classes import SamplerKind, sampler_settings
 
 Floats = NDArray[np.floating[Any]]
-SamplerKind = Literal["euler", "euler_ancestral", "dpmpp_2m", "pndm", "ddim", "lcm"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 MAX_TRAIN_TIMESTEPS = 10_000
@@ -22,48 +22,8 @@ _ALMOST_NO_SIGNAL = np.float32(2**-24)
 """Stands for a zero share of signal where sigma = sqrt((1 - alpha) / alpha) must stay finite, as in diffusers."""
 _KARRAS_RHO = 7.0
 
-# What diffusers assumes where a scheduler_config.json is silent; each class assumes something else.
-_SHARED_DEFAULTS = {"num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 0}
-_EULER_DEFAULTS = _SHARED_DEFAULTS | {
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "timestep_spacing": "linspace",
-}
-_DDIM_DEFAULTS = _EULER_DEFAULTS | {
-    "timestep_spacing": "leading",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "set_alpha_to_one": True,
-}
-_LCM_DEFAULTS = _DDIM_DEFAULTS | {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "original_inference_steps": 50,
-    "timestep_scaling": 10.0,
-}
-SCHEDULER_CLASSES: dict[str, tuple[SamplerKind, dict[str, Any]]] = {
-    "EulerDiscreteScheduler": ("euler", _EULER_DEFAULTS),
-    "EulerAncestralDiscreteScheduler": ("euler_ancestral", _EULER_DEFAULTS),
-    "DDIMScheduler": ("ddim", _DDIM_DEFAULTS),
-    "LCMScheduler": ("lcm", _LCM_DEFAULTS),
-}
 _BY_SIGMA = ("euler", "euler_ancestral", "dpmpp_2m")
 """Kinds that compute with sigma, noise over signal, where the others compute with alpha, the share of signal."""
-# Settings that change the numbers and that no sampler here knows: (key, the only value that is accepted).
-_ONLY_VALUES: dict[str, Any] = {
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-}
 
 
 class SamplerSpec(BaseModel):
@@ -127,40 +87,17 @@ class SamplerSpec(BaseModel):
         return self
 
     @classmethod
-    def from_scheduler_config(
-        cls,
-        config: Mapping[str, Any],
-        steps: int,
-        guidance_scale: float,
-    ) -> "SamplerSpec":
+    def from_scheduler_config(cls, config: Mapping[str, Any], steps: int, guidance_scale: float) -> "SamplerSpec":
         """The sampler that a diffusers `scheduler_config.json` describes.
 
-        What the config leaves out are the scheduler class's own defaults. Raises TurbopocketError for a class
-        or a setting that no sampler here reproduces.
+        What the config leaves out are the scheduler class's own defaults. Raises TurbopocketError for a class or a
+        setting that no sampler here reproduces.
         """
-        name = config.get("_class_name")
-        if name not in SCHEDULER_CLASSES:
-            kinds = [kind for kind, _ in SCHEDULER_CLASSES.values()]
-            raise TurbopocketError(
-                f"scheduler class {name!r} has no sampler here: known are {', '.join(SCHEDULER_CLASSES)}",
-                hint=f"choose another sampler on the same noise schedule: {', '.join(kinds)}",
-            )
-        for key, only in _ONLY_VALUES.items():
-            if config.get(key, only) != only and config[key] is not None:
-                raise TurbopocketError(f"{name}: {key} = {config[key]!r} is not supported: allowed is {only!r}")
-        kind, defaults = SCHEDULER_CLASSES[name]
-        known = {key: config.get(key, default) for key, default in defaults.items()}
-        clip, clip_range = known.pop("clip_sample", False), known.pop("clip_sample_range", None)
+        settings = sampler_settings(config)
         try:
-            return cls(
-                kind=kind,
-                clip_sample_range=clip_range if clip else None,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                **known,
-            )
+            return cls(steps=steps, guidance_scale=guidance_scale, **settings)
         except ValueError as error:
-            raise TurbopocketError(f"{name}: {validation_summary(error)}") from error
+            raise TurbopocketError(f"{config['_class_name']}: {validation_summary(error)}") from error
 
 
 def validation_summary(error: ValueError) -> str:

@@ -11,7 +11,7 @@ from ...runtimes.errors import TurbopocketError
 from ...runtimes.image_size import ImageSize
 from .base import LoadedModel, ModelFamily, ModuleSpec
 from .lora import merge_lora
-from .pipeline_index import family_of, pipeline_config, read_pipeline_index
+from .pipeline_index import as_drawn, family_of, pipeline_config, read_pipeline_index
 from .safetensors_header import StoredTensor
 from .sd import SD
 from .sdxl import SDXL
@@ -91,7 +91,7 @@ def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, 
         folder=folder,
         modules=modules,
         tokenizers={f"text_encoder{t.removeprefix('tokenizer')}": folder / t for t in family.tokenizers},
-        scheduler_config=checkpoint.scheduler_config,
+        scheduler_config=as_drawn(checkpoint.scheduler_config, index),
         pipeline_config=pipeline_config(index, family),
         image_size=ImageSize(*(side * vae_scale_factor for side in _sample_size(modules["unet"], folder))),
         vae_scale_factor=vae_scale_factor,

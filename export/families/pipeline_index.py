@@ -53,3 +53,10 @@ def pipeline_config(index: dict[str, Any], family: ModelFamily) -> dict[str, Any
     """Returns the pipeline's settings: all of the index that is neither a part nor about the file itself."""
     own = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
     return {**family.pipeline_defaults, **own}
+
+
+def as_drawn(scheduler_config: dict[str, Any], index: dict[str, Any]) -> dict[str, Any]:
+    """Returns the scheduler's settings as of the class in the index: where they differ, diffusers draws with that."""
+    named = index["scheduler"]
+    is_named = isinstance(named, list) and len(named) == 2
+    return scheduler_config | {"_class_name": named[1]} if is_named else scheduler_config

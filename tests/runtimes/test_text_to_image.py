@@ -99,6 +99,20 @@ def test_stable_diffusion_with_lcm_draws_what_diffusers_draws(sd: Any, tmp_path:
     assert_draws_like_diffusers(tiny_model(sd, "sd", tmp_path, diffusers.LCMScheduler(**BETAS), 1.0, steps=4))
 
 
+def test_guided_stable_diffusion_with_pndm_draws_what_diffusers_draws(sd: Any, tmp_path: Path) -> None:
+    """The scheduler of most Stable Diffusion folders: one call more than steps."""
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, **BETAS)
+    assert_draws_like_diffusers(tiny_model(sd, "sd", tmp_path, scheduler, guidance=7.5, steps=6))
+
+
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+def test_sdxl_with_dpm_solver_and_karras_sigmas_draws_what_diffusers_draws(
+    sdxl: Any, tmp_path: Path, algorithm: str
+) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, algorithm_type=algorithm, **BETAS)
+    assert_draws_like_diffusers(tiny_model(sdxl, "sdxl", tmp_path, scheduler, guidance=5.0, steps=5))
+
+
 def draw_toy(folder: Path, manifest: Manifest, prompt: str = "a red circle", **options: Any) -> np.ndarray:
     tokenizers = open_tokenizers(folder, manifest)
     return generate(OnnxRunner(folder, manifest), manifest, tokenizers, prompt, **{"seed": 0} | options)
