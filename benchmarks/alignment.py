@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbopocket.export.budget import parameter_count
-from turbopocket.export.components import components_of
+from turbopocket.export.components import components_of, parameter_count
 from turbopocket.export.families import load
 from turbopocket.export.parity import torch_runner
 from turbopocket.export.recipe import parse_recipe
@@ -26,6 +25,7 @@ from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.scenes import sample_scenes
 from turbopocket.runtimes.conditioning import condition, unconditional
 from turbopocket.runtimes.executorch import ExecuTorchRunner
+from turbopocket.runtimes.latents import to_vae
 from turbopocket.runtimes.manifest import Manifest, load_manifest
 from turbopocket.runtimes.metrics import psnr_db
 from turbopocket.runtimes.runner import Runner, open_runner
@@ -59,8 +59,7 @@ def draw_batch(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequen
             away = runner.run("unet", asked | away_from)["out_sample"]
             guided = away + np.float32(scale) * (guided - away)
         x_t, memory = sampler.step(index, x_t, guided, memory, fresh)
-    latents = x_t / np.float32(image.vae_scaling_factor)
-    sample = runner.run("vae_decoder", {"latent_sample": latents})["sample"]
+    sample = runner.run("vae_decoder", {"latent_sample": to_vae(image, x_t)})["sample"]
     return np.round(np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255).astype(np.uint8)
 
 

@@ -4,6 +4,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,15 @@ from ..quant.formats import LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
 from ..quant.sensitivity import estimate_from_shapes, load_choices
 from ..runtimes.errors import TurbopocketError
-from .components import component_name, group_name, layers_of, shapes_of
+from .components import component_name, group_name, layers_of, parameter_count, shapes_of
 from .families import load_shapes
-from .graph import Component
+from .fixed_bytes import fixed_bytes, show_estimates
 from .recipe import Recipe
 from .sizes import drawn_sizes
 from .target import Kind, Target
 from .targets import open_target
 from .units import format_bytes
 
-GRAPH_BYTES_PER_LAYER = 1500
-GRAPH_BYTES_PER_COMPONENT = 8_000
-SIDE_FILE_BYTES = 60_000
-MANIFEST_BYTES_PER_LAYER = 80
-"""Estimates for planning without a trace, from built artifacts; a build counts the real bytes."""
 CURVE_POINTS = 17
 
 
@@ -53,23 +49,6 @@ def candidate_formats(
     return kept
 
 
-def estimated_fixed_bytes(components: Sequence[Component], layer_count: int) -> int:
-    """Returns about how many bytes ship that are not a layer's weight: other tensors as fp16, graphs, small files."""
-    other = sum(_other_parameters(component) for component in components)
-    graphs = GRAPH_BYTES_PER_LAYER * layer_count + GRAPH_BYTES_PER_COMPONENT * len(components)
-    return 2 * other + graphs + SIDE_FILE_BYTES + MANIFEST_BYTES_PER_LAYER * layer_count
-
-
-def parameter_count(component: Component) -> int:
-    """Returns the number of parameters of a component."""
-    return sum(parameter.numel() for parameter in component.module.parameters())
-
-
-def _other_parameters(component: Component) -> int:
-    weights = sum(math.prod(shape) for shape in shapes_of(layers_of([component])).values())
-    return parameter_count(component) - weights
-
-
 def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     """Returns the plan of a recipe's model and what each part of it weighs, from configs alone.
 
@@ -81,7 +60,8 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     shapes = shapes_of(layers_of(components))
     formats = candidate_formats(target, shapes, recipe.compress.formats, recipe.compress.pin)
     choices = estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)
-    fixed = estimated_fixed_bytes(components, len(shapes))
+    beside = fixed_bytes(target, model, components)
+    fixed = beside.total
     pins = recipe.compress.pin
     decided = plan(list(choices.values()), recipe.compress.budget_bytes, fixed, pins)
     accounted = account(decided.choices)
@@ -93,6 +73,7 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
         "budget_bytes": recipe.compress.budget_bytes,
         "total_bytes": decided.total_bytes,
         "fixed_bytes": decided.fixed_bytes,
+        "estimated": [asdict(each) for each in beside.estimates],
         "smallest_bytes": smallest_total_bytes(list(choices.values()), fixed, pins),
         "predicted_loss": decided.predicted_loss,
         "fp16_bytes": sum(2 * parameter_count(component) for component in components),
@@ -177,6 +158,8 @@ def show_plan(summary: Mapping[str, Any], console: Console) -> None:
     if summary["kept"]:
         console.print(f"{len(summary['kept'])} layers in floating point, {summary['kept'][0]} first", highlight=False)
     console.print(f"{'everything else':14} {format_bytes(summary['fixed_bytes']):>22}", highlight=False)
+    for line in show_estimates(summary["estimated"]):
+        console.print(line, highlight=False, soft_wrap=True)
     for note in summary["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     budget = summary["budget_bytes"]

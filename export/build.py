@@ -31,8 +31,8 @@ from ..runtimes.manifest import Manifest, write_manifest
 from ..runtimes.memory import MemoryFigures
 from ..runtimes.runner import Arrays, Runner
 from ..runtimes.tokenizer import open_tokenizers
-from .budget import candidate_formats, curve, parameter_count
-from .components import component_name, group_name, layers_of, shapes_of
+from .budget import candidate_formats, curve
+from .components import component_name, group_name, layers_of, parameter_count, shapes_of
 from .diffusers_reference import compare_with_diffusers
 from .families import LoadedModel, load
 from .families.evidence import Evidence, evidence_for, read_prompts

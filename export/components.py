@@ -2,18 +2,20 @@
 """Which graphs a loaded model becomes, and which layers in them can be compressed."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..quant.calibrate import compressible_layers, weight_of
 from ..runtimes.image_size import ImageSize
-from .families import LoadedModel
 from .graph import Component, text_encoder_component, unet_component, vae_decoder_component
 from .sizes import latent_size
 
+if TYPE_CHECKING:  # loading a model runs its graphs, so families import this module
+    from .families import LoadedModel
 
-def components_of(model: LoadedModel, sizes: Sequence[ImageSize] = (), all_states: bool = True) -> list[Component]:
+
+def components_of(model: "LoadedModel", sizes: Sequence[ImageSize] = (), all_states: bool = True) -> list[Component]:
     """Returns the graphs in the order in which drawing runs them; they share the model's modules.
 
     `sizes` are those of pictures that the graphs must take, the model's own when there are none. Without `all_states`
@@ -23,10 +25,9 @@ def components_of(model: LoadedModel, sizes: Sequence[ImageSize] = (), all_state
     free = len(latents) > 1
     traced = _traced_latents(model.modules["unet"], latents) if free else latents[0]
     encoders = {name: module for name, module in model.modules.items() if name.startswith("text_encoder")}
-    configs: list[Any] = [module.config for module in encoders.values()]
-    tokens = min(config.max_position_embeddings for config in configs)
+    tokens = model.text_tokens
     return [
-        *(text_encoder_component(module, name, all_states) for name, module in encoders.items()),
+        *(text_encoder_component(module, name, all_states, tokens) for name, module in encoders.items()),
         unet_component(model.modules["unet"], traced, tokens, free),
         vae_decoder_component(model.modules["vae"], traced, free),
     ]
@@ -55,6 +56,11 @@ def layers_of(components: Sequence[Component]) -> dict[str, nn.Module]:
 def shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Returns the weight shape of each layer."""
     return {name: tuple(weight_of(name, layer).shape) for name, layer in layers.items()}
+
+
+def parameter_count(component: Component) -> int:
+    """Returns the number of parameters of a component."""
+    return sum(parameter.numel() for parameter in component.module.parameters())
 
 
 def component_name(layer: str) -> str:

@@ -23,6 +23,7 @@ from ..quant.distill.steps import FixedIntervals
 from ..quant.distill.tdm import drawn
 from ..quant.distill.trainer import METHODS, Networks, Precision, Task, distill, restored_iteration
 from ..runtimes.errors import TurbopocketError
+from ..runtimes.latents import to_vae
 from ..runtimes.schedule import SamplerSpec, alphas_cumprod
 from ..runtimes.scheduler_classes import config_for
 from .families import LoadedModel, load
@@ -31,7 +32,7 @@ from .families.steps import STEP_BIASES_FILE
 from .progress import Advance, StageProgress
 from .prompt_states import PromptStates
 from .sizes import latent_size
-from .spec import DEFAULT_GUIDANCE, model_sampling
+from .spec import DEFAULT_GUIDANCE, image_spec, model_sampling
 from .staging import run_folder, staged_folders
 
 PROMPTS = 20_000
@@ -126,7 +127,7 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
             noise = torch.randn(WATCHED_PROMPTS, *shape, generator=torch.Generator().manual_seed(options.seed))
             walk = schedule.walk(request.steps)
             latents = drawn(networks.student, diffusion, walk, noise.to(accelerator.device), source.watched())
-            pictures = _decoded(model.modules["vae"], latents)
+            pictures = _decoded(model, latents)
             accelerator.get_tracker("tensorboard", unwrap=True).add_images("student", pictures.numpy(), iteration)
 
     first = restored_iteration(run)
@@ -307,9 +308,10 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 @torch.no_grad()
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
+def _decoded(model: LoadedModel, latents: Tensor) -> Tensor:
     """(N, 3, H, W) pictures in 0..1."""
-    sample = vae.decode(latents.to("cpu", torch.float32) / vae.config.scaling_factor).sample
+    vae: Any = model.modules["vae"]
+    sample = vae.decode(torch.from_numpy(to_vae(image_spec(model), latents.float().cpu().numpy()))).sample
     pictures: Tensor = (sample / 2 + 0.5).clamp(0, 1)
     return pictures
 

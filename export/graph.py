@@ -85,14 +85,18 @@ class _TextEncoder(ComponentModule):
         return "text_embeds" if self.has_projection else "pooler_output"
 
 
-def text_encoder_component(clip_model: nn.Module, name: str = "text_encoder", all_states: bool = True) -> Component:
+def text_encoder_component(
+    clip_model: nn.Module, name: str = "text_encoder", all_states: bool = True, tokens: int | None = None
+) -> Component:
     """`input_ids` [B, T] int64 to `last_hidden_state` [B, T, D], `pooler_output` [B, D] (CLIPTextModel) or to
     `text_embeds` [B, P], `last_hidden_state` (CLIPTextModelWithProjection), then `hidden_states.0` … `.L` for L layers.
 
     Without `all_states`: `hidden_embeds` (the state before the last layer), `last_hidden_state`, and the pooled one.
+    T is `tokens`, by default as many as the model has positions.
     """
     module = _TextEncoder(name, clip_model, all_states)
     config = module.model.config
+    length = tokens or config.max_position_embeddings
     states = tuple(f"hidden_states.{index}" for index in range(config.num_hidden_layers + 1))
     if not all_states:
         names: tuple[str, ...] = (PENULTIMATE, "last_hidden_state", module.pooled_name)
@@ -103,7 +107,7 @@ def text_encoder_component(clip_model: nn.Module, name: str = "text_encoder", al
     return Component(
         name=name,
         module=module,
-        example_inputs={"input_ids": torch.zeros(EXAMPLE_BATCH, config.max_position_embeddings, dtype=torch.int64)},
+        example_inputs={"input_ids": torch.zeros(EXAMPLE_BATCH, length, dtype=torch.int64)},
         output_names=names,
     )
 

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..quant.formats import FORMATS, parse_format
-from .budget import parameter_count
-from .components import components_of
+from .components import components_of, parameter_count
 from .families import FAMILIES, load_shapes
 from .families.source import BUNDLED
 from .target import Kind

@@ -51,8 +51,7 @@ class PromptStates:
 
 
 def _tokenizer(model: LoadedModel, encoder: str) -> Tokenizer:
-    config: Any = model.modules[encoder].config
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
-        file.write_bytes(tokenizer_json(model.tokenizers[encoder]))
-        return Tokenizer(file, config.max_position_embeddings)
+        file.write_bytes(tokenizer_json(model.tokenizers[encoder], model.text_tokens))
+        return Tokenizer(file, model.text_tokens, model.prompt_replacements.get(encoder, {}))

@@ -13,6 +13,7 @@ from .families import LoadedModel, tokenizer_json
 from .sizes import latent_size
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+SWIFT_FILES = ("vocab.json", "merges.txt")
 CONFIG_OWNERS = {"vae_decoder": "vae"}
 """Components whose config belongs to a module of another name."""
 
@@ -40,10 +41,17 @@ def write_tokenizers(model: LoadedModel, folder: Path, also: Sequence[str] = ())
     for encoder, source in model.tokenizers.items():
         target = folder / encoder.replace("text_encoder", "tokenizer")
         target.mkdir(parents=True, exist_ok=True)
-        (target / "tokenizer.json").write_bytes(tokenizer_json(source))
+        (target / "tokenizer.json").write_bytes(tokenizer_json(source, model.text_tokens))
         for name in also:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
+        _say_length(target / "tokenizer_config.json", model.text_tokens)
+
+
+def _say_length(path: Path, tokens: int) -> None:
+    """Afterwards a tokenizer's config, if there is one, says how many ids the graphs read: others pad to that."""
+    if path.is_file() and (config := json.loads(path.read_text(encoding="utf-8"))).get("model_max_length") != tokens:
+        _write_json(path, {**config, "model_max_length": tokens})
 
 
 def write_swift_files(model: LoadedModel, folder: Path) -> None:
@@ -53,7 +61,9 @@ def write_swift_files(model: LoadedModel, folder: Path) -> None:
     Raises TurbopocketError when the model has no vocab.json and merges.txt.
     """
     write_tokenizers(model, folder)
-    for name in ("vocab.json", "merges.txt"):
+    if "text_encoder" not in model.tokenizers:  # a plan for a folder of configs
+        return
+    for name in SWIFT_FILES:
         source = model.tokenizers["text_encoder"] / name
         if not source.is_file():
             raise TurbopocketError(f"{source} is missing: the Swift package reads it")

@@ -41,6 +41,7 @@ def pipeline_manifest(
         files=[FileEntry(path=path, bytes=0, sha256=_NO_HASH) for path in sorted(files)],
         components=dict(components),
         tokenizers=tokenizers,
+        prompt_replacements={name: dict(each) for name, each in model.prompt_replacements.items()},
         sampler=sampler_spec(model, recipe.sampler),
         only_these_steps=is_student(model.weights["unet"]),
         image=image_spec(model, sizes[0]),
@@ -87,6 +88,8 @@ def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:
     """Returns what a picture of that size is made from."""
     latents = latent_size(model, size)
     config: Any = model.modules["vae"].config
+    # diffusers uses both or neither, and an AutoencoderTiny has none.
+    mean, std = config.get("latents_mean"), config.get("latents_std")
     return ImageSpec(
         height=size.height,
         width=size.width,
@@ -94,4 +97,6 @@ def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:
         latent_height=latents.height,
         latent_width=latents.width,
         vae_scaling_factor=config.scaling_factor,
+        latents_mean=mean if std is not None else None,
+        latents_std=std if mean is not None else None,
     )

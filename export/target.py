@@ -43,12 +43,15 @@ class Target(ABC):
         name: as in recipes and manifests; tools: packages whose versions decide what is written.
         max_lowering_error: largest relative error of a call that counts as right, if the recipe says nothing.
         group_scale_digits: significant bits of a scale that a group of weights shares; fp16 has 11.
+        tokenizer_files: names of what it ships of each tokenizer; first_tokenizer_files: of the first one beside that.
     """
 
     name: ClassVar[str]
     tools: ClassVar[tuple[str, ...]]
     max_lowering_error: ClassVar[float]
     group_scale_digits: ClassVar[int] = 11
+    tokenizer_files: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
+    first_tokenizer_files: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod

@@ -24,7 +24,7 @@ from .lower import coreml
 from .lower.coreml_precision import too_large
 from .lower.coreml_stores import STORES
 from .parity import Runtime
-from .side_files import write_swift_files
+from .side_files import SWIFT_FILES, write_swift_files
 from .target import Kind, Target
 
 FP16_ERROR, ACC16_ERROR = 0.1, 1.0
@@ -41,6 +41,7 @@ class CoreML(Target):
     name = "coreml"
     tools = ("coremltools",)
     max_lowering_error = 1e-3
+    first_tokenizer_files = SWIFT_FILES
 
     @property
     def runtime_names(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from .lower import onnx
 from .lower.onnx_stores import STORES
 from .lower.onnx_trace import DOMAIN
 from .parity import Runtime
-from .side_files import write_side_files
+from .side_files import TOKENIZER_FILES, write_side_files
 from .target import Kind, Target
 
 INT8_TO_PYTORCH, INT8_TO_NATIVE = 1e-2, 1.5e-2
@@ -47,6 +47,7 @@ class Onnx(Target):
     tools = ("onnx", "onnxruntime")
     max_lowering_error = 1e-4
     runtime_names = ("onnxruntime",)
+    tokenizer_files = ("tokenizer.json", *TOKENIZER_FILES)
 
     def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
         return components_of(model, sizes)

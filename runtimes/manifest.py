@@ -44,6 +44,7 @@ def _inside(path: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Token = Annotated[str, Field(min_length=1)]
 
 
 class _Record(BaseModel):
@@ -79,8 +80,9 @@ class ComponentSpec(_Record):
 
 
 class ImageSpec(_Record):
-    """The picture in pixels, and its latents, which are divided by `vae_scaling_factor` before decoding.
+    """The picture in pixels, and its latents, which the VAE has as z: `runtimes.latents` turns one into the other.
 
+    latents = (z - latents_mean) * vae_scaling_factor / latents_std, by channel; a model may have no mean and deviation.
     Dimensions of an artifact for several sizes have the names of these fields where a graph leaves them free.
     """
 
@@ -90,6 +92,17 @@ class ImageSpec(_Record):
     latent_height: PositiveInt
     latent_width: PositiveInt
     vae_scaling_factor: float = Field(gt=0)
+    latents_mean: list[float] | None = None
+    latents_std: list[Annotated[float, Field(gt=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> "ImageSpec":
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(f"{name} has {len(values)} numbers for {self.latent_channels} latent channels")
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise ValueError("latents_mean and latents_std belong together")
+        return self
 
     @property
     def size(self) -> ImageSize:
@@ -125,6 +138,8 @@ class Manifest(_Record):
     files: list[FileEntry]
     components: dict[str, ComponentSpec]
     tokenizers: dict[str, RelativePath]
+    prompt_replacements: dict[str, dict[Token, str]] = {}
+    """For a text encoder: tokens in a prompt that stand for several vectors, and what to write in their place."""
     sampler: SamplerSpec
     only_these_steps: bool = False
     """Whether the weights are those of a student for exactly the sampler's steps."""
@@ -192,6 +207,8 @@ class Manifest(_Record):
             raise ValueError(f"{', '.join(sorted(missing))} is used but not in files")
         if strangers := set(self.tokenizers) - set(self.components):
             raise ValueError(f"tokenizers names {', '.join(sorted(strangers))}, which is not a component")
+        if strangers := set(self.prompt_replacements) - set(self.tokenizers):
+            raise ValueError(f"prompt_replacements names {', '.join(sorted(strangers))}, which has no tokenizer")
         return self
 
 

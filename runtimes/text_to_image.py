@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .conditioning import condition, feed, unconditional
 from .errors import TurbopocketError
+from .latents import to_vae
 from .manifest import Manifest
 from .runner import Runner, component_spec
 from .sampler import Memory, NoiseSource, Sampler, make_sampler
@@ -81,8 +82,8 @@ def seeded_noise(seed: int) -> NoiseSource:
 
 def decode(runner: Runner, manifest: Manifest, latents: Array) -> Array:
     """The picture [H, W, 3] in 0..1 that clean latents [1, C, h, w] stand for."""
-    scaled = {"latent_sample": latents / np.float32(manifest.image.vae_scaling_factor)}
-    sample = runner.run("vae_decoder", feed(manifest, "vae_decoder", scaled))["sample"].astype(np.float32)
+    z = {"latent_sample": to_vae(manifest.image, latents)}
+    sample = runner.run("vae_decoder", feed(manifest, "vae_decoder", z))["sample"].astype(np.float32)
     return np.clip(sample[0] / 2 + 0.5, 0, 1).transpose(1, 2, 0)
 
 

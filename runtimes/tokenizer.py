@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLIP's tokenizer as the text encoders want it: a fixed number of ids, and no word lost in silence."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,13 @@ class Tokens:
 
 
 class Tokenizer:
-    """Turns text into exactly `length` ids by the rules of a `tokenizer.json`, its padding included."""
+    """Turns text into exactly `length` ids by the rules of a `tokenizer.json`, its padding included.
 
-    def __init__(self, path: Path, length: int) -> None:
+    `replacements` are tokens that stand for several vectors, each with the text that names all of them; they take the
+    tokens' places in the text first, as in diffusers' `maybe_convert_prompt`.
+    """
+
+    def __init__(self, path: Path, length: int, replacements: Mapping[str, str] | None = None) -> None:
         try:
             self._rules = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises bare Exception
@@ -38,11 +42,16 @@ class Tokenizer:
             )
         self.pad_id: int = padding["pad_id"]
         self.length = length
+        self._replacements = replacements or {}
         self._rules.no_padding()
         self._rules.no_truncation()
 
     def encode(self, text: str) -> Tokens:
-        """The ids of `text` between start and end mark; a text too long loses its end, never the end mark."""
+        """The ids of `text` between start and end mark; a text too long loses its end, never the end mark.
+
+        Raises TurbopocketError when it holds tokens that can not be replaced one after the other.
+        """
+        text = self._replaced(text)
         found = self._rules.encode(text)
         ids = found.ids
         if len(ids) <= self.length:
@@ -52,11 +61,40 @@ class Tokenizer:
         first_cut = found.offsets[self.length - 1][0]
         return Tokens(np.array(kept, dtype=np.int64), text[first_cut:])
 
+    def _replaced(self, text: str) -> str:
+        """The text with every vector of a token named that it holds.
+
+        Only what the rules find as a token counts, so `<cat>_1` alone does not hold `<cat>`. diffusers goes through the
+        tokens in no fixed order: where another order gives another text, there is nothing to be equal to.
+        """
+        if not self._replacements:
+            return text
+        tokens = self._rules.encode(text, add_special_tokens=False).tokens
+        held = sorted(set(tokens) & self._replacements.keys())
+        mixed = [(a, b) for a in held for b in held if a != b and a in self._replacements[b]]
+        first, last = ("", "") if mixed else (self._put(text, order) for order in (held, held[::-1]))
+        if mixed or first != last:
+            names = " and ".join(repr(token) for token in (mixed[0] if mixed else held))
+            raise TurbopocketError(
+                f"the prompt holds {names}, of which each stands for several vectors, and their names overlap; one of "
+                "them at a time is allowed"
+            )
+        return first
+
+    def _put(self, text: str, tokens: Sequence[str]) -> str:
+        for token in tokens:
+            text = text.replace(token, self._replacements[token])
+        return text
+
 
 def open_tokenizers(folder: Path, manifest: Manifest) -> Mapping[str, Tokenizer]:
     """{component: its tokenizer}, with the length that the component's `input_ids` has in the manifest."""
     return {
-        component: Tokenizer(folder / place / "tokenizer.json", _length(manifest, component))
+        component: Tokenizer(
+            folder / place / "tokenizer.json",
+            _length(manifest, component),
+            manifest.prompt_replacements.get(component),
+        )
         for component, place in manifest.tokenizers.items()
     }
 

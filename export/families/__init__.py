@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint: which family it is of, its modules, and all that its pipeline says about drawing."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from torch import nn
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.image_size import ImageSize
 from .base import LoadedModel, ModelFamily, ModuleSpec
+from .dry_run import run_on_shapes
+from .json_object import read_json_object
 from .lora import merge_lora
-from .pipeline_index import as_drawn, family_of, pipeline_config, read_pipeline_index
+from .pipeline_index import family_of, pipeline_config, read_pipeline_index, scheduler_class
 from .safetensors_header import StoredTensor
 from .sd import SD
 from .sdxl import SDXL
 from .source import Checkpoint, resolve
 from .steps import tell_steps
-from .tokenizer import tokenizer_json
+from .tokenizer import prompt_rules, tokenizer_json
 from .weights import checked_tensors, empty_module, fill_weights
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
 
 FAMILIES: tuple[ModelFamily, ...] = (SDXL, SD)
 ALL_FOLDERS = frozenset(folder for family in FAMILIES for folder in family.folders)
+SMALLEST_OLD_SAMPLE_SIZE = 64
 
 
 def load(source: str, lora: Sequence[Path] = (), steps: int | None = None, config: str | None = None) -> LoadedModel:
@@ -60,8 +64,8 @@ def load(source: str, lora: Sequence[Path] = (), steps: int | None = None, confi
 def load_shapes(source: str, config: str | None = None) -> LoadedModel:
     """Returns the model at `source` without weights, all tensors on the meta device.
 
-    Reads only the configs, and the header of a single file. Raises TurbopocketError as `load` does, except about
-    weights.
+    Reads only the small files, and the header of a single file. Raises TurbopocketError as `load` does, except about
+    weights, and about tokenizers and schedulers that are absent.
     """
     checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=False)
     model, family = _described(checkpoint, has_weights=False)
@@ -80,33 +84,39 @@ def _stored(checkpoint: Checkpoint, component: str, spec: ModuleSpec, module: nn
 def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, ModelFamily]:
     folder = checkpoint.folder
     index = read_pipeline_index(folder)
-    family = family_of(index, folder, FAMILIES)
+    family = family_of(index, folder, FAMILIES, configs_only=not has_weights)
     modules = {name: empty_module(checkpoint.config_folder(name), spec) for name, spec in family.modules.items()}
-    _check_widths(modules, folder)
-    vae: Any = modules["vae"]
-    vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    configs: dict[str, Any] = {name: module.config for name, module in modules.items()}
+    _check_widths(configs, folder)
+    vae_scale_factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    tokenizers = {f"text_encoder{t.removeprefix('tokenizer')}": folder / t for t in family.tokenizers}
+    rules = prompt_rules(tokenizers, configs, with_files=has_weights)
+    latents = _sample_size(configs["unet"], checkpoint.config_folder("unet"), family)
     model = LoadedModel(
         name=checkpoint.name,
         family=family.name,
         folder=folder,
         modules=modules,
-        tokenizers={f"text_encoder{t.removeprefix('tokenizer')}": folder / t for t in family.tokenizers},
-        scheduler_config=as_drawn(checkpoint.scheduler_config, index),
+        tokenizers=tokenizers,
+        text_tokens=rules.tokens,
+        prompt_replacements=rules.replacements,
+        scheduler_config=_scheduler_config(checkpoint, index, has_weights),
         pipeline_config=pipeline_config(index, family),
-        image_size=ImageSize(*(side * vae_scale_factor for side in _sample_size(modules["unet"], folder))),
+        image_size=ImageSize(*(side * vae_scale_factor for side in latents)),
         vae_scale_factor=vae_scale_factor,
         has_weights=has_weights,
         weights={name: checkpoint.weights(name) for name in family.modules},
         notes=checkpoint.notes,
     )
+    run_on_shapes(model, checkpoint.config_folder)
     return model, family
 
 
-def _check_widths(modules: Mapping[str, nn.Module], folder: Path) -> None:
+def _check_widths(configs: Mapping[str, Any], folder: Path) -> None:
     """Raises TurbopocketError when modules that were made for different pipelines lie in one folder."""
-    configs: dict[str, Any] = {name: module.config for name, module in modules.items()}
-    unet, latent_channels = configs["unet"], configs["vae"]["latent_channels"]
-    encoders = [name for name in modules if name.startswith("text_encoder")]
+    unet, vae = configs["unet"], configs["vae"]
+    latent_channels = vae["latent_channels"]
+    encoders = [name for name in configs if name.startswith("text_encoder")]
     text_width = sum(configs[name].hidden_size for name in encoders)
     if unet["cross_attention_dim"] != text_width:
         raise TurbopocketError(
@@ -118,15 +128,41 @@ def _check_widths(modules: Mapping[str, nn.Module], folder: Path) -> None:
             f"{folder}: the UNet takes {unet['in_channels']} channels, the VAE's latents have "
             f"{latent_channels}; inpainting and editing models are not supported"
         )
+    if unet["addition_embed_type"] == "text_time":
+        pooled = (unet["projection_class_embeddings_input_dim"] or 0) - 6 * (unet["addition_time_embed_dim"] or 0)
+        given = configs["text_encoder_2"].projection_dim
+        if pooled != given:
+            raise TurbopocketError(
+                f"{folder}: the UNet takes pooled text {pooled} wide beside six sizes, text_encoder_2 gives {given}"
+            )
+    for key in ("latents_mean", "latents_std"):
+        found = vae.get(key)
+        if found is not None and len(found) != latent_channels:
+            raise TurbopocketError(
+                f"{folder / 'vae' / 'config.json'}: {key} has {len(found)} numbers, one for each of {latent_channels} "
+                "latent channels is needed"
+            )
 
 
-def _sample_size(unet: Any, folder: Path) -> ImageSize:
-    """The latents' size that the UNet was trained for."""
-    size = unet.config["sample_size"]
+def _scheduler_config(checkpoint: Checkpoint, index: dict[str, Any], required: bool) -> dict[str, Any]:
+    """The scheduler's config, of the class that the pipeline makes of it; that alone where it is absent and may be."""
+    if required:
+        read_json_object(checkpoint.scheduler_file)
+    return checkpoint.scheduler_config | {"_class_name": scheduler_class(index, checkpoint.folder)}
+
+
+def _sample_size(unet: Any, folder: Path, family: ModelFamily) -> ImageSize:
+    """The latents' size that the UNet was trained for.
+
+    Stable Diffusion saved by diffusers before 0.9.0 may say 32, and its pipeline takes 64.
+    """
+    size, saved_by = unet["sample_size"], str(unet.get("_diffusers_version", ""))
+    if isinstance(size, int) and family.name == "sd" and re.match(r"0\.[0-8]\.", saved_by):
+        size = max(size, SMALLEST_OLD_SAMPLE_SIZE)
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, list | tuple) or len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides):
         raise TurbopocketError(
-            f"{folder / 'unet' / 'config.json'}: sample_size is {size!r}; a positive integer, or [height, width] of "
-            "them, is needed"
+            f"{folder / 'config.json'}: sample_size is {size!r}; a positive integer, or [height, width] of them, is "
+            "needed"
         )
     return ImageSize(*sides)

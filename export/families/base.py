@@ -9,22 +9,22 @@ from typing import Any, Literal
 from torch import nn
 
 from ...runtimes.image_size import ImageSize
+from .keys import KeyTable
 
 FamilyName = Literal["sdxl", "sd"]
 
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """One PyTorch module of a family: the class its folder must hold, and what our graphs require of it.
+    """One PyTorch module of a family: the class its folder must hold, and what is done about each key of its config.
 
     `renames` turn published tensor names into the class's own: (regular expression, replacement), in order.
-    `required_config` maps a config key to the one value our graphs are built for.
     """
 
     library: Literal["diffusers", "transformers"]
     class_name: str
+    keys: KeyTable
     renames: tuple[tuple[str, str], ...] = ()
-    required_config: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def weights_stem(self) -> str:
@@ -36,13 +36,14 @@ class ModuleSpec:
 class ModelFamily:
     """Everything that tells one kind of checkpoint from another; a new family is one more of these values.
 
-    Tokenizer `tokenizer<suffix>` belongs to module `text_encoder<suffix>`. `pipeline_defaults` are the
-    pipeline's own values for settings that its model_index.json leaves out.
+    Tokenizer `tokenizer<suffix>` belongs to module `text_encoder<suffix>`. `keys` are those of model_index.json beside
+    the parts; `pipeline_defaults` are the pipeline's own values for settings that a model_index.json leaves out.
     """
 
     name: FamilyName
     pipeline_class: str
     modules: Mapping[str, ModuleSpec]
+    keys: KeyTable
     pipeline_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,7 +65,9 @@ class LoadedModel:
     `folder` holds the pipeline's own settings. `modules` has `text_encoder`, `text_encoder_2` (SDXL only), `unet`
     and `vae`; `weights` says in which folder or single file each of them is stored, `notes` what of all this was
     assumed. `tokenizers` maps each text encoder to the folder of its tokenizer. With `has_weights` false every tensor
-    is on the meta device.
+    is on the meta device, and tokenizers and the scheduler's config may be absent, which then says its class alone.
+    `text_tokens` is how many ids every text encoder reads. `prompt_replacements` are, for a text encoder, tokens that
+    stand for several vectors and the text that names all of these.
     `image_size` is the picture that the UNet was trained for, in pixels.
     """
 
@@ -73,6 +76,8 @@ class LoadedModel:
     folder: Path
     modules: Mapping[str, nn.Module]
     tokenizers: Mapping[str, Path]
+    text_tokens: int
+    prompt_replacements: Mapping[str, Mapping[str, str]]
     scheduler_config: Mapping[str, Any]
     pipeline_config: Mapping[str, Any]
     image_size: ImageSize

@@ -8,6 +8,9 @@ from typing import Any
 from ...runtimes.errors import TurbopocketError
 from .base import ModelFamily
 from .json_object import read_json_object
+from .keys import Honoured, check_config, shown
+
+TOKENIZER_CLASSES = [["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]]
 
 
 def read_pipeline_index(folder: Path) -> dict[str, Any]:
@@ -21,42 +24,51 @@ def read_pipeline_index(folder: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
-def family_of(index: dict[str, Any], folder: Path, families: Sequence[ModelFamily]) -> ModelFamily:
+def family_of(
+    index: dict[str, Any], folder: Path, families: Sequence[ModelFamily], configs_only: bool = False
+) -> ModelFamily:
     """Returns the family whose pipeline class the index names.
 
-    Raises TurbopocketError when no family has that class, or a part of the pipeline is absent, or is of
-    another class than the family's.
+    Raises TurbopocketError when no family has that class, a part of the pipeline is absent, or is of another class
+    than the family's, or a setting is not known. With `configs_only` folders without a config may be absent.
     """
     path, found = folder / "model_index.json", index.get("_class_name")
     for family in families:
         if family.pipeline_class == found:
-            _check_parts(index, folder, family)
+            _check_parts(index, folder, family, configs_only)
+            settings = {key: value for key, value in index.items() if key not in family.folders}
+            check_config(settings, family.keys, family.pipeline_defaults, path, f"a {family.pipeline_class}")
             return family
     supported = ", ".join(family.pipeline_class for family in families)
-    raise TurbopocketError(f"{path}: pipeline class {found!r} is not supported; supported: {supported}")
+    raise TurbopocketError(f"{path}: pipeline class {shown(found)} is not supported; supported: {supported}")
 
 
-def _check_parts(index: dict[str, Any], folder: Path, family: ModelFamily) -> None:
+def _check_parts(index: dict[str, Any], folder: Path, family: ModelFamily, configs_only: bool) -> None:
     path = folder / "model_index.json"
     for name in family.folders:
         if index.get(name) in (None, [None, None]):
             raise TurbopocketError(f"{path} has no {name!r}, which every {family.pipeline_class} needs")
-        if not (folder / name).is_dir():
+        if not (folder / name).is_dir() and not (configs_only and name not in family.modules):
             raise TurbopocketError(f"{folder} has no folder {name!r}, which its model_index.json names")
-    for name, spec in family.modules.items():
-        wanted = [spec.library, spec.class_name]
-        if index[name] != wanted:
-            raise TurbopocketError(f"{path}: {name!r} is {index[name]}; supported: {wanted}")
+    wanted = {name: [[spec.library, spec.class_name]] for name, spec in family.modules.items()}
+    wanted |= dict.fromkeys(family.tokenizers, TOKENIZER_CLASSES)
+    for name, classes in wanted.items():
+        if index[name] not in classes:
+            raise TurbopocketError(f"{path}: {name!r} is {shown(index[name])}; supported: {classes[0]}")
+
+
+def scheduler_class(index: dict[str, Any], folder: Path) -> str:
+    """Returns the scheduler's class: diffusers makes the one of the index, whatever the scheduler's config says."""
+    match index["scheduler"]:
+        case ["diffusers", str(name)]:
+            return name
+        case other:
+            path = folder / "model_index.json"
+            raise TurbopocketError(f"{path}: 'scheduler' is {shown(other)}; a class of diffusers is needed")
 
 
 def pipeline_config(index: dict[str, Any], family: ModelFamily) -> dict[str, Any]:
-    """Returns the pipeline's settings: all of the index that is neither a part nor about the file itself."""
-    own = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
+    """Returns the settings of the pipeline that are honoured when drawing."""
+    honoured = {key for key, treatment in family.keys.items() if isinstance(treatment, Honoured)}
+    own = {key: value for key, value in index.items() if key in honoured and not key.startswith("_")}
     return {**family.pipeline_defaults, **own}
-
-
-def as_drawn(scheduler_config: dict[str, Any], index: dict[str, Any]) -> dict[str, Any]:
-    """Returns the scheduler's settings as of the class in the index: where they differ, diffusers draws with that."""
-    named = index["scheduler"]
-    is_named = isinstance(named, list) and len(named) == 2
-    return scheduler_config | {"_class_name": named[1]} if is_named else scheduler_config

@@ -83,10 +83,16 @@ class Checkpoint:
             raise TurbopocketError(f"{self.completion.lacking}, and {error}", error.hint) from error
 
     @property
+    def scheduler_file(self) -> Path:
+        """The folder's settings of the scheduler."""
+        return self.folder / "scheduler" / "scheduler_config.json"
+
+    @property
     def scheduler_config(self) -> dict[str, Any]:
-        """The scheduler's settings: what a single file states, else the folder's."""
+        """The scheduler's settings: what a single file states, else the folder's, if it has any."""
         stated: Mapping[str, Any] = self.file.scheduler if self.file else {}
-        return {**read_json_object(self.folder / "scheduler" / "scheduler_config.json"), **stated}
+        own = read_json_object(self.scheduler_file) if self.scheduler_file.is_file() else {}
+        return {**own, **stated}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from ...runtimes.errors import TurbopocketError
 from .base import ModuleSpec
 from .json_object import read_json_object
+from .keys import check_config, constructor_defaults, given_to_class, shown
+from .library_errors import one_sentence
 from .safetensors_header import StoredTensor
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # transformers saved this constant buffer in older files; the module computes it.
 HARMLESS_EXTRA = re.compile(r"(.*\.)?embeddings\.position_ids")
 NAMES_SHOWN = 5
+ABOUT_FILE = ("_class_name", "_diffusers_version")
+"""What a diffusers config keeps beside the constructor's parameters."""
 
 
 def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
@@ -30,27 +34,28 @@ def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
     Raises TurbopocketError when the config is absent, of another class, or asks for what our graphs lack.
     """
     path = folder / "config.json"
-    config = read_json_object(path)
+    config = _own_part(read_json_object(path))
     if config.get("_class_name", spec.class_name) != spec.class_name:
-        raise TurbopocketError(f"{path} is of a {config['_class_name']}; supported: {spec.class_name}")
-    module_class = getattr(importlib.import_module(spec.library), spec.class_name)
-    try:
-        with init_empty_weights(include_buffers=False):
-            module: Any = _construct(module_class, config)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).rstrip(".")
-        raise TurbopocketError(f"{path} does not describe a {spec.class_name}: {reason}") from error
-    for key, wanted in spec.required_config.items():
-        if (found := module.config.get(key)) != wanted:
-            raise TurbopocketError(f"{path}: {key} is {found!r}; supported: {wanted!r}")
+        raise TurbopocketError(f"{path} is of class {shown(config['_class_name'])}; supported: {spec.class_name!r}")
+    module_class: Any = getattr(importlib.import_module(spec.library), spec.class_name)
+    config_class = getattr(module_class, "config_class", None)  # transformers: a typed config object
+    defaults = constructor_defaults(config_class or module_class)
+    check_config(config, spec.keys, defaults, path, f"a {spec.class_name}")
+    given = given_to_class(config, spec.keys, defaults)
+    with one_sentence(f"{path} does not describe a {spec.class_name}"), init_empty_weights(include_buffers=False):
+        if config_class is not None:
+            module = module_class(config_class(**given))
+        else:
+            about = {key: config[key] for key in ABOUT_FILE if key in config}
+            module = module_class.from_config(about | given)
     empty: nn.Module = module.eval().requires_grad_(False)
     return empty
 
 
-def _construct(module_class: Any, config: dict[str, Any]) -> Any:
-    if hasattr(module_class, "config_class"):  # transformers: a typed config object
-        return module_class(module_class.config_class.from_dict(config))
-    return module_class.from_config(config)
+def _own_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The text encoder's part of a config that was copied from a whole CLIP, as transformers reads it; else all."""
+    part = config.get("text_config")
+    return part if config.get("model_type") == "clip" and isinstance(part, dict) else config
 
 
 def checked_tensors(

@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which formats each layer may have, and what is said when none is left."""
 
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from turbopocket.export.budget import candidate_formats, plan_source
+from turbopocket.export.components import layers_of, parameter_count, shapes_of
+from turbopocket.export.families import load_shapes
+from turbopocket.export.fixed_bytes import fixed_bytes
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.target_onnx import Onnx
+from turbopocket.export.targets import open_target
 from turbopocket.runtimes.errors import TurbopocketError
 
+from .published_sdxl import FILES, write_configs
+
+CONFIG_NAMES = ("model_index.json", "config.json")
 SHAPES = {"unet.conv_in": (64, 4, 3, 3), "unet.mid.to_q": (64, 64), "unet.mid.to_k": (64, 96)}
 
 
@@ -32,3 +45,65 @@ def test_parts_of_a_plan_and_its_fixed_bytes_are_its_total() -> None:
     weights = sum(entry["weights"] for entry in summary["formats"].values())
     assert summary["average_bits"] == pytest.approx(8 * sum(summary["parts"].values()) / weights)
     assert "unet.conv_in" in summary["kept"]
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_readmes_example_of_a_folder_with_nothing_but_configs(
+    turbopocket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command as it stands there, in a folder that holds what its sentence promises: configs of SDXL."""
+    text = README.read_text()
+    command = re.search(r"give `plan` a folder with nothing but its configs:\n\n```sh\n(.*)\n```", text)
+    assert command is not None
+    _, verb, folder, *options = command[1].split()
+    configs = {name: content for name, content in FILES.items() if name.split("/")[-1] in CONFIG_NAMES}
+    write_configs(tmp_path / folder, configs)
+    monkeypatch.chdir(tmp_path)
+    ran = turbopocket(verb, folder, *options)
+    assert ran.code == 0, ran.err
+    assert "of 1.300 GB allowed" in ran.out
+    assert (
+        "estimated: tokenizer_2 3.28 MB (tokenizer_2 has no vocabulary here: 66.3 bytes for each of 49,408" in ran.out
+    )
+    assert "estimated: scheduler 500 B (" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("target", "megabytes"), [("onnx", 2 * 3.28), ("coreml", 2 * 1.69 + 1.60), ("executorch", 2 * 1.69)]
+)
+def test_tokenizers_that_are_not_there_count_as_long_as_clips_own(
+    target: str, megabytes: float, tmp_path: Path
+) -> None:
+    configs = {name: content for name, content in FILES.items() if name.split("/")[-1] in CONFIG_NAMES}
+    values = {"model": {"source": str(write_configs(tmp_path, configs))}, "target": {"name": target}}
+    formats = {"compress": {"formats": ["int8-row", "fp16"]}}
+    estimated = {each["what"]: each for each in plan_source(make_recipe(values | formats, "test"), None)["estimated"]}
+    found = estimated["tokenizer"]["bytes"] + estimated["tokenizer_2"]["bytes"]
+    assert found / 1e6 == pytest.approx(megabytes, abs=0.01)
+    assert set(estimated) == {"graphs", "manifest", "tokenizer", "tokenizer_2", "scheduler"}
+    assert "49,408 ids" in estimated["tokenizer"]["why"]
+
+
+@pytest.mark.parametrize("target", ["onnx", "coreml", "executorch"])
+def test_small_files_that_are_there_are_counted_to_the_byte(target: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    opened = open_target(make_recipe({"target": {"name": target}}, "test").target)
+    model = load_shapes(str(tiny_sdxl))
+    components = opened.components(model, ())
+    opened.write_side_files(model, {component.name: component for component in components}, tmp_path / "out")
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    found = fixed_bytes(opened, model, components)
+    weights = sum(math.prod(shape) for shape in shapes_of(layers_of(components)).values())
+    tensors = 2 * (sum(parameter_count(component) for component in components) - weights)
+    assert found.counted == tensors + written
+    assert {each.what for each in found.estimates} == {"graphs", "manifest"}
+
+
+def test_a_larger_tokenizer_makes_a_larger_plan(tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "model"))
+    before = plan_source(make_recipe({"model": {"source": str(folder)}}, "test"), None)["fixed_bytes"]
+    with (folder / "tokenizer/merges.txt").open("a") as merges:
+        merges.write("\n" * 100_000)
+    after = plan_source(make_recipe({"model": {"source": str(folder)}}, "test"), None)["fixed_bytes"]
+    assert after == before + 100_000

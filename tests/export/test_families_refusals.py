@@ -100,7 +100,7 @@ def test_config_that_describes_no_model_is_refused(folder: Path) -> None:
 
 def test_config_of_another_class_is_refused(folder: Path) -> None:
     _edit_json(folder / "unet/config.json", _class_name="ControlNetModel")
-    _refused(folder, "unet/config.json is of a ControlNetModel; supported: UNet2DConditionModel")
+    _refused(folder, "unet/config.json is of class 'ControlNetModel'; supported: 'UNet2DConditionModel'")
 
 
 @pytest.mark.parametrize(("key", "value"), [("time_cond_proj_dim", 256), ("class_embed_type", "timestep")])
@@ -280,13 +280,7 @@ def test_tokenizer_with_a_broken_vocabulary_is_refused(folder: Path, content: st
         tokenizer_json(folder / "tokenizer")
 
 
-def test_tokenizer_without_a_length_is_refused(folder: Path) -> None:
-    _edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=None)
-    with pytest.raises(TurbopocketError, match="model_max_length is None; the number of ids is needed"):
-        tokenizer_json(folder / "tokenizer")
-
-
 def test_tokenizer_of_another_kind_is_refused(folder: Path) -> None:
     _edit_json(folder / "tokenizer/tokenizer_config.json", tokenizer_class="T5Tokenizer")
-    with pytest.raises(TurbopocketError, match="holds a T5Tokenizer; supported: CLIPTokenizer"):
+    with pytest.raises(TurbopocketError, match="tokenizer_class is 'T5Tokenizer'; supported: 'CLIPTokenizer' or"):
         tokenizer_json(folder / "tokenizer")
