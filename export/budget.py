@@ -56,11 +56,12 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     """
     target = open_target(recipe.target)
     model = load_shapes(recipe.model.source, recipe.model.config)
-    components = target.components(model, drawn_sizes(model, recipe.image.image_sizes))
+    sizes = drawn_sizes(model, recipe.image.image_sizes)
+    components = target.components(model, sizes)
     shapes = shapes_of(layers_of(components))
     formats = candidate_formats(target, shapes, recipe.compress.formats, recipe.compress.pin)
     choices = estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)
-    beside = fixed_bytes(target, model, components)
+    beside = fixed_bytes(target, model, components, sizes[0])
     fixed = beside.total
     pins = recipe.compress.pin
     decided = plan(list(choices.values()), recipe.compress.budget_bytes, fixed, pins)

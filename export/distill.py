@@ -311,7 +311,9 @@ def _free_bytes(device: torch.device) -> int | None:
 def _decoded(model: LoadedModel, latents: Tensor) -> Tensor:
     """(N, 3, H, W) pictures in 0..1."""
     vae: Any = model.modules["vae"]
-    sample = vae.decode(torch.from_numpy(to_vae(image_spec(model), latents.float().cpu().numpy()))).sample
+    sample = vae.decode(
+        torch.from_numpy(to_vae(image_spec(model, model.image_size), latents.float().cpu().numpy()))
+    ).sample
     pictures: Tensor = (sample / 2 + 0.5).clamp(0, 1)
     return pictures
 

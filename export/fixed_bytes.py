@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..runtimes.image_size import ImageSize
 from .components import layers_of, parameter_count, shapes_of
 from .families import LoadedModel
 from .families.tokenizer import has_vocabulary
@@ -48,8 +49,8 @@ class FixedBytes:
         return self.counted + sum(each.bytes for each in self.estimates)
 
 
-def fixed_bytes(target: Target, model: LoadedModel, components: Sequence[Component]) -> FixedBytes:
-    """Returns about how many bytes ship that are not a layer's weight.
+def fixed_bytes(target: Target, model: LoadedModel, components: Sequence[Component], size: ImageSize) -> FixedBytes:
+    """Returns about how many bytes ship that are not a layer's weight; `size` is the pictures' default.
 
     Tensors that are no layer's weight count as fp16, configs and tokenizers as the target would write them. Raises
     TurbopocketError for files that the target cannot do without.
@@ -71,7 +72,7 @@ def fixed_bytes(target: Target, model: LoadedModel, components: Sequence[Compone
         *_absent(target, model),
     ]
     other = sum(_other_parameters(component) for component in components)
-    return FixedBytes(2 * other + _side_files(target, model, components), tuple(estimates))
+    return FixedBytes(2 * other + _side_files(target, model, components, size), tuple(estimates))
 
 
 def _other_parameters(component: Component) -> int:
@@ -79,12 +80,12 @@ def _other_parameters(component: Component) -> int:
     return parameter_count(component) - weights
 
 
-def _side_files(target: Target, model: LoadedModel, components: Sequence[Component]) -> int:
+def _side_files(target: Target, model: LoadedModel, components: Sequence[Component], size: ImageSize) -> int:
     """Bytes of the small files that can be written from what the model's folder holds."""
     there = {encoder: folder for encoder, folder in model.tokenizers.items() if has_vocabulary(folder)}
     with tempfile.TemporaryDirectory() as scratch:
         names: Mapping[str, Any] = {component.name: component for component in components}
-        target.write_side_files(replace(model, tokenizers=there), names, Path(scratch))
+        target.write_side_files(replace(model, tokenizers=there), names, size, Path(scratch))
         return sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
 
 
