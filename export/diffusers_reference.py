@@ -201,7 +201,10 @@ def _settings(model: LoadedModel) -> dict[str, Any]:
 
 
 def _tokenizer(model: LoadedModel, encoder: str) -> Any:
-    return CLIPTokenizer.from_pretrained(model.tokenizers[encoder], local_files_only=True)
+    """diffusers takes the number of a prompt's ids from here, and fails where the folder names none (1e30)."""
+    tokenizer = CLIPTokenizer.from_pretrained(model.tokenizers[encoder], local_files_only=True)
+    tokenizer.model_max_length = model.text_tokens
+    return tokenizer
 
 
 @contextmanager

@@ -91,7 +91,8 @@ def test_small_files_that_are_there_are_counted_to_the_byte(target: str, tiny_sd
     opened = open_target(make_recipe({"target": {"name": target}}, "test").target)
     model = load_shapes(str(tiny_sdxl))
     components = opened.components(model, ())
-    opened.write_side_files(model, {component.name: component for component in components}, tmp_path / "out")
+    names = {component.name: component for component in components}
+    opened.write_side_files(model, names, model.image_size, tmp_path / "out")
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     found = fixed_bytes(opened, model, components)
     weights = sum(math.prod(shape) for shape in shapes_of(layers_of(components)).values())

@@ -36,7 +36,7 @@ def _with_lengths(folder: Path, *lengths: Any) -> Path:
 
 def _tokenizers(model: LoadedModel, folder: Path) -> dict[str, Tokenizer]:
     """Those of the artifact that would be built."""
-    write_side_files(model, {}, folder)
+    write_side_files(model, {}, model.image_size, folder)
     return {
         encoder: Tokenizer(folder / name / "tokenizer.json", model.text_tokens, model.prompt_replacements.get(encoder))
         for encoder, name in ENCODERS.items()
@@ -126,7 +126,7 @@ def test_the_artifacts_tokenizer_says_the_length_that_holds(folder: Path, tmp_pa
     from transformers import CLIPTokenizer
 
     model = load_shapes(str(_with_lengths(folder, 1000000000000000019884624838656, None)))
-    write_side_files(model, {}, tmp_path / "out")
+    write_side_files(model, {}, model.image_size, tmp_path / "out")
     for name in ENCODERS.values():
         assert CLIPTokenizer.from_pretrained(tmp_path / "out" / name).model_max_length == 77
         assert json.loads((tmp_path / "out" / name / "tokenizer.json").read_text())["padding"]["strategy"] == {

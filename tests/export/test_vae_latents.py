@@ -48,7 +48,7 @@ def _manifest(model: LoadedModel) -> Manifest:
 
 def _drawn_here(folder: Path, scratch: Path) -> tuple[NDArray[np.float32], Manifest]:
     model = load(str(folder))
-    write_side_files(model, {}, scratch)
+    write_side_files(model, {}, model.image_size, scratch)
     manifest = _manifest(model)
     tokenizers = open_tokenizers(scratch, manifest)
     return draw(torch_runner(components_of(model)), manifest, tokenizers, PROMPT, seeded_noise(SEED)), manifest
