@@ -111,7 +111,8 @@ class _Following:
         if self.made[component] > len(self._calls[component]):
             return self._runner.run(component, inputs)
         theirs, where = self._calls[component][self.made[component] - 1], f"call {self.made[component]} of {component}"
-        for name in sorted(inputs.keys() | theirs.inputs.keys()):
+        # What only this step decides comes first, `sample` last: it carries the faults of the steps before.
+        for name in sorted(inputs.keys() | theirs.inputs.keys(), key=lambda name: (name == "sample", name)):
             self.note(f"input {name} of {where}", inputs.get(name), theirs.inputs.get(name))
         asked = {name: _like(theirs.inputs.get(name), value) for name, value in inputs.items()}
         ((name, output),) = self._runner.run(component, asked).items()
