@@ -18,10 +18,12 @@ from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeof
 from ..quant.sensitivity import estimate_from_shapes, load_choices
 from ..runtimes.errors import TurbopocketError
 from .components import component_name, group_name, layers_of, parameter_count, shapes_of
-from .families import load_shapes
+from .families import LoadedModel, load_shapes
 from .fixed_bytes import fixed_bytes, show_estimates
 from .recipe import Recipe
+from .sampling_defaults import SamplingUnknown
 from .sizes import drawn_sizes
+from .spec import with_sampling
 from .target import Kind, Target
 from .targets import open_target
 from .units import format_bytes
@@ -68,7 +70,7 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     accounted = account(decided.choices)
     return {
         "model": model.name,
-        "notes": list(model.notes),
+        "notes": [*model.notes, *_notes_on_sampling(recipe, model)],
         "target": recipe.target.name,
         "loss_model": "shapes" if measured is None else str(measured),
         "budget_bytes": recipe.compress.budget_bytes,
@@ -86,6 +88,14 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
         "kept": accounted.kept,
         "layers": {choice.layer: choice.format for choice in decided.choices},
     }
+
+
+def _notes_on_sampling(recipe: Recipe, model: LoadedModel) -> tuple[str, ...]:
+    """What a build would assume, or ask for: bytes do not depend on it."""
+    try:
+        return with_sampling(recipe, model)[1]
+    except SamplingUnknown as error:
+        return (f"build will ask for it: {error} ({error.hint})",)
 
 
 def _measured(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..quant.calibrate import LayerStats, calibrate, ranges_of
 from ..quant.compress import compress, decompressed, save_weights
-from ..quant.errors import OverBudget
 from ..quant.finetune import Calls, FineTuneOptions, fine_tune, stand_ins
 from ..quant.fit import Fit, measuring_fit, parse_fit
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
@@ -34,7 +33,7 @@ from ..runtimes.tokenizer import open_tokenizers
 from .budget import candidate_formats, curve
 from .components import component_name, group_name, layers_of, parameter_count, shapes_of
 from .diffusers_reference import compare_with_diffusers
-from .families import LoadedModel, load
+from .families import LoadedModel, load, load_shapes
 from .families.evidence import Evidence, evidence_for, read_prompts
 from .graph import Component
 from .parity import Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
@@ -49,10 +48,11 @@ from .results import (
     final_manifest,
     folder_bytes,
     layer_snr_db,
+    require_budget,
     tradeoff_points,
 )
 from .sizes import drawn_sizes, size_notes
-from .spec import pipeline_manifest, sampler_spec
+from .spec import pipeline_manifest, sampler_spec, with_sampling
 from .staging import refuse_occupied, report_folder, run_folder, staged_folders
 from .target import Target, Traced
 from .targets import open_target
@@ -119,9 +119,9 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
         target_notes = bench.target.notes(artifact, manifest)
-        notes = (*bench.model.notes, *target_notes, *size_notes(bench.model, manifest.sizes))
+        notes = (*manifest.notes, *target_notes, *size_notes(bench.model, manifest.sizes))
         built_bytes = folder_bytes(artifact)
-        _require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
+        require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
         save_choices(report / CHOICES_FILE, choices)
         save_ranges(report / RANGES_FILE, ranges_of(stats))
         save_weights(report / WEIGHTS_FILE, stored)
@@ -155,16 +155,20 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
 
 def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workbench:
     with progress.stage("load"):
+        # From the configs, so that what nobody can tell is asked for before gigabytes are fetched and read.
+        recipe, assumed = with_sampling(recipe, load_shapes(recipe.model.source, recipe.model.config))
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
         target = open_target(recipe.target, sampler_spec(model, recipe.sampler).guidance_scale > 1)
         components = target.components(model, drawn_sizes(model, recipe.image.image_sizes))
+    for note in (*model.notes, *assumed):
+        progress.remark(f"note: {note}")
     traced = _traced(target, components, progress, "trace")
     # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
     used = {name for graph in traced.values() for name in graph.layers}
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
     formats = candidate_formats(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
     specs = {name: target.component_spec(graph) for name, graph in traced.items()}
-    draft = pipeline_manifest(model, recipe, specs, target.tools)
+    draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
     evidence = evidence_for(model)
     return Workbench(recipe, target, model, evidence, components, traced, layers, formats, draft, progress, spread)
 
@@ -189,9 +193,7 @@ def _compare_with_diffusers(bench: Workbench, session: Session) -> ToDiffusers:
     """How far our loop is from diffusers' pipeline; raises ParityFailed before hours are spent on a wrong loop."""
     with bench.progress.stage("reference"):
         found = compare_with_diffusers(bench.model, torch_runner(bench.components), session)
-    if found.failure is not None:
-        hint = "the loop here does not know something that the model asks for: please report its .json files"
-        raise ParityFailed(found.failure, hint)
+        found.require()
     return found
 
 
@@ -387,13 +389,3 @@ def _memory(bench: Workbench, artifact: Path) -> dict[str, MemoryFigures]:
             figures[name] = bench.target.memory(artifact, name)
             advance()
     return {name: each for name, each in figures.items() if each is not None}
-
-
-def _require_budget(built_bytes: int, decided: Plan, prepacked: bool) -> None:
-    """Raises OverBudget when the files came out larger than planned for: the budget holds on disk too."""
-    if decided.budget_bytes is not None and built_bytes > decided.budget_bytes:
-        raise OverBudget(
-            f"the files came to {built_bytes:,} bytes, {built_bytes - decided.budget_bytes:,} over the budget of "
-            f"{decided.budget_bytes:,} bytes; planned were {decided.total_bytes:,}",
-            hint="prepacked weights are not in the plan: switch target.onnx.prepacked off" if prepacked else None,
-        )

@@ -94,7 +94,8 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
     target = open_target(recipe.target)
     with progress.stage("verify"):
         verify(artifact, manifest)
-        unverified, notes = target.inspect(artifact, manifest), target.notes(artifact, manifest)
+        unverified = target.inspect(artifact, manifest)
+        notes = (*manifest.notes, *target.notes(artifact, manifest))
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
     if not stored.is_file():
         why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
@@ -103,7 +104,6 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
-        notes = (*model.notes, *notes)
         evidence = evidence_for(model)
         asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
         session = Session.of_report(*asked)

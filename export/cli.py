@@ -96,6 +96,9 @@ def build(
     fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse, gptq or vqdm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     size: Sizes = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance the artifact ships with; 1 or less: none.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is not empty.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that fit layers side by side.")] = 1,
@@ -121,6 +124,7 @@ def build(
         "compress.pin": _pins(pin),
         "sampler.steps": steps,
         "image.sizes": size or None,
+        "sampler.guidance": guidance,
         "seed": seed,
     }
     made = build_targets(_recipe(recipe, overrides), out, overwrite, as_json, Workers(workers, ray))
@@ -245,12 +249,13 @@ def generate(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: what the artifact ships.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance.")] = None,
     size: Size = None,
+    negative: Annotated[str | None, typer.Option(help="What guidance is to steer away from.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draws a picture from the artifact alone; PyTorch is not used."""
     from .draw import draw
 
-    result = draw(artifact, prompt, out, seed, steps, guidance, size)
+    result = draw(artifact, prompt, out, seed, steps, guidance, negative, size)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     _emit(result, as_json, lambda console: console.print(f"{result['picture']}", soft_wrap=True))

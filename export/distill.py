@@ -31,8 +31,9 @@ from .families.evidence import evidence_for, read_prompts
 from .families.steps import STEP_BIASES_FILE
 from .progress import Advance, StageProgress
 from .prompt_states import PromptStates
+from .sampling_defaults import sampling_of
 from .sizes import latent_size
-from .spec import DEFAULT_GUIDANCE, image_spec, model_sampling
+from .spec import image_spec
 from .staging import run_folder, staged_folders
 
 PROMPTS = 20_000
@@ -106,8 +107,8 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
     with progress.stage("load"):
         model = load(request.source, config=request.config)
         prompts = _prompts(model, request)
-    own = model_sampling(model).get("guidance_scale", DEFAULT_GUIDANCE)
-    options = replace(request.options, guidance=own if request.guidance is None else request.guidance)
+    sampling = sampling_of(model, request.steps, request.guidance)
+    options = replace(request.options, guidance=sampling.guidance)
     diffusion = _diffusion(model, request.horizon)
     schedule = FixedIntervals(diffusion.train_timesteps, range(1, request.steps + 1))
     run = run_folder(out)
@@ -144,7 +145,7 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
         "steps": request.steps,
         "method": request.method,
         "run": str(run),
-        "notes": list(model.notes),
+        "notes": [*model.notes, *sampling.notes],
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..runtimes.image_size import parse_size
-from ..runtimes.manifest import load_manifest, verify
+from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.runner import open_runner
 from ..runtimes.text_to_image import generate
 from ..runtimes.tokenizer import open_tokenizers
@@ -24,12 +24,14 @@ def draw(
     seed: int,
     steps: int | None,
     guidance: float | None,
+    negative_prompt: str | None = None,
     size: str | None = None,
 ) -> dict[str, Any]:
     """Writes the picture of `prompt` to `out` and returns what was done, warnings included.
 
     `size` is WIDTHxHEIGHT, by default the artifact's first. Raises TurbopocketError for an artifact that is damaged or
-    was edited, for an empty prompt, and for a size that the artifact was not built for.
+    was edited, for an empty prompt, for a negative prompt that would have no effect, and for a size that the artifact
+    was not built for.
     """
     manifest = load_manifest(artifact)
     if size is not None:
@@ -39,7 +41,7 @@ def draw(
     start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        picture = generate(runner, manifest, tokenizers, prompt, seed, steps, guidance)
+        picture = generate(runner, manifest, tokenizers, prompt, seed, steps, guidance, negative_prompt)
     seconds = time.monotonic() - start
     data = io.BytesIO()
     Image.fromarray(picture).save(data, format="PNG")
@@ -53,5 +55,16 @@ def draw(
         "steps": steps or manifest.sampler.steps,
         "guidance": manifest.sampler.guidance_scale if guidance is None else guidance,
         "seconds": round(seconds, 3),
-        "warnings": list(dict.fromkeys(str(warning.message) for warning in caught)),
+        "negative_prompt": negative_prompt,
+        "warnings": [*_unchecked(manifest, guidance), *dict.fromkeys(str(warning.message) for warning in caught)],
     }
+
+
+def _unchecked(manifest: Manifest, guidance: float | None) -> list[str]:
+    """A sentence when guidance is asked of an artifact that was calibrated, compressed and compared without it."""
+    built_for = manifest.sampler.guidance_scale
+    if guidance is None or guidance <= 1 or built_for > 1:
+        return []
+    return [
+        f"{manifest.name} was built for guidance {built_for:g}, which is none; {guidance:g} was never checked with it"
+    ]

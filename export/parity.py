@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..quant.compress import decompressed
 from ..quant.formats import CompressedTensor
 from ..runtimes.compare import compare, compare_call, compare_pictures, record
+from ..runtimes.errors import ParityFailed
 from ..runtimes.manifest import Manifest
 from ..runtimes.parity import Limits, ParityReport, ParityRow
 from ..runtimes.reference import PyTorchRunner, TorchComponent
@@ -80,6 +81,12 @@ class ToDiffusers:
                     f"relative error {each.relative_error:.3g} is over {TO_DIFFUSERS_ERROR:g} in {each.array}"
                 )
         return None
+
+    def require(self) -> None:
+        """Raises ParityFailed when the loop is another than diffusers'."""
+        if self.failure is not None:
+            hint = "the loop here does not know something that the model asks for: please report its .json files"
+            raise ParityFailed(self.failure, hint)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ class StageProgress:
         if not self._live:
             self._console.print(f"{name:<12} {self.stage_seconds[name]:6.1f} s")
 
+    def remark(self, text: str) -> None:
+        """Prints one line at once, above a live bar if there is one."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
     def note(self, text: str) -> None:
         """Prints one line where no live bar says how far the stage is: into a log file."""
         if not self._live:

@@ -22,6 +22,8 @@ from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import SamplerKind
 from .units import parse_bytes
 
+MAX_GUIDANCE = 50.0
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -149,8 +151,12 @@ class SamplerSection(_Section):
     kind: Literal["model", SamplerKind] = "model"
     """`model` keeps the scheduler saved with the checkpoint; another walks the checkpoint's noise schedule."""
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    guidance: float | None = Field(default=None, ge=0.0, le=50.0)
-    """Classifier-free guidance; 1 or less switches it off. Without it: what the checkpoint's card recommends."""
+    guidance: float | None = Field(default=None, ge=0.0, le=MAX_GUIDANCE)
+    """Classifier-free guidance; 1 or less switches it off.
+
+    Steps and guidance left out are the model's own (`sampling.json`) or what its kind is published with; a build says
+    what it assumed.
+    """
 
 
 class CalibrateSection(_Section):

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from ..quant.calibrate import LayerStats, weight_of
+from ..quant.errors import OverBudget
 from ..quant.formats import CompressedTensor
 from ..quant.plan import LayerChoices, Plan
 from ..quant.sensitivity import hessian_loss
@@ -185,6 +186,16 @@ def _plan_summary(plan: Plan) -> dict[str, Any]:
 def folder_bytes(folder: Path) -> int:
     """Returns the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def require_budget(built_bytes: int, decided: Plan, prepacked: bool) -> None:
+    """Raises OverBudget when the files came out larger than planned for: the budget holds on disk too."""
+    if decided.budget_bytes is not None and built_bytes > decided.budget_bytes:
+        raise OverBudget(
+            f"the files came to {built_bytes:,} bytes, {built_bytes - decided.budget_bytes:,} over the budget of "
+            f"{decided.budget_bytes:,} bytes; planned were {decided.total_bytes:,}",
+            hint="prepacked weights are not in the plan: switch target.onnx.prepacked off" if prepacked else None,
+        )
 
 
 def layer_snr_db(

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a manifest says before there are files: the pipeline's constants, from the model and the recipe."""
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Literal
 
-from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize
 from ..runtimes.manifest import ComponentSpec, FileEntry, ImageSpec, Manifest
 from ..runtimes.schedule import SamplerSpec
@@ -14,21 +12,24 @@ from ..runtimes.scheduler_classes import SamplerKind, config_for
 from .families import LoadedModel
 from .families.steps import is_student
 from .recipe import Recipe, SamplerSection
+from .sampling_defaults import sampling_of
 from .sizes import drawn_sizes, latent_size
 
-DEFAULT_STEPS = 30
-DEFAULT_GUIDANCE = 5.0
-"""What the SDXL model card draws with; a model folder's own `sampling.json` comes first, a recipe before that."""
 TOOLS = ("turbopocket", "torch", "diffusers", "transformers", "numpy")
 _NO_HASH = "0" * 64
 
 
 def pipeline_manifest(
-    model: LoadedModel, recipe: Recipe, components: Mapping[str, ComponentSpec], tools: Sequence[str]
+    model: LoadedModel,
+    recipe: Recipe,
+    components: Mapping[str, ComponentSpec],
+    tools: Sequence[str],
+    notes: Sequence[str] = (),
 ) -> Manifest:
     """Returns the manifest of an artifact still to be made: every constant in place, every file of unknown content.
 
-    Float PyTorch runs under it exactly as the artifact will, so both see the same steps and the same noise.
+    Float PyTorch runs under it exactly as the artifact will, so both see the same steps and the same noise. `notes`
+    are what was assumed for the recipe.
     """
     sizes = drawn_sizes(model, recipe.image.image_sizes)
     files = {file for spec in components.values() for file in (spec.file, spec.data) if file is not None}
@@ -49,15 +50,30 @@ def pipeline_manifest(
         force_zeros_for_empty_prompt=bool(model.pipeline_config.get("force_zeros_for_empty_prompt", False)),
         tools={name: metadata.version(name) for name in (*TOOLS, *tools)},
         recipe=recipe.to_toml(),
+        notes=[*model.notes, *notes],
+    )
+
+
+def with_sampling(recipe: Recipe, model: LoadedModel) -> tuple[Recipe, tuple[str, ...]]:
+    """Returns the recipe with its sampler's steps and guidance in it, and a sentence on each that was assumed.
+
+    Reads no weights. Raises TurbopocketError when they are told neither by the recipe nor by the model, and when the
+    model's scheduler has no sampler here.
+    """
+    asked = recipe.sampler
+    found = sampling_of(model, asked.steps, asked.guidance, recipe.model.lora)
+    sampler = asked.model_copy(update={"steps": found.steps, "guidance": found.guidance})
+    return (
+        recipe.model_copy(update={"sampler": sampler}),
+        (*found.notes, *found.sampler_notes(sampler_spec(model, sampler))),
     )
 
 
 def sampler_spec(model: LoadedModel, section: SamplerSection) -> SamplerSpec:
-    """Returns the sampler that the artifact ships: the recipe's wishes over the model's own settings."""
-    own = model_sampling(model)
-    steps = section.steps or own.get("steps", DEFAULT_STEPS)
-    guidance = own.get("guidance_scale", DEFAULT_GUIDANCE) if section.guidance is None else section.guidance
-    return SamplerSpec.from_scheduler_config(scheduler_config(model, section.kind), steps, guidance)
+    """Returns the sampler that the artifact ships: the recipe's wishes over the model's own settings; raises as
+    `sampling_of` does."""
+    found = sampling_of(model, section.steps, section.guidance)
+    return SamplerSpec.from_scheduler_config(scheduler_config(model, section.kind), found.steps, found.guidance)
 
 
 def scheduler_config(model: LoadedModel, kind: Literal["model", SamplerKind]) -> dict[str, Any]:
@@ -68,20 +84,6 @@ def scheduler_config(model: LoadedModel, kind: Literal["model", SamplerKind]) ->
     """
     config = dict(model.scheduler_config) if kind == "model" else config_for(model.scheduler_config, kind)
     return config | {"steps_offset": 1, "clip_sample": False} if model.family == "sd" else config
-
-
-def model_sampling(model: LoadedModel) -> dict[str, Any]:
-    """Returns the steps and guidance that a model folder was made for, if its `sampling.json` says so."""
-    path = model.folder / "sampling.json"
-    if not path.is_file():
-        return {}
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise TurbopocketError(f"{path} is not JSON: {error}") from error
-    if unknown := set(values) - {"steps", "guidance_scale"}:
-        raise TurbopocketError(f"{path}: unknown key `{min(unknown)}`: known are `steps`, `guidance_scale`")
-    return values
 
 
 def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:

@@ -150,6 +150,8 @@ class Manifest(_Record):
     force_zeros_for_empty_prompt: bool
     tools: dict[str, str]
     recipe: str
+    notes: list[str] = []
+    """What the build assumed where neither the recipe nor the model said it, a sentence each."""
     plan: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
 
