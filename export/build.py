@@ -52,7 +52,7 @@ from .results import (
     tradeoff_points,
 )
 from .sizes import drawn_sizes, size_notes
-from .spec import pipeline_manifest, sampler_spec, with_sampling
+from .spec import asks_twice, pipeline_manifest, sampler_spec, with_sampling
 from .staging import refuse_occupied, report_folder, run_folder, staged_folders
 from .target import Target, Traced
 from .targets import open_target
@@ -158,7 +158,7 @@ def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workb
         # From the configs, so that what nobody can tell is asked for before gigabytes are fetched and read.
         recipe, assumed = with_sampling(recipe, load_shapes(recipe.model.source, recipe.model.config))
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
-        target = open_target(recipe.target, sampler_spec(model, recipe.sampler).guidance_scale > 1)
+        target = open_target(recipe.target, asks_twice(model, sampler_spec(model, recipe.sampler)))
         components = target.components(model, drawn_sizes(model, recipe.image.image_sizes))
     for note in (*model.notes, *assumed):
         progress.remark(f"note: {note}")

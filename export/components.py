@@ -70,6 +70,7 @@ def component_name(layer: str) -> str:
 
 def group_name(layer: str) -> str:
     """Returns the block of the model that a layer belongs to: `unet.down_blocks.1`, `text_encoder.layers.0`, …"""
-    parts = [part for part in layer.split(".") if part not in ("decoder", "encoder", "text_model", "transformer")]
+    component, *path = layer.split(".")
+    parts = [component, *(part for part in path if part not in ("decoder", "encoder", "text_model", "transformer"))]
     depth = next((index for index, part in enumerate(parts) if part.isdigit()), 1)
     return ".".join(parts[: depth + 1])

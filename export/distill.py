@@ -107,6 +107,7 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
     with progress.stage("load"):
         model = load(request.source, config=request.config)
         prompts = _prompts(model, request)
+    _require_plain(model)
     sampling = sampling_of(model, request.steps, request.guidance)
     options = replace(request.options, guidance=sampling.guidance)
     diffusion = _diffusion(model, request.horizon)
@@ -201,6 +202,16 @@ def _refuse(request: DistillRequest, out: Path, overwrite: bool) -> None:
         raise TurbopocketError(
             "distillation logs for TensorBoard, and no writer of its files is installed",
             hint="pip install 'turbopocket[train]'",
+        )
+
+
+def _require_plain(model: LoadedModel) -> None:
+    """Raises TurbopocketError for a teacher that is told its guidance: it is asked with and without a prompt here."""
+    config: Any = model.modules["unet"].config
+    if config.time_cond_proj_dim is not None:
+        raise TurbopocketError(
+            f"{model.name} can not be distilled: its UNet is told the guidance (time_cond_proj_dim is "
+            f"{config.time_cond_proj_dim}), a teacher must be one that is not"
         )
 
 

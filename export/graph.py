@@ -5,12 +5,14 @@ Names, order and number types of the tensors are those of optimum-onnx's pipelin
 our artifacts. Layers are named `<component>.<module path>`, as in `quant`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..runtimes.conditioning import TIMESTEP_COND
 
 EXAMPLE_BATCH = 2
 """The batch of all example inputs: 1 would let tracing take the batch for a constant."""
@@ -112,12 +114,29 @@ def text_encoder_component(
     )
 
 
-class _UNet(ComponentModule):
+class UNetModule(ComponentModule):
+    """A UNet whose further inputs, beside the three that every one has, are those in `added_names`, in this order."""
+
+    def __init__(self, component: str, model: nn.Module, added_names: Sequence[str]) -> None:
+        super().__init__(component, model)
+        self.added_names = tuple(added_names)
+
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *added: Tensor) -> Tensor:
         for tensor in (encoder_hidden_states, *added):
             torch._check(tensor.shape[0] == sample.shape[0])  # one batch size, so that tracing finds one symbol
-        conditions = dict(zip(("text_embeds", "time_ids"), added, strict=True)) if added else None
-        return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)[0]
+        return self.predict(sample, timestep, encoder_hidden_states, dict(zip(self.added_names, added, strict=True)))
+
+    def predict(self, sample: Tensor, timestep: Tensor, states: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+        """What the model says, given its further inputs by name."""
+        pooled = {name: tensor for name, tensor in added.items() if name != TIMESTEP_COND}
+        return self.model(
+            sample,
+            timestep,
+            states,
+            timestep_cond=added.get(TIMESTEP_COND),
+            added_cond_kwargs=pooled or None,
+            return_dict=False,
+        )[0]
 
 
 def unet_component(
@@ -125,11 +144,12 @@ def unet_component(
 ) -> Component:
     """`sample` [B, C, h, w], `timestep` [] and `encoder_hidden_states` [B, T, D] to `out_sample` [B, C, h, w].
 
-    SDXL's UNet also takes `text_embeds` [B, P] and `time_ids` [B, 6]. All float32. `latent_size` is (h, w), by
-    default the size the model was trained for; with `free_size` it is an example.
+    A UNet that is told its guidance (LCM) also takes `timestep_cond` [B, E], SDXL's `text_embeds` [B, P] and
+    `time_ids` [B, 6]. All float32. `latent_size` is (h, w), by default the size the model was trained for; with
+    `free_size` it is an example.
     """
-    module = _UNet("unet", unet)
-    config = module.model.config
+    model: Any = unet
+    config = model.config
     own = config.sample_size
     height, width = latent_size or ((own, own) if isinstance(own, int) else own)
     inputs = {
@@ -137,21 +157,24 @@ def unet_component(
         "timestep": torch.tensor(999.0),
         "encoder_hidden_states": torch.zeros(EXAMPLE_BATCH, text_tokens, config.cross_attention_dim),
     }
+    plain = len(inputs)
+    if config.time_cond_proj_dim is not None:
+        inputs[TIMESTEP_COND] = torch.zeros(EXAMPLE_BATCH, config.time_cond_proj_dim)
     if config.addition_embed_type == "text_time":
         time_ids = 6
         pooled_width = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
         inputs["text_embeds"] = torch.zeros(EXAMPLE_BATCH, pooled_width)
         inputs["time_ids"] = torch.zeros(EXAMPLE_BATCH, time_ids)
     free = {"sample": LATENT_SIDES, "out_sample": LATENT_SIDES} if free_size else {}
-    return Component("unet", module, inputs, ("out_sample",), free)
+    return Component("unet", UNetModule("unet", unet, tuple(inputs)[plain:]), inputs, ("out_sample",), free)
 
 
 class _DecoderHalf(nn.Module):
-    """The half of an AutoencoderKL that draws, with the module paths it has in the whole."""
+    """The half of an AutoencoderKL or AutoencoderTiny that draws, with the module paths it has in the whole."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.post_quant_conv = vae.post_quant_conv
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.decoder = vae.decoder
 
     def forward(self, latent: Tensor) -> Tensor:

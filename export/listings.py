@@ -98,8 +98,9 @@ def _reason(row: Mapping[str, Any]) -> str:
 def model_rows() -> dict[str, list[dict[str, Any]]]:
     """Returns the bundled models, with what they weigh in fp16, and the pipeline classes that load."""
     pipelines = [
-        {"pipeline_class": family.pipeline_class, "family": family.name, "modules": list(family.modules)}
+        {"pipeline_class": name, "family": family.name, "modules": list(family.modules)}
         for family in FAMILIES
+        for name in family.pipeline_classes
     ]
     return {"bundled": [_bundled_row(name) for name in BUNDLED], "pipelines": pipelines}
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize
 from .families import LoadedModel, tokenizer_json
 from .sizes import latent_size
@@ -58,16 +57,21 @@ def write_swift_files(model: LoadedModel, folder: Path) -> None:
     """Writes the first tokenizer's vocab.json and merges.txt where Apple's Swift package looks for them, and every
     tokenizer.json for our readers.
 
-    Raises TurbopocketError when the model has no vocab.json and merges.txt.
+    Where the checkpoint has only tokenizer.json, which is all that transformers 5 saves, they come out of that.
     """
     write_tokenizers(model, folder)
     if "text_encoder" not in model.tokenizers:  # a plan for a folder of configs
         return
-    for name in SWIFT_FILES:
-        source = model.tokenizers["text_encoder"] / name
-        if not source.is_file():
-            raise TurbopocketError(f"{source} is missing: the Swift package reads it")
-        shutil.copyfile(source, folder / name)
+    source = model.tokenizers["text_encoder"]
+    found = [source / name for name in SWIFT_FILES]
+    if all(file.is_file() for file in found):
+        for file in found:
+            shutil.copyfile(file, folder / file.name)
+        return
+    rules = json.loads(tokenizer_json(source, model.text_tokens))["model"]
+    merges = [" ".join(pair) for pair in rules["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(rules["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
 def _model_index(model: LoadedModel, components: Mapping[str, Any]) -> dict[str, Any]:

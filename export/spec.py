@@ -86,6 +86,12 @@ def scheduler_config(model: LoadedModel, kind: Literal["model", SamplerKind]) ->
     return config | {"steps_offset": 1, "clip_sample": False} if model.family == "sd" else config
 
 
+def asks_twice(model: LoadedModel, sampler: SamplerSpec) -> bool:
+    """Whether every step asks the UNet with and without the prompt, to steer away from the latter."""
+    config: Any = model.modules["unet"].config
+    return sampler.guidance_scale > 1 and config.time_cond_proj_dim is None
+
+
 def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:
     """Returns what a picture of that size is made from."""
     latents = latent_size(model, size)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..quant.formats import CompressedTensor, LayerFormat
 from ..quant.ranges import Ranges
+from ..runtimes.conditioning import TIMESTEP_COND
 from ..runtimes.coreml import apple
 from ..runtimes.coreml.evaluator import Mode
 from ..runtimes.coreml.interface import loop_spec
@@ -17,6 +18,7 @@ from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.parity import Limits
+from ..runtimes.runner import component_spec
 from .components import components_of
 from .families import LoadedModel
 from .graph import Component
@@ -30,6 +32,9 @@ from .target import Kind, Target
 FP16_ERROR, ACC16_ERROR = 0.1, 1.0
 """Where every result is rounded to fp16, as devices do, no figure is right; these only tell rounding from ruin. `acc16`
 is more pessimistic than any device is known to be: small numbers lose their digits in a LayerNorm's squares."""
+
+
+TOLD_GUIDANCE = f"Unet takes {TIMESTEP_COND}, which Apple's Swift package does not give: an app has to"
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,10 @@ class CoreML(Target):
             if not report.passed:
                 raise TurbopocketError(f"{report.package.name}: {report.errors[0]}")
         return UNVERIFIED
+
+    def notes(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
+        told = any(spec.name == TIMESTEP_COND for spec in component_spec(manifest, "unet").inputs)
+        return (TOLD_GUIDANCE,) if told else ()
 
     def memory(self, folder: Path, component: str) -> None:
         """Only a device can tell."""

@@ -18,6 +18,10 @@ _PENULTIMATE = "hidden_embeds"
 """Its name where a graph gives no other hidden state but the last."""
 
 
+TIMESTEP_COND = "timestep_cond"
+"""The UNet's input for the guidance, where it is told that; optimum-onnx's name for it."""
+
+
 class PromptCut(UserWarning):
     """The prompt is longer than the text encoder reads; the message says which words were left out."""
 
@@ -49,6 +53,32 @@ def condition(
         "text_embeds": _output("text_encoder_2", encoded["text_encoder_2"], "text_embeds"),
         "time_ids": _time_ids(manifest),
     }
+
+
+def guidance_condition(manifest: Manifest, scale: float) -> dict[str, NDArray[np.float32]]:
+    """`timestep_cond` [1, E] for a UNet that is told the guidance scale, instead of being asked twice; else nothing.
+
+    Told are LCMs (Luo et al. 2023, arXiv 2310.04378, section 4.2).
+    """
+    widths = {spec.name: spec.shape[-1] for spec in component_spec(manifest, "unet").inputs if spec.shape}
+    if TIMESTEP_COND not in widths:
+        return {}
+    return {TIMESTEP_COND: guidance_embedding(scale, int(widths[TIMESTEP_COND]))}
+
+
+def guidance_embedding(scale: float, width: int) -> NDArray[np.float32]:
+    """`timestep_cond` [1, width] of a guidance scale: sines, then cosines of 1000 (scale - 1) f_k.
+
+    f_k falls from 1 to 1/10000 in width / 2 geometric steps (Kingma et al. 2021, arXiv 2107.00630, the released code's
+    embedding of time); an odd width ends in a zero. Rounded to float32 where the code that LCMs were trained with does,
+    since the argument of the sines is in the thousands.
+    """
+    half = width // 2
+    exponent = np.float32(np.log(10000)) / np.float32(half - 1) * np.arange(half, dtype=np.float32)
+    frequencies = np.exp(-exponent.astype(np.float64)).astype(np.float32)
+    angles = (np.float32(scale - 1) * np.float32(1000) * frequencies).astype(np.float64)
+    embedding = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2)])
+    return embedding[None].astype(np.float32)
 
 
 def unconditional(

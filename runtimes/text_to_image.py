@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .conditioning import condition, feed, unconditional
+from .conditioning import condition, feed, guidance_condition, unconditional
 from .errors import TurbopocketError
 from .latents import to_vae
 from .manifest import Manifest
@@ -66,8 +66,13 @@ def draw(
         )
     scale = manifest.sampler.guidance_scale if guidance is None else guidance
     sampler = make_sampler(manifest.sampler, steps)
-    conditions = [condition(runner, manifest, tokenizers, prompt)]
-    if scale > 1:
+    told = guidance_condition(manifest, scale)
+    if told and negative_prompt is not None:
+        raise TurbopocketError(
+            f"a negative prompt has no effect on {manifest.name}: its UNet is told the guidance, and asked once"
+        )
+    conditions = [condition(runner, manifest, tokenizers, prompt) | told]
+    if scale > 1 and not told:
         conditions.append(unconditional(runner, manifest, tokenizers, negative_prompt, conditions[0]))
     elif negative_prompt is not None:
         raise TurbopocketError(f"a negative prompt has no effect at guidance {scale:g}: it needs more than 1")

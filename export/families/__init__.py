@@ -14,7 +14,7 @@ from .base import LoadedModel, ModelFamily, ModuleSpec
 from .dry_run import run_on_shapes
 from .json_object import read_json_object
 from .lora import merge_lora
-from .pipeline_index import family_of, pipeline_config, read_pipeline_index, scheduler_class
+from .pipeline_index import family_of, modules_of, pipeline_config, read_pipeline_index, scheduler_class
 from .safetensors_header import StoredTensor
 from .sd import SD
 from .sdxl import SDXL
@@ -47,10 +47,9 @@ def load(source: str, lora: Sequence[Path] = (), steps: int | None = None, confi
     or the checkpoint is not whole, not supported, or not finite.
     """
     checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=True)
-    model, family = _described(checkpoint, has_weights=True)
+    model, family, specs = _described(checkpoint, has_weights=True)
     stored = {  # every header before any values, so that a broken UNet is known before gigabytes are read
-        component: _stored(checkpoint, component, spec, model.modules[component])
-        for component, spec in family.modules.items()
+        component: _stored(checkpoint, component, spec, model.modules[component]) for component, spec in specs.items()
     }
     for component, tensors in stored.items():
         fill_weights(model.modules[component], tensors)
@@ -68,9 +67,9 @@ def load_shapes(source: str, config: str | None = None) -> LoadedModel:
     weights, and about tokenizers and schedulers that are absent.
     """
     checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=False)
-    model, family = _described(checkpoint, has_weights=False)
+    model, _, specs = _described(checkpoint, has_weights=False)
     for component in checkpoint.file.parts if checkpoint.file else ():
-        _stored(checkpoint, component, family.modules[component], model.modules[component])
+        _stored(checkpoint, component, specs[component], model.modules[component])
     for module in model.modules.values():
         module.to("meta")
     return model
@@ -81,11 +80,12 @@ def _stored(checkpoint: Checkpoint, component: str, spec: ModuleSpec, module: nn
     return checked_tensors(module, found, checkpoint.weights(component), spec)
 
 
-def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, ModelFamily]:
+def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, ModelFamily, Mapping[str, ModuleSpec]]:
     folder = checkpoint.folder
     index = read_pipeline_index(folder)
     family = family_of(index, folder, FAMILIES, configs_only=not has_weights)
-    modules = {name: empty_module(checkpoint.config_folder(name), spec) for name, spec in family.modules.items()}
+    specs = modules_of(index, folder, family)
+    modules = {name: empty_module(checkpoint.config_folder(name), spec) for name, spec in specs.items()}
     configs: dict[str, Any] = {name: module.config for name, module in modules.items()}
     _check_widths(configs, folder)
     vae_scale_factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
@@ -109,7 +109,7 @@ def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, 
         notes=checkpoint.notes,
     )
     run_on_shapes(model, checkpoint.config_folder)
-    return model, family
+    return model, family, specs
 
 
 def _check_widths(configs: Mapping[str, Any], folder: Path) -> None:

@@ -19,12 +19,19 @@ class ModuleSpec:
     """One PyTorch module of a family: the class its folder must hold, and what is done about each key of its config.
 
     `renames` turn published tensor names into the class's own: (regular expression, replacement), in order.
+    `others` are classes that the folder may hold instead.
     """
 
     library: Literal["diffusers", "transformers"]
     class_name: str
     keys: KeyTable
     renames: tuple[tuple[str, str], ...] = ()
+    others: tuple["ModuleSpec", ...] = ()
+
+    @property
+    def named(self) -> list[str]:
+        """Library and class, as a model_index.json names them."""
+        return [self.library, self.class_name]
 
     @property
     def weights_stem(self) -> str:
@@ -36,15 +43,22 @@ class ModuleSpec:
 class ModelFamily:
     """Everything that tells one kind of checkpoint from another; a new family is one more of these values.
 
-    Tokenizer `tokenizer<suffix>` belongs to module `text_encoder<suffix>`. `keys` are those of model_index.json beside
-    the parts; `pipeline_defaults` are the pipeline's own values for settings that a model_index.json leaves out.
+    Tokenizer `tokenizer<suffix>` belongs to module `text_encoder<suffix>`. `other_pipeline_classes` draw alike. `keys`
+    are those of model_index.json beside the parts; `pipeline_defaults` are the pipeline's own values for settings that
+    a model_index.json leaves out.
     """
 
     name: FamilyName
     pipeline_class: str
     modules: Mapping[str, ModuleSpec]
     keys: KeyTable
+    other_pipeline_classes: tuple[str, ...] = ()
     pipeline_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def pipeline_classes(self) -> tuple[str, ...]:
+        """Every pipeline class whose folders are of this family."""
+        return (self.pipeline_class, *self.other_pipeline_classes)
 
     @property
     def tokenizers(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtimes.errors import TurbopocketError
-from .base import ModelFamily
+from .base import ModelFamily, ModuleSpec
 from .json_object import read_json_object
 from .keys import Honoured, check_config, shown
 
@@ -29,17 +29,17 @@ def family_of(
 ) -> ModelFamily:
     """Returns the family whose pipeline class the index names.
 
-    Raises TurbopocketError when no family has that class, a part of the pipeline is absent, or is of another class
-    than the family's, or a setting is not known. With `configs_only` folders without a config may be absent.
+    Raises TurbopocketError when no family has that class, a part of the pipeline is absent, a tokenizer is of another
+    class, or a setting is not known. With `configs_only` folders without a config may be absent.
     """
     path, found = folder / "model_index.json", index.get("_class_name")
     for family in families:
-        if family.pipeline_class == found:
+        if found in family.pipeline_classes:
             _check_parts(index, folder, family, configs_only)
             settings = {key: value for key, value in index.items() if key not in family.folders}
             check_config(settings, family.keys, family.pipeline_defaults, path, f"a {family.pipeline_class}")
             return family
-    supported = ", ".join(family.pipeline_class for family in families)
+    supported = ", ".join(name for family in families for name in family.pipeline_classes)
     raise TurbopocketError(f"{path}: pipeline class {shown(found)} is not supported; supported: {supported}")
 
 
@@ -50,11 +50,26 @@ def _check_parts(index: dict[str, Any], folder: Path, family: ModelFamily, confi
             raise TurbopocketError(f"{path} has no {name!r}, which every {family.pipeline_class} needs")
         if not (folder / name).is_dir() and not (configs_only and name not in family.modules):
             raise TurbopocketError(f"{folder} has no folder {name!r}, which its model_index.json names")
-    wanted = {name: [[spec.library, spec.class_name]] for name, spec in family.modules.items()}
-    wanted |= dict.fromkeys(family.tokenizers, TOKENIZER_CLASSES)
-    for name, classes in wanted.items():
-        if index[name] not in classes:
-            raise TurbopocketError(f"{path}: {name!r} is {shown(index[name])}; supported: {classes[0]}")
+    for name in family.tokenizers:
+        if index[name] not in TOKENIZER_CLASSES:
+            raise TurbopocketError(f"{path}: {name!r} is {shown(index[name])}; supported: {TOKENIZER_CLASSES[0]}")
+
+
+def modules_of(index: dict[str, Any], folder: Path, family: ModelFamily) -> dict[str, ModuleSpec]:
+    """Returns, for each module of the family, the one of its possible classes that the index names.
+
+    Raises TurbopocketError when it names another.
+    """
+    chosen = {}
+    for name, spec in family.modules.items():
+        known = [spec, *spec.others]
+        match = next((each for each in known if each.named == index[name]), None)
+        if match is None:
+            supported = " or ".join(str(each.named) for each in known)
+            path = folder / "model_index.json"
+            raise TurbopocketError(f"{path}: {name!r} is {shown(index[name])}; supported: {supported}")
+        chosen[name] = match
+    return chosen
 
 
 def scheduler_class(index: dict[str, Any], folder: Path) -> str:

@@ -7,6 +7,8 @@ from .base import ModelFamily, ModuleSpec
 # transformers 5 dropped the module `text_model`, which every published file still names.
 CLIP_TEXT = ModuleSpec("transformers", "CLIPTextModel", key_tables.CLIP_TEXT, renames=((r"^text_model\.", ""),))
 
+TINY_VAE = ModuleSpec("diffusers", "AutoencoderTiny", key_tables.TINY_VAE)
+
 VAE_RENAMES = (
     # The first published VAEs name the projections of their attention as diffusers once did.
     (r"\.attentions\.(\d+)\.query\.", r".attentions.\1.to_q."),
@@ -18,10 +20,11 @@ VAE_RENAMES = (
 SD = ModelFamily(
     name="sd",
     pipeline_class="StableDiffusionPipeline",
+    other_pipeline_classes=("LatentConsistencyModelPipeline",),
     modules={
         "text_encoder": CLIP_TEXT,
         "unet": ModuleSpec("diffusers", "UNet2DConditionModel", key_tables.UNET),
-        "vae": ModuleSpec("diffusers", "AutoencoderKL", key_tables.VAE, renames=VAE_RENAMES),
+        "vae": ModuleSpec("diffusers", "AutoencoderKL", key_tables.VAE, VAE_RENAMES, (TINY_VAE,)),
     },
     keys=key_tables.PIPELINE,
 )

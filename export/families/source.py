@@ -181,7 +181,7 @@ def _completing_folder(
             f"{own} has no configs and tokenizers of its own, and diffusers' choice is not to be had: {error}",
             hint="--config FOLDER: a diffusers folder of the same architecture; its configs and tokenizers are enough",
         ) from error
-    if (found := read_pipeline_index(folder).get("_class_name")) != family.pipeline_class:
+    if (found := read_pipeline_index(folder).get("_class_name")) not in family.pipeline_classes:
         raise TurbopocketError(f"{own} is for a {family.pipeline_class}, config {config} is of a {found}")
     return folder
 

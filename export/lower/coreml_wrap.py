@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ...runtimes.conditioning import TIMESTEP_COND
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.manifest import TensorSpec
-from ..graph import PENULTIMATE, Component
+from ..graph import PENULTIMATE, Component, UNetModule
 
 PackageDtype = Literal["float16", "float32"]
 
@@ -68,30 +69,33 @@ def _wrapped_text_encoder(component: Component) -> Wrapped:
     )
 
 
+_ADDED_INPUTS: Mapping[str, PackageDtype] = {"time_ids": "float32", "text_embeds": "float16", TIMESTEP_COND: "float16"}
+"""What a UNet may take beside what all take, in the package's order."""
+
+
 class _UNet(nn.Module):
-    def __init__(self, component: Component) -> None:
+    def __init__(self, component: Component, added_names: Sequence[str]) -> None:
         super().__init__()
+        assert isinstance(component.module, UNetModule)
         self.component = component.module
+        self.added_names = added_names
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *added: Tensor) -> Tensor:
-        conditions = dict(zip(("time_ids", "text_embeds"), added, strict=True)) if added else None
         states_BTD = encoder_hidden_states.squeeze(2).transpose(1, 2)
-        model = self.component.model
-        return model(sample, timestep, states_BTD, added_cond_kwargs=conditions, return_dict=False)[0]
+        return self.component.predict(sample, timestep, states_BTD, dict(zip(self.added_names, added, strict=True)))
 
 
 def _wrapped_unet(component: Component, batch: int) -> Wrapped:
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in component.example_inputs.items()}
     tokens, width = shapes["encoder_hidden_states"]
-    inputs = [
+    inputs = (
         _spec("sample", (batch, *shapes["sample"]), "float32"),
         _spec("timestep", (batch,), "float32"),
         _spec("encoder_hidden_states", (batch, width, 1, tokens)),
-    ]
-    if "time_ids" in shapes:
-        inputs.append(_spec("time_ids", (batch, *shapes["time_ids"]), "float32"))
-        inputs.append(_spec("text_embeds", (batch, *shapes["text_embeds"])))
-    return Wrapped(_UNet(component), tuple(inputs), {"noise_pred": "float16"})
+    )
+    added = [_spec(name, (batch, *shapes[name]), dtype) for name, dtype in _ADDED_INPUTS.items() if name in shapes]
+    names = [spec.name for spec in added]
+    return Wrapped(_UNet(component, names), (*inputs, *added), {"noise_pred": "float16"})
 
 
 def _wrapped_decoder(component: Component) -> Wrapped:

@@ -15,6 +15,8 @@ OPERATOR_BYTES = 200
 LAYER_BYTES = 300
 ROUNDED_CONVOLUTION_BYTES = 2200
 """A delegate of its own, with a graph, a header and padding, and the delegate around it cut in two."""
+DENSE_CONVOLUTION_BYTES = 800
+"""Between two GroupNorms, which XNNPACK leaves out, it is a delegate of its own as well, with a smaller graph."""
 STATIC_LINEAR_BYTES, STATIC_CONVOLUTION_BYTES = 950, 2400
 """Operators that round the input and widen the output, and their steps; a convolution's channels move twice as well."""
 PROGRAM_BYTES = 4096
@@ -40,7 +42,9 @@ def operators_bytes(format: LayerFormat, shape: tuple[int, ...], static: bool, k
         taps = math.prod(shape[2:])
         books = format.count if isinstance(format, Additive) else 1
         return VECTORS_BYTES + BOOK_BYTES * books + (TAP_BYTES * taps if taps > 1 else 0)
-    convolution = isinstance(format, Affine) and math.prod(shape[2:]) != 1
-    if static and isinstance(format, Affine):
+    convolution = math.prod(shape[2:]) != 1
+    if not isinstance(format, Affine):
+        return LAYER_BYTES + (DENSE_CONVOLUTION_BYTES if convolution else 0)
+    if static:
         return LAYER_BYTES + (STATIC_CONVOLUTION_BYTES if convolution else STATIC_LINEAR_BYTES)
     return LAYER_BYTES + (ROUNDED_CONVOLUTION_BYTES if convolution else 0)

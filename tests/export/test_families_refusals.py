@@ -68,7 +68,7 @@ def test_model_index_that_is_no_object_is_refused(folder: Path) -> None:
 
 def test_unknown_pipeline_class_is_refused_with_the_supported_ones(folder: Path) -> None:
     _edit_json(folder / "model_index.json", _class_name="FluxPipeline")
-    _refused(folder, "'FluxPipeline'", "supported: StableDiffusionXLPipeline, StableDiffusionPipeline")
+    _refused(folder, "'FluxPipeline'", "supported: StableDiffusionXLPipeline, StableDiffusionPipeline, LatentC")
 
 
 def test_pipeline_without_one_of_its_parts_is_refused(folder: Path) -> None:
@@ -77,8 +77,14 @@ def test_pipeline_without_one_of_its_parts_is_refused(folder: Path) -> None:
 
 
 def test_part_of_another_class_is_refused(folder: Path) -> None:
+    _edit_json(folder / "model_index.json", vae=["diffusers", "AsymmetricAutoencoderKL"])
+    supported = "supported: ['diffusers', 'AutoencoderKL'] or ['diffusers', 'AutoencoderTiny']"
+    _refused(folder, "'vae' is ['diffusers', 'AsymmetricAutoencoderKL']", supported)
+
+
+def test_folder_of_another_class_than_the_index_names_is_refused(folder: Path) -> None:
     _edit_json(folder / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
-    _refused(folder, "'vae' is ['diffusers', 'AutoencoderTiny']", "supported: ['diffusers', 'AutoencoderKL']")
+    _refused(folder, "vae/config.json is of class 'AutoencoderKL'; supported: 'AutoencoderTiny'")
 
 
 @pytest.mark.parametrize("part", ["unet", "tokenizer", "scheduler"])
@@ -103,7 +109,7 @@ def test_config_of_another_class_is_refused(folder: Path) -> None:
     _refused(folder, "unet/config.json is of class 'ControlNetModel'; supported: 'UNet2DConditionModel'")
 
 
-@pytest.mark.parametrize(("key", "value"), [("time_cond_proj_dim", 256), ("class_embed_type", "timestep")])
+@pytest.mark.parametrize(("key", "value"), [("class_embed_type", "timestep"), ("class_embed_type", "identity")])
 def test_conditioning_that_our_graphs_lack_is_refused(folder: Path, key: str, value: object) -> None:
     _edit_json(folder / "unet/config.json", **{key: value})
     _refused(folder, f"{key} is {value!r}; supported: None")

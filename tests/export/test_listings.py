@@ -89,7 +89,7 @@ def notes_of(text: str, part: int) -> dict[str, str]:
 def test_models_list_the_pipeline_classes_that_load() -> None:
     rows = listings.model_rows()
     classes = [row["pipeline_class"] for row in rows["pipelines"]]
-    assert classes == ["StableDiffusionXLPipeline", "StableDiffusionPipeline"]
+    assert classes == ["StableDiffusionXLPipeline", "StableDiffusionPipeline", "LatentConsistencyModelPipeline"]
     assert json.loads(json.dumps(rows)) == rows
 
 

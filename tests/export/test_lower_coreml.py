@@ -387,10 +387,11 @@ class Late(nn.Module):
             addition_embed_type="text_time",
             addition_time_embed_dim=16,
             projection_class_embeddings_input_dim=6 * 16 + 4,
+            time_cond_proj_dim=None,
         )
         self.first, self.second = nn.Conv2d(4, 256, 3, padding=1), nn.Conv2d(256, 4, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, states: Tensor, added_cond_kwargs: Any, return_dict: bool) -> list[Tensor]:
+    def forward(self, x: Tensor, t: Tensor, states: Tensor, added_cond_kwargs: Any, **_: Any) -> list[Tensor]:
         early = t + states.mean((1, 2)) + added_cond_kwargs["time_ids"].mean(1)
         x = self.first(x * early.reshape(-1, 1, 1, 1))
         return [self.second(x) + added_cond_kwargs["text_embeds"].reshape(-1, 4, 1, 1)]
@@ -414,6 +415,25 @@ def test_a_second_chunk_takes_what_crosses_and_the_inputs_that_it_reads(tmp_path
     found, _ = run_chain([Evaluator(first), Evaluator(second)], call)
     expected = Evaluator(everything).run(call)
     assert snr_db(found["noise_pred"], expected["noise_pred"]) >= 55
+
+
+def test_a_unet_that_is_told_its_guidance_takes_it_as_one_more_input(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    told: Any = UNet2DConditionModel(**{**small_unet().config, "time_cond_proj_dim": 12})
+    component = unet_component(told.eval(), text_tokens=5)
+    graph = target.trace(component)
+    target.lower(graph, compressed(component, graph), tmp_path)
+    program = Program.open(tmp_path / "Unet.mlpackage")
+    assert tensors(program.inputs)["timestep_cond"] == ("float16", (1, 12))
+    inputs = example(component, 1)
+    found = package_outputs(tmp_path / "Unet.mlpackage", "unet", inputs)
+    assert snr_db(found["out_sample"], torch_outputs(component, inputs)["out_sample"]) >= LEAST_SNR_DB
+    without = package_outputs(
+        tmp_path / "Unet.mlpackage", "unet", inputs | {"timestep_cond": torch.zeros_like(inputs["timestep_cond"])}
+    )
+    assert snr_db(without["out_sample"], found["out_sample"]) < LEAST_SNR_DB
 
 
 def test_chunks_that_are_still_too_large_are_refused(traced: dict[str, Traced], tmp_path: Path) -> None:

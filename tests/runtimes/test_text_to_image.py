@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from turbopocket.runtimes.conditioning import PromptCut, feed
+from turbopocket.runtimes.conditioning import PromptCut, feed, guidance_embedding
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import Manifest
 from turbopocket.runtimes.onnx import OnnxRunner
@@ -163,3 +163,9 @@ def test_picture_of_a_runtime_that_overflows_is_refused(toy_artifact: Path, toy_
 def test_fractional_timestep_for_a_whole_number_input_is_refused(toy_manifest: Manifest) -> None:
     with pytest.raises(TurbopocketError, match=r"text_encoder: input input_ids is int64, \[499.5\] is no whole"):
         feed(toy_manifest, "text_encoder", {"input_ids": np.array([499.5], dtype=np.float32)})
+
+
+@pytest.mark.parametrize(("scale", "width"), [(8.5, 256), (1.0, 256), (0.0, 33), (12.25, 512)])
+def test_a_guidance_is_embedded_as_diffusers_embeds_it(sd: Any, scale: float, width: int) -> None:
+    expected = sd.get_guidance_scale_embedding(torch.tensor([scale - 1]), embedding_dim=width)
+    np.testing.assert_allclose(guidance_embedding(scale, width), expected.numpy(), atol=1e-4)
