@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of checkpoint on every target, from folder to picture, held against diffusers' own pipeline.
+
+All pairs are slow tests; a few, others with every change of the source, run in `make test`.
+"""
+
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from turbopocket.export.build import RANGES_FILE, WEIGHTS_FILE, build
+from turbopocket.export.check import check
+from turbopocket.export.components import layers_of
+from turbopocket.export.diffusers_reference import diffusers_picture
+from turbopocket.export.families import FAMILIES, LoadedModel, load
+from turbopocket.export.graph import Component
+from turbopocket.export.progress import StageProgress
+from turbopocket.export.recipe import Recipe, make_recipe
+from turbopocket.export.targets import TARGETS, open_target
+from turbopocket.quant.compress import decompressed, load_weights
+from turbopocket.quant.ranges import load_ranges
+from turbopocket.runtimes.manifest import Manifest, load_manifest
+from turbopocket.runtimes.metrics import relative_error
+from turbopocket.runtimes.runner import open_runner
+from turbopocket.runtimes.text_to_image import draw, seeded_noise
+from turbopocket.runtimes.tokenizer import open_tokenizers
+
+from ..checkpoints import CHECKPOINTS, Checkpoint
+
+ROOT = Path(__file__).parents[2]
+PROMPT, SEED = "a red circle on the white square", 3
+FORMATS = {"onnx": ["int4-g32", "int8-g32", "fp16"], "coreml": ["int8-row"], "executorch": ["fp32"]}
+"""ExecuTorch's integer layers round activations, where one code that is rounded the other way makes another picture of
+random weights; they are judged layer by layer on equal inputs, in `build` itself."""
+AMPLIFIED = 10
+"""How many times as far as one component's outputs a picture may be: guidance of 5 weighs two outputs by 5 and 4."""
+NAMES = tuple(target.name for target in TARGETS)
+PAIRS = [(checkpoint, target) for checkpoint in CHECKPOINTS for target in NAMES]
+
+
+def _turn() -> int:
+    """A number that every change of the source moves, and nothing else."""
+    turn = 0
+    for path in sorted(path for folder in ("export", "runtimes") for path in (ROOT / folder).rglob("*.py")):
+        turn = zlib.crc32(path.read_bytes(), turn)
+    return turn
+
+
+def _params() -> list[Any]:
+    """All pairs; of each target one, by turns, is not slow."""
+    turn = _turn()
+    quick = {(CHECKPOINTS[(turn + index) % len(CHECKPOINTS)].name, target) for index, target in enumerate(NAMES)}
+    return [
+        pytest.param(
+            checkpoint,
+            target,
+            id=f"{checkpoint.name}-{target}",
+            marks=[] if (checkpoint.name, target) in quick else [pytest.mark.slow],
+        )
+        for checkpoint, target in PAIRS
+    ]
+
+
+def test_every_family_target_and_runtime_is_in_the_matrix() -> None:
+    assert {checkpoint.family for checkpoint in CHECKPOINTS} == {family.name for family in FAMILIES}
+    assert set(FORMATS) == set(NAMES)
+
+
+@pytest.mark.parametrize(("checkpoint", "target"), _params())
+def test_from_folder_to_picture(checkpoint: Checkpoint, target: str, tmp_path: Path) -> None:
+    folder = tmp_path / checkpoint.name
+    checkpoint.make(folder)
+    recipe = _recipe(checkpoint, target, folder)
+    quiet = StageProgress(quiet=True)
+    built = build(recipe, tmp_path / "art", overwrite=False, progress=quiet)
+    assert set(built.gaps.lowering) == set(open_target(recipe.target).runtime_names)
+    checked = check(tmp_path / "art", quiet)
+    assert checked.gaps is not None
+    assert checked.failure is None
+
+    manifest = load_manifest(tmp_path / "art")
+    assert manifest.sampler.steps == checkpoint.steps
+    expected = _by_diffusers(recipe, built.report.parent, manifest)
+    shutil.rmtree(folder)  # the artifact draws by itself
+    tokenizers = open_tokenizers(tmp_path / "art", manifest)
+    found = draw(open_runner(tmp_path / "art", manifest), manifest, tokenizers, PROMPT, seeded_noise(SEED))
+    assert found.std() > 0.02
+    weights = load_weights(built.report.parent / WEIGHTS_FILE)
+    limit = AMPLIFIED * open_target(recipe.target).lowering_limit(weights)
+    assert relative_error(found - expected.mean(), expected - expected.mean()) < limit
+
+
+def _recipe(checkpoint: Checkpoint, target: str, folder: Path) -> Recipe:
+    values: dict[str, Any] = {
+        "model": {"source": str(folder)},
+        "target": {"name": target},
+        "sampler": {"steps": checkpoint.steps, "guidance": checkpoint.guidance},
+        "compress": {"formats": FORMATS[target], "fit": "absmax"},
+        "calibrate": {"pictures": 1},
+        "parity": {"pictures": 1},
+    }
+    return make_recipe({name: values.get(name, {}) | checkpoint.recipe.get(name, {}) for name in values}, "test")
+
+
+def _by_diffusers(recipe: Recipe, report: Path, manifest: Manifest) -> Any:
+    """The picture of diffusers' own pipeline over modules that hold the stored weights, rounding as the target does."""
+    model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
+    target = open_target(recipe.target)
+    components = target.components(model, manifest.sizes)
+    kept, ranges = load_weights(report / WEIGHTS_FILE), load_ranges(report / RANGES_FILE)
+    weights = {name: kept[name] for name in layers_of(components) if name in kept}
+    with decompressed({component.name: component.module.model for component in components}, kept):
+        as_run = {component.name: target.as_run(component, weights, ranges) for component in components}
+        return diffusers_picture(_with(model, as_run), manifest, PROMPT, SEED)
+
+
+def _with(model: LoadedModel, components: Mapping[str, Component]) -> LoadedModel:
+    modules: dict[str, nn.Module] = dict(model.modules)
+    for name, component in components.items():
+        if name == "vae_decoder":
+            vae: Any = modules["vae"]
+            vae.decoder = component.module.model.decoder
+            if hasattr(vae, "post_quant_conv"):
+                vae.post_quant_conv = component.module.model.post_quant_conv
+        else:
+            modules[name] = component.module.model
+    return replace(model, modules=modules)
