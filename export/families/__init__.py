@@ -77,7 +77,8 @@ def load_shapes(source: str, config: str | None = None) -> LoadedModel:
 
 def _stored(checkpoint: Checkpoint, component: str, spec: ModuleSpec, module: nn.Module) -> dict[str, StoredTensor]:
     found = checkpoint.stored_tensors(component, module, spec)
-    return checked_tensors(module, found, checkpoint.weights(component), spec)
+    hint = checkpoint.completion and checkpoint.completion.hint
+    return checked_tensors(module, found, checkpoint.weights(component), spec, hint)
 
 
 def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, ModelFamily, Mapping[str, ModuleSpec]]:

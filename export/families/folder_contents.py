@@ -12,7 +12,8 @@ from .weight_files import PICKLED_SUFFIXES
 
 UNET_CLASS = "UNet2DConditionModel"
 NAMES_SHOWN = 5
-PIPELINE_DEPTH = 3  # of a hub cache: models--owner--name/snapshots/revision/model_index.json
+PIPELINES_BELOW = ("*/model_index.json", "*/*/model_index.json", "*/*/*/model_index.json")
+"""As far down as in a hub cache: models--owner--name/snapshots/revision."""
 # What is made for a runtime, by the suffixes of its files or folders.
 LOWERED = {
     (".onnx",): "an ONNX export",
@@ -23,21 +24,14 @@ LOWERED = {
 
 
 def is_unet_folder(folder: Path) -> bool:
-    """Whether it is a UNet's own folder: config.json beside the weights, and no pipeline around them."""
+    """Whether it is a UNet's own folder: config.json beside the weights, and no pipeline in it."""
     return _component_class(folder) == UNET_CLASS and not (folder / "model_index.json").is_file()
 
 
-def _component_class(folder: Path) -> str | None:
-    """The class that a folder's config.json names, None without one."""
-    try:
-        config = read_json_object(folder / "config.json")
-    except (OSError, TurbopocketError):
-        return None
-    architectures = config.get("architectures")
-    named = config.get("_class_name") or (
-        architectures[0] if isinstance(architectures, list) and architectures else None
-    )
-    return named if isinstance(named, str) else None
+def pipeline_around(folder: Path) -> Path | None:
+    """Returns the pipeline's folder that a component's folder lies in, None when there is none around it."""
+    around = folder.absolute().parent
+    return around if (around / "model_index.json").is_file() else None
 
 
 def refuse_other_folders(folder: Path) -> None:
@@ -51,51 +45,62 @@ def refuse_other_folders(folder: Path) -> None:
         )
 
 
-def _held(folder: Path) -> tuple[str, str | None]:
-    """(what the folder holds, the one action to take)."""
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    if not entries:
-        return "nothing", None
-    inside = [
-        path.parent for depth in range(PIPELINE_DEPTH) for path in folder.glob("*/" * (depth + 1) + "model_index.json")
-    ]
-    if inside:
-        return f"{_shown(inside, folder)}, which has one", f"give {inside[0]}"
-    if name := _component_class(folder):
-        return f"it holds a {name} only", f"give the pipeline that the {name} belongs to"
-    components = {path: _component_class(path) for path in entries if path.is_dir() and _component_class(path)}
-    if components:
-        unets = [path for path, name in components.items() if name == UNET_CLASS]
-        found = ", ".join(f"{path.name}/ ({name})" for path, name in components.items())
-        return f"{found}", f"give {unets[0]} and --config FOLDER with the rest" if unets else None
-    return _held_files(entries)
-
-
-def _held_files(entries: Sequence[Path]) -> tuple[str, str | None]:
-    if files := [path for path in entries if path.suffix == ".safetensors"]:
-        found = {path: describe(path) for path in files}
-        said = ", ".join(f"{path.name} ({what})" for path, (what, _) in list(found.items())[:NAMES_SHOWN])
-        usable = [path for path, (_, is_usable) in found.items() if is_usable]
-        return f"{said}", f"give the file: {usable[0]}" if usable else None
-    for suffixes, what in LOWERED.items():
-        if files := [path for path in entries if path.suffix in suffixes]:
-            return f"{what} ({_shown(files)})", "give the float model that was exported"
-    if files := [path for path in entries if path.suffix in PICKLED_SUFFIXES]:
-        return f"it holds pickles only ({_shown(files)}), which can run code when opened", conversion_command(
-            files[0], None
-        )
-    return f"{_shown(entries)}", "save the pipeline with save_pretrained, and give the folder that was saved to"
+def _component_class(folder: Path) -> str | None:
+    """The class that a folder's config.json names, None without one."""
+    try:
+        config = read_json_object(folder / "config.json")
+    except (OSError, TurbopocketError):
+        return None
+    match config:
+        case {"_class_name": str(name)} | {"architectures": [str(name), *_]}:
+            return name
+    return None
 
 
 def _source_of_artifact(folder: Path) -> str | None:
-    """Returns what the artifact in a folder was made from, as its recipe has it; None when there is no artifact."""
+    """What the artifact in a folder was made from, as its recipe has it; None when there is no artifact."""
     try:
-        manifest = read_json_object(folder / "manifest.json")
-        return str(tomllib.loads(manifest["recipe"])["model"]["source"])
+        recipe = tomllib.loads(read_json_object(folder / "manifest.json")["recipe"])
+        return str(recipe["model"]["source"])
     except (OSError, TurbopocketError, KeyError, TypeError, tomllib.TOMLDecodeError):
         return None
 
 
-def _shown(paths: Sequence[Path], below: Path | None = None) -> str:
-    names = [str(path.relative_to(below)) if below else path.name for path in paths[:NAMES_SHOWN]]
-    return ", ".join(names) + (" ..." if len(paths) > NAMES_SHOWN else "")
+def _held(folder: Path) -> tuple[str, str | None]:
+    """(what the folder holds, the one action to take)."""
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if below := [path.parent for pattern in PIPELINES_BELOW for path in sorted(folder.glob(pattern))]:
+        return f"{below[0].relative_to(folder)}, which has one", f"give {below[0]}"
+    if name := _component_class(folder):
+        whole = pipeline_around(folder)
+        return f"a {name} only", f"give the whole model: {whole}" if whole else "give the pipeline that it belongs to"
+    components = {path: name for path in entries if path.is_dir() and (name := _component_class(path))}
+    if components:
+        found = ", ".join(f"{path.name}/ ({name})" for path, name in components.items())
+        if list(components.values()) == [UNET_CLASS]:
+            return found, f"give {next(iter(components))}, and --config FOLDER with the rest"
+        return found, "put the model_index.json of that pipeline beside them"
+    return _held_files(entries)
+
+
+def _held_files(entries: Sequence[Path]) -> tuple[str, str | None]:
+    if files := {path: describe(path) for path in entries if path.suffix == ".safetensors"}:
+        said = [f"{path.name} ({what})" for path, (what, _) in files.items()]
+        usable = [path for path, (_, is_usable) in files.items() if is_usable]
+        return _shown(said), f"give the file: {usable[0]}" if usable else None
+    for suffixes, what in LOWERED.items():
+        if names := [path.name for path in entries if path.suffix in suffixes]:
+            return f"{what} ({_shown(names)})", "give the float model that it was made from"
+    if pickles := [path for path in entries if path.suffix in PICKLED_SUFFIXES]:
+        names = [path.name for path in pickles]
+        return f"only pickles ({_shown(names)}), which can run code when opened", conversion_command(pickles[0], None)
+    if not entries:
+        return "nothing", None
+    return (
+        _shown([path.name for path in entries]),
+        "save the pipeline with save_pretrained, and give the folder that was saved to",
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (" ..." if len(names) > NAMES_SHOWN else "")

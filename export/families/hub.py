@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from ...runtimes.errors import TurbopocketError
-from .weight_files import choose_weight_file
+from .weight_files import SHARD, choose_weight_file
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ANSWER_TIMEOUT_S = 20
@@ -91,4 +91,4 @@ def _one_set_of_weights(present: Collection[str], stem: str) -> set[str]:
         return set()
     if chosen.endswith(".safetensors"):
         return {chosen}
-    return {name for name in present if name.startswith(stem) and re.search(r"-\d+-of-\d+.*\.safetensors$", name)}
+    return {name for name in present if name.startswith(stem) and SHARD.search(name)}

@@ -194,7 +194,8 @@ def _something_else(tensors: Mapping[str, StoredTensor]) -> tuple[str, str | Non
     for pattern, what in PARTS_ALONE:
         if tensors and all(re.match(pattern, name) for name in tensors):
             return what, "give the checkpoint that it belongs to"
-    if parts := sorted({part for prefix, part in PREFIXES.items() for name in tensors if name.startswith(prefix)}):
+    parts = sorted({part for prefix, part in PREFIXES.items() for name in tensors if name.startswith(prefix)})
+    if parts and "unet" not in parts:
         return f"a checkpoint without its UNet ({', '.join(parts)})", None
     return _other_architecture(tensors) or f"no checkpoint of a diffusion model ({_shown(tensors)})", None
 

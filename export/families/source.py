@@ -12,7 +12,7 @@ from torch import nn
 from ... import pocket
 from ...runtimes.errors import TurbopocketError
 from .base import ModelFamily, ModuleSpec
-from .folder_contents import is_unet_folder, refuse_other_folders
+from .folder_contents import is_unet_folder, pipeline_around, refuse_other_folders
 from .hub import REPO_ID, download
 from .json_object import read_json_object
 from .pipeline_index import read_pipeline_index
@@ -39,6 +39,11 @@ class Completion:
     assumed: bool
     own: Path
     missing: tuple[str, ...]
+
+    @property
+    def hint(self) -> str:
+        """What to do when tensors do not fit the configs."""
+        return f"the configs are those of {self.config}: --config names those of a model of another shape"
 
     @property
     def lacking(self) -> str:
@@ -158,7 +163,8 @@ def _family_of_unet(folder: Path) -> ModelFamily:
 def _completion(own: Path, family: ModelFamily, parts: tuple[str, ...], config: str, assumed: bool) -> Completion:
     missing = tuple(name for name in family.modules if name not in parts)
     if missing and assumed:
-        raise TurbopocketError(_lacking(own, missing), hint=COMPLETE)
+        around = pipeline_around(own)
+        raise TurbopocketError(_lacking(own, missing), hint=f"give the whole model: {around}" if around else COMPLETE)
     return Completion(config, assumed, own, missing)
 
 

@@ -9,6 +9,7 @@ from ...runtimes.errors import TurbopocketError
 from .json_object import read_json_object
 from .safetensors_header import StoredTensor, read_header
 
+SHARD = re.compile(r"-\d+-of-\d+.*\.safetensors$")
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -49,9 +50,12 @@ def _no_weights(folder: Path, stem: str) -> TurbopocketError:
         return TurbopocketError(
             f"{folder} holds weights only as pickles ({', '.join(pickled)}), which can run code when opened; "
             "safetensors is allowed",
-            hint=_conversion_command(folder),
+            hint=_conversion_command(folder) if {f"{stem}.bin", "pytorch_model.bin"} & {*pickled} else None,
         )
-    only = f"mv '{folder / named_otherwise[0]}' '{folder / stem}.safetensors'" if len(named_otherwise) == 1 else None
+    whole = [name for name in named_otherwise if not SHARD.search(name)]
+    only = (
+        f"mv '{folder / whole[0]}' '{folder / stem}.safetensors'" if len(named_otherwise) == len(whole) == 1 else None
+    )
     return TurbopocketError(
         f"{folder} has no weights: no {stem}.safetensors, no shard index, no variant of it; "
         f"it holds {', '.join(names) or 'nothing'}",

@@ -59,14 +59,19 @@ def _own_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_tensors(
-    module: nn.Module, found: Mapping[str, StoredTensor], where: Path, spec: ModuleSpec
+    module: nn.Module, found: Mapping[str, StoredTensor], where: Path, spec: ModuleSpec, hint: str | None = None
 ) -> dict[str, StoredTensor]:
     """Returns where each of the module's tensors is stored, by the module's names, of those `found` in `where`.
 
-    Raises TurbopocketError when a tensor is missing, unexpected, or of another shape or dtype.
+    Raises TurbopocketError when a tensor is missing, unexpected, of another shape (then with `hint`) or dtype.
     """
     stored = _renamed(found, spec)
-    _check_names_and_shapes({name: tuple(t.shape) for name, t in module.state_dict().items()}, stored, where)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    _check_names_and_shapes(expected, stored, where, hint)
+    for tensor in stored.values():
+        if tensor.dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(FLOAT_DTYPES)
+            raise TurbopocketError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; allowed: {allowed}")
     return stored
 
 
@@ -90,23 +95,21 @@ def _renamed(stored: Mapping[str, StoredTensor], spec: ModuleSpec) -> dict[str, 
 
 
 def _check_names_and_shapes(
-    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], where: Path
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], where: Path, hint: str | None
 ) -> None:
     if missing := expected.keys() - stored.keys():
-        raise TurbopocketError(f"{where}: {len(missing)} tensors are missing: {_shown(missing)}")
+        raise TurbopocketError(f"{where}: {len(missing)} tensors are missing: {_shown(missing)}", hint)
     if unexpected := stored.keys() - expected.keys():
         raise TurbopocketError(
-            f"{where}: {len(unexpected)} tensors are not in the model of config.json: {_shown(unexpected)}"
+            f"{where}: {len(unexpected)} tensors are not in the model of config.json: {_shown(unexpected)}", hint
         )
     for name, tensor in stored.items():
         if tensor.shape != expected[name]:
             raise TurbopocketError(
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
-                f"config.json asks for {list(expected[name])}"
+                f"config.json asks for {list(expected[name])}",
+                hint,
             )
-        if tensor.dtype not in FLOAT_DTYPES:
-            allowed = ", ".join(FLOAT_DTYPES)
-            raise TurbopocketError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; allowed: {allowed}")
 
 
 def _shown(names: Iterable[str]) -> str:

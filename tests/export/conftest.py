@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
+
+from .single_files import original, write_single_file
 
 BUILD = {
     "sampler": {"steps": 2},
@@ -30,6 +33,42 @@ class Ran:
 def recipe_values() -> dict[str, Any]:
     """A build that is as short as a build can be."""
     return BUILD
+
+
+@pytest.fixture(scope="session")
+def recipe_toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same recipe as a file."""
+    file = tmp_path_factory.mktemp("recipe") / "short.toml"
+    file.write_text(tomli_w.dumps(BUILD))
+    return file
+
+
+@pytest.fixture(scope="session")
+def sdxl_tensors(tiny_sdxl: Path) -> dict[str, Any]:
+    """The tiny SDXL checkpoint's tensors as in a single file."""
+    from turbopocket.export.families import load
+
+    return original(load(str(tiny_sdxl)).modules)
+
+
+@pytest.fixture(scope="session")
+def sd_tensors(tiny_sd: Path) -> dict[str, Any]:
+    """The tiny SD 1.x checkpoint's tensors as in a single file."""
+    from turbopocket.export.families import load
+
+    return original(load(str(tiny_sd)).modules)
+
+
+@pytest.fixture(scope="session")
+def sdxl_file(sdxl_tensors: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SDXL checkpoint as a single file."""
+    return write_single_file(tmp_path_factory.mktemp("files") / "dream_xl.safetensors", sdxl_tensors)
+
+
+@pytest.fixture(scope="session")
+def sd_file(sd_tensors: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SD 1.x checkpoint as a single file."""
+    return write_single_file(tmp_path_factory.mktemp("files") / "dream.safetensors", sd_tensors)
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,11 @@ def original(modules: Mapping[str, Any], conv_attention: bool = True) -> dict[st
 
 def write_single_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """The file, now with these tensors."""
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, dict(metadata or {}))
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in tensors.items()},
+        path,
+        dict(metadata) if metadata else None,
+    )
     return path
 
 

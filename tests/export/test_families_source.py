@@ -46,7 +46,7 @@ CONFIGS = [
 
 
 def test_only_text_and_one_set_of_safetensors_are_fetched() -> None:
-    assert sorted(wanted_files(REPOSITORY, FOLDERS, with_weights=True)) == sorted(
+    assert sorted(wanted_files(REPOSITORY, FOLDERS, weights_of=FOLDERS)) == sorted(
         [
             *CONFIGS,
             "text_encoder/model.safetensors",
@@ -58,22 +58,16 @@ def test_only_text_and_one_set_of_safetensors_are_fetched() -> None:
 
 
 def test_for_shapes_only_text_is_fetched() -> None:
-    assert sorted(wanted_files(REPOSITORY, FOLDERS, with_weights=False)) == CONFIGS
+    assert sorted(wanted_files(REPOSITORY, FOLDERS, weights_of=())) == CONFIGS
 
 
 def test_source_that_is_nothing_is_refused_with_what_is_allowed() -> None:
     with pytest.raises(TurbopocketError) as caught:
         load("no such model")
     assert str(caught.value) == (
-        "'no such model' is neither a bundled model (pocket-turbo, pocket), nor a folder, nor a hub id (owner/name)"
+        "'no such model' is neither a bundled model (pocket-turbo, pocket), nor a folder, nor a single file, "
+        "nor a hub id (owner/name)"
     )
-
-
-def test_single_file_checkpoint_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
-    (tmp_path / "model.ckpt").write_bytes(b"pickle")
-    with pytest.raises(TurbopocketError, match="is a file; a diffusers folder") as caught:
-        load(str(tmp_path / "model.ckpt"))
-    assert "from_single_file" in (caught.value.hint or "")
 
 
 def test_bundled_model_is_found_by_name_even_beside_a_folder_of_that_name(
@@ -94,8 +88,10 @@ def test_bundled_model_without_weights_is_refused(tmp_path: Path, monkeypatch: p
 
 def test_local_folder_is_preferred_to_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner/name").mkdir(parents=True)
+    (tmp_path / "owner/name/model_index.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert resolve("owner/name", FOLDERS, with_weights=True) == ("name", Path("owner/name"))
+    found = resolve("owner/name", None, FOLDERS, with_weights=True)
+    assert (found.name, found.folder) == ("name", Path("owner/name"))
 
 
 class _Hub:
@@ -120,8 +116,8 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch) -> N
     stand_in = _Hub(REPOSITORY)
     monkeypatch.setattr(hub, "HfApi", lambda: stand_in)
     monkeypatch.setattr(hub, "snapshot_download", stand_in.snapshot_download)
-    found = resolve("owner/sdxl", FOLDERS, with_weights=True)
-    assert found == ("sdxl", Path("cache/owner/sdxl"))
+    found = resolve("owner/sdxl", None, FOLDERS, with_weights=True)
+    assert (found.name, found.folder) == ("sdxl", Path("cache/owner/sdxl"))
     assert {Path(name).suffix for name in stand_in.fetched} == {".json", ".txt", ".safetensors"}
 
 
