@@ -3,7 +3,6 @@
 
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +35,7 @@ from .diffusers_reference import compare_with_diffusers
 from .families import LoadedModel, load, load_shapes
 from .families.evidence import Evidence, evidence_for, read_prompts
 from .graph import Component
+from .owned import checkpoints, refuse_build, write_record
 from .parity import Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .probe import make_probe
 from .progress import StageProgress
@@ -53,7 +53,7 @@ from .results import (
 )
 from .sizes import drawn_sizes, size_notes
 from .spec import asks_twice, pipeline_manifest, sampler_spec, with_sampling
-from .staging import refuse_occupied, report_folder, run_folder, staged_folders
+from .staging import claimed, output_path, report_folder
 from .target import Target, Traced
 from .targets import open_target
 
@@ -99,9 +99,13 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
     Raises TurbopocketError or QuantError for bad input, OverBudget when nothing allowed fits, and ParityFailed
     when the runtime does not compute what PyTorch computes; then nothing is written.
     """
-    out = out.absolute()
-    refuse_occupied(out, overwrite)
-    with workers.open() as spread, staged_folders((out, report_folder(out))) as (artifact, report):
+    out = output_path(out)
+    with (
+        claimed(out, lambda: refuse_build(out, overwrite)) as claim,
+        checkpoints(out) as run,
+        claim.staged(out, report_folder(out)) as (artifact, report),
+        workers.open() as spread,
+    ):
         bench = _workbench(recipe, progress, spread)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
         session = _session(bench, artifact)
@@ -110,7 +114,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         bench = _fitted(bench, stats)
         choices = _measure(bench, session, stats)
         decided = _plan(bench, stats, choices, artifact)
-        weights = _compress(bench, session, stats, decided, run_folder(out))
+        weights = _compress(bench, session, stats, decided, run)
         stored, tuned = _fine_tune(bench, session, weights)
         weights = {name: stored[name] for name in weights}
         bench, costs = _lowered(bench, stats, stored, artifact)
@@ -147,7 +151,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         )
         data.save(report)
         page = write_report(report, data)
-    shutil.rmtree(run_folder(out), ignore_errors=True)
+        write_record(report)
     return Built(
         out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, notes, progress.stage_seconds
     )

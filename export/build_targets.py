@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ..quant.workers import IN_TURN, Workers
 from .build import build
+from .owned import refuse_occupied
 from .progress import StageProgress
 from .recipe import Recipe
 from .results import Built
-from .staging import refuse_occupied, staged_folders
+from .staging import claimed, output_path
 
 
 def build_targets(recipe: Recipe, out: Path, overwrite: bool, quiet: bool, workers: Workers = IN_TURN) -> list[Built]:
@@ -20,9 +21,8 @@ def build_targets(recipe: Recipe, out: Path, overwrite: bool, quiet: bool, worke
     recipes = recipe.per_target()
     if len(recipes) == 1:
         return [build(recipe, out, overwrite, StageProgress(quiet), workers)]
-    out = out.absolute()
-    refuse_occupied(out, overwrite)
-    with staged_folders((out,)) as (folder,):
+    out = output_path(out)
+    with claimed(out, lambda: refuse_occupied(out, overwrite)) as claim, claim.staged(out) as (folder,):
         made = [build(single, folder / name, False, StageProgress(quiet), workers) for name, single in recipes.items()]
     return [replace(each, folder=out / each.folder.name, report=_moved(each, out)) for each in made]
 

@@ -27,7 +27,7 @@ from .progress import StageProgress
 from .recipe import parse_recipe
 from .results import parity_summary, show_parity, show_remarks
 from .sizes import size_notes
-from .staging import report_folder
+from .staging import report_folder, settle_output
 from .targets import open_target
 
 
@@ -89,6 +89,7 @@ def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cac
     emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or could not be compared with PyTorch.
     """
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
+    settle_output(artifact)
     manifest = load_manifest(artifact)
     recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
     target = open_target(recipe.target)

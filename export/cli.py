@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from ..quant.errors import QuantError
 from ..runtimes.errors import ParityFailed, TurbopocketError
+from .signals import Stopped, stopped_by_signals
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -160,7 +162,7 @@ def distill(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
     config: Config = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a model folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a student.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Distils a model to a few steps; prompts only, no pictures. Goes on where a killed run of the same request was."""
@@ -250,12 +252,13 @@ def generate(
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance.")] = None,
     size: Size = None,
     negative: Annotated[str | None, typer.Option(help="What guidance is to steer away from.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the PNG when it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Draws a picture from the artifact alone; PyTorch is not used."""
     from .draw import draw
 
-    result = draw(artifact, prompt, out, seed, steps, guidance, negative, size)
+    result = draw(artifact, prompt, out, seed, steps, guidance, negative, size, overwrite)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     _emit(result, as_json, lambda console: console.print(f"{result['picture']}", soft_wrap=True))
@@ -314,13 +317,15 @@ def main() -> None:
     """Runs the command; a user's mistake becomes one message on stderr and an exit code, never a traceback."""
     _silence_libraries()
     try:
-        code = app(standalone_mode=False)
+        with stopped_by_signals():
+            code = app(standalone_mode=False)
     except (TurbopocketError, QuantError) as error:
         _fail(str(error), error.hint, error.exit_code)
     except OSError as error:
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}", None, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind", None, 130)
+    except KeyboardInterrupt as stop:
+        number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
+        _fail(f"stopped by {number.name}; nothing half-written was left behind", None, 128 + number)
     except Exception as error:
         # Typer's own complaints (unknown option, missing argument) end with 1 here: 2 means over budget.
         if not hasattr(error, "format_message"):

@@ -22,6 +22,7 @@ from ..quant.distill.options import DEVICE_NAMES, Devices, DistillOptions
 from ..quant.distill.steps import FixedIntervals
 from ..quant.distill.tdm import drawn
 from ..quant.distill.trainer import METHODS, Networks, Precision, Task, distill, restored_iteration
+from ..quant.files import write_whole
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.latents import to_vae
 from ..runtimes.schedule import SamplerSpec, alphas_cumprod
@@ -29,12 +30,13 @@ from ..runtimes.scheduler_classes import config_for
 from .families import LoadedModel, load
 from .families.evidence import evidence_for, read_prompts
 from .families.steps import STEP_BIASES_FILE
+from .owned import refuse_folder, refuse_run, write_record
 from .progress import Advance, StageProgress
 from .prompt_states import PromptStates
 from .sampling_defaults import sampling_of
 from .sizes import latent_size
 from .spec import image_spec
-from .staging import run_folder, staged_folders
+from .staging import Claim, claimed, output_path, run_folder
 
 PROMPTS = 20_000
 WATCHED_PROMPTS = 4
@@ -102,19 +104,31 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
 
     Returns a JSON-ready summary. Raises TurbopocketError or QuantError for bad input; `out` then does not change.
     """
-    out = out.absolute()
-    _refuse(request, out, overwrite)
+    out = output_path(out)
+    _require_writer()
+    precision = fastest_precision() if request.precision == "auto" else request.precision
+    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=str(run_folder(out)))
+    if not accelerator.is_main_process:
+        return _distilled(request, out, None, accelerator, progress)
+    with claimed(out, lambda: _refuse(out, overwrite)) as claim:
+        return _distilled(request, out, claim, accelerator, progress)
+
+
+def _distilled(
+    request: DistillRequest, out: Path, claim: Claim | None, accelerator: Accelerator, progress: StageProgress
+) -> dict[str, Any]:
+    """What `distil` returns; the first of several processes holds the claim for all."""
+    run = run_folder(out)
     with progress.stage("load"):
         model = load(request.source, config=request.config)
         prompts = _prompts(model, request)
+    if out.exists() and out.samefile(model.folder):
+        raise TurbopocketError(f"output {out} is the teacher's folder", hint="give another folder")
     _require_plain(model)
     sampling = sampling_of(model, request.steps, request.guidance)
     options = replace(request.options, guidance=sampling.guidance)
     diffusion = _diffusion(model, request.horizon)
     schedule = FixedIntervals(diffusion.train_timesteps, range(1, request.steps + 1))
-    run = run_folder(out)
-    precision = fastest_precision() if request.precision == "auto" else request.precision
-    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=str(run))
     set_seed(options.seed)
     networks = _networks(model, request, accelerator.device)
     with accelerator.main_process_first():
@@ -138,9 +152,10 @@ def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageP
         task = Task(diffusion, schedule, source.conditions_at, shape, on_log, watch)
         distill(networks, task, options, run, accelerator, METHODS[request.method])
     accelerator.end_training()
-    if accelerator.is_main_process:
-        with progress.stage("save"), staged_folders((out,)) as (folder,):
+    if claim is not None:
+        with progress.stage("save"), claim.staged(out) as (folder,):
             _write(folder, model, networks.student, request)
+            write_record(folder)
     return {
         "model": str(out),
         "steps": request.steps,
@@ -192,12 +207,15 @@ class _Log:
         self._done = iteration
 
 
-def _refuse(request: DistillRequest, out: Path, overwrite: bool) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not overwrite:
-            raise TurbopocketError(f"output {out} exists", hint="give another folder, or --overwrite")
-        if not (out / "model_index.json").is_file():
-            raise TurbopocketError(f"output {out} has no model_index.json; --overwrite replaces model folders only")
+def _refuse(out: Path, overwrite: bool) -> None:
+    """Raises TurbopocketError when a student can not take the place of what is at `out`, or its run that beside it."""
+    refuse_folder(out, overwrite)
+    run = run_folder(out)
+    known = (run / RUN_FILE).is_file()
+    refuse_run(out, [] if known else [path for path in sorted(run.glob("*")) if path.name != f"{RUN_FILE}.partial"])
+
+
+def _require_writer() -> None:
     if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
         raise TurbopocketError(
             "distillation logs for TensorBoard, and no writer of its files is installed",
@@ -267,7 +285,8 @@ def _claim(run: Path, request: DistillRequest, options: DistillOptions, model: L
     file = run / RUN_FILE
     if not file.is_file():
         run.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(wanted, indent=1) + "\n")
+        with write_whole(file) as partial:
+            partial.write_text(json.dumps(wanted, indent=1) + "\n")
         return
     try:
         found = json.loads(file.read_text())

@@ -9,12 +9,13 @@ from typing import Any
 
 from PIL import Image
 
+from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import parse_size
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.runner import open_runner
 from ..runtimes.text_to_image import generate
 from ..runtimes.tokenizer import open_tokenizers
-from .staging import write_atomically
+from .staging import refuse_file, settle_output, write_atomically
 
 
 def draw(
@@ -26,13 +27,18 @@ def draw(
     guidance: float | None,
     negative_prompt: str | None = None,
     size: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes the picture of `prompt` to `out` and returns what was done, warnings included.
 
     `size` is WIDTHxHEIGHT, by default the artifact's first. Raises TurbopocketError for an artifact that is damaged or
-    was edited, for an empty prompt, for a negative prompt that would have no effect, and for a size that the artifact
-    was not built for.
+    was edited, for an empty prompt, for a negative prompt that would have no effect, for a size that the artifact was
+    not built for, and for an `out` that is taken, unless by a plain file and with `overwrite`.
     """
+    refuse_file(out, overwrite)
+    if artifact.resolve() in out.resolve().parents:
+        raise TurbopocketError(f"output {out} is in the artifact, which would not match its manifest any more")
+    settle_output(artifact)
     manifest = load_manifest(artifact)
     if size is not None:
         manifest = manifest.at_size(parse_size(size))
@@ -45,8 +51,7 @@ def draw(
     seconds = time.monotonic() - start
     data = io.BytesIO()
     Image.fromarray(picture).save(data, format="PNG")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, data.getvalue())
+    write_atomically(out, data.getvalue(), overwrite)
     return {
         "picture": str(out),
         "prompt": prompt,

@@ -12,7 +12,7 @@ from ..runtimes.manifest import load_manifest
 from .report_data import DrawnPicture, HeldOutLoss, LoweringCost, Measurements, ReportData, TradeoffPoint
 from .report_svg import scientific
 from .report_view import page_view
-from .staging import report_folder, write_atomically
+from .staging import report_folder, settle_output, write_atomically
 from .units import format_bytes
 
 __all__ = [
@@ -44,6 +44,7 @@ def rewrite_report(artifact: Path) -> Path:
 
     Raises TurbopocketError naming the first missing or damaged file.
     """
+    settle_output(artifact)
     manifest = load_manifest(artifact)
     folder = report_folder(artifact.absolute())
     if not folder.is_dir():

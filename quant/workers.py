@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers are fitted independently of each other: here in turn, in processes of this machine, or on a Ray cluster."""
 
+import ctypes
+import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -57,9 +63,8 @@ class Workers:
         elif self.count == 1:
             yield in_turn
         else:
-            threads = max(1, torch.get_num_threads() // self.count)
-            with ProcessPoolExecutor(self.count, get_context("spawn"), torch.set_num_threads, (threads,)) as executor:
-                yield partial(_spread, executor.map)
+            with _process_pool(self.count) as pool_map:
+                yield partial(_spread, pool_map)
 
 
 IN_TURN = Workers()
@@ -85,6 +90,53 @@ def _outcome(work: Callable[[Job], Result], job: Job) -> Result | QuantError:
         return work(job)
     except QuantError as error:
         return error
+
+
+@contextmanager
+def _process_pool(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """The `map` of so many processes, which end at once when the block fails or this process dies, however it does."""
+    context = get_context("spawn")
+    lifeline, held = context.Pipe(duplex=False)
+    threads = max(1, torch.get_num_threads() // count)
+    asked = threads, lifeline, os.getpid()
+    with lifeline, held, ProcessPoolExecutor(count, context, _begin_worker, asked) as executor:
+
+        def pool_map(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+            # What starts here, and is not yet at `_begin_worker`, has the signals blocked as well.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+            try:
+                return executor.map(work, jobs)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+        try:
+            yield pool_map
+        except BaseException:
+            held.close()
+            raise
+
+
+_PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+"""A terminal sends these to all processes of a command; only the first answers, and workers end with it."""
+_PR_SET_PDEATHSIG = 1
+
+
+def _begin_worker(threads: int, lifeline: Connection, parent: int) -> None:
+    torch.set_num_threads(threads)
+    for number in _PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # also in the middle of native code, in which the thread below has no turn
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+
+
+def _end_with(lifeline: Connection) -> None:
+    """Ends this process when the other end of the pipe, which only the parent has, is closed."""
+    with suppress(EOFError, OSError):
+        lifeline.recv_bytes()
+    os._exit(1)
 
 
 @contextmanager

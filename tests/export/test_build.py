@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from turbopocket.export.build import build
+from turbopocket.export.owned import refuse_build
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.results import Built, expected_manifest_bytes
 from turbopocket.quant.plan import Candidate, LayerChoices
-from turbopocket.runtimes.errors import ParityFailed
+from turbopocket.runtimes.errors import ParityFailed, TurbopocketError
 from turbopocket.runtimes.manifest import load_manifest, verify
 
 
@@ -49,6 +50,12 @@ def test_lowering_gap_is_rounding_and_compression_gap_is_not(built: Any) -> None
         "unet",
         "vae_decoder",
     }
+
+
+def test_all_files_of_a_build_are_known_as_its_own(built: Any) -> None:
+    with pytest.raises(TurbopocketError, match="is not empty"):
+        refuse_build(built.folder, overwrite=False)
+    refuse_build(built.folder, overwrite=True)
 
 
 def test_report_is_one_file_that_needs_no_network(built: Any) -> None:

@@ -13,6 +13,8 @@ from turbopocket.export.recipe import Recipe, make_recipe
 from turbopocket.export.staging import report_folder
 from turbopocket.runtimes.errors import ParityFailed, TurbopocketError
 
+from .stand_ins import put_artifact, put_report
+
 
 @dataclass(frozen=True)
 class Made:
@@ -27,9 +29,8 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 
     def build(recipe: Recipe, out: Path, overwrite: bool, progress: Any, workers: Any) -> Made:
         asked.append(recipe)
-        report_folder(out).mkdir(parents=True)
-        out.mkdir(parents=True)
-        (out / "manifest.json").write_text(recipe.target.name)
+        put_artifact(out, recipe.target.name)
+        put_report(report_folder(out))
         if recipe.target.name == "coreml":
             raise ParityFailed("planted")
         return Made(out, report_folder(out) / "report.html")
@@ -48,7 +49,7 @@ def test_each_target_gets_a_folder_of_its_name_and_a_recipe_of_its_own(builds: l
     assert [each.report for each in made] == [
         tmp_path / "both" / f"{name}.report" / "report.html" for name in ("onnx", "executorch")
     ]
-    assert (made[1].folder / "manifest.json").read_text() == "executorch"
+    assert (made[1].folder / "model.onnx").read_text() == "executorch"
     assert [(each.target.name, each.target.also, each.seed) for each in builds] == [
         ("onnx", (), 3),
         ("executorch", (), 3),

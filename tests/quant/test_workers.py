@@ -3,11 +3,14 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +19,7 @@ from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.sensitivity import measure
-from turbopocket.quant.workers import Spread, Workers, in_turn
+from turbopocket.quant.workers import Spread, Workers, _end_with, in_turn
 
 from .test_sequential import Chain
 
@@ -129,3 +132,63 @@ def test_ray_gives_the_same_bytes_and_the_same_errors(monkeypatch: pytest.Monkey
     assert raised.value.hint == "take another"
     for name, stored in here.items():
         assert all(torch.equal(part, there[name].parts[key]) for key, part in stored.parts.items())
+
+
+def test_an_error_does_not_wait_for_what_workers_were_doing() -> None:
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Workers(2).open() as spread:
+        assert next(spread(sleep, [0, 600, 600])) == 0
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun < 60
+
+
+def sleep(seconds: int) -> int:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_a_worker_ends_when_the_pipe_to_its_parent_does() -> None:
+    context = get_context("spawn")
+    lifeline, held = context.Pipe(duplex=False)
+    process = context.Process(target=_end_with, args=(lifeline,))
+    process.start()
+    process.join(1)
+    assert process.is_alive()
+    held.close()
+    process.join(60)
+    assert process.exitcode == 1
+
+
+PARENT = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from turbopocket.quant.workers import Workers
+from tests.quant.test_workers import slow_first, sleep
+if __name__ == "__main__":
+    with Workers(2).open() as spread:
+        print(*sorted({process for _, process in spread(slow_first, range(6))}), flush=True)
+        list(spread(sleep, [600, 600, 600]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl_c"])
+def test_workers_end_with_their_parent_and_are_silent(number: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    command = [sys.executable, str(script), str(Path(__file__).parents[2])]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stderr is not None
+        workers = [psutil.Process(int(text)) for text in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        if number == signal.SIGINT:
+            os.killpg(parent.pid, number)  # as a terminal does
+        else:
+            parent.send_signal(number)
+        psutil.wait_procs(workers, 60)
+        assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+        said = parent.stderr.read()
+    assert said.count("KeyboardInterrupt") == (1 if number == signal.SIGINT else 0)
+    assert "SpawnProcess" not in said

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that pass for what the verbs make, without their work: what counts is which files they are made of."""
+
+import json
+from pathlib import Path
+
+from turbopocket.export.owned import write_record
+
+
+def put_artifact(folder: Path, text: str = "model") -> None:
+    """An artifact of one file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.onnx").write_text(text)
+    files = [{"path": "model.onnx", "bytes": len(text), "sha256": "0" * 64}]
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+
+
+def put_report(folder: Path, text: str = "report") -> None:
+    """A report of one file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(text)
+    write_record(folder)
+
+
+def put_checkpoint(run: Path) -> Path:
+    """What a build that fits block by block goes on from."""
+    block = run / "0123456789abcdef" / "000-unet.down_blocks.0.safetensors"
+    block.parent.mkdir(parents=True, exist_ok=True)
+    block.write_text("block")
+    return block
