@@ -77,7 +77,7 @@ def load_shapes(source: str, config: str | None = None) -> LoadedModel:
 
 def _stored(checkpoint: Checkpoint, component: str, spec: ModuleSpec, module: nn.Module) -> dict[str, StoredTensor]:
     found = checkpoint.stored_tensors(component, module, spec)
-    hint = checkpoint.completion and checkpoint.completion.hint
+    hint = checkpoint.completion.hint if checkpoint.completion else None
     return checked_tensors(module, found, checkpoint.weights(component), spec, hint)
 
 
