@@ -46,6 +46,8 @@ Artifacts = Annotated[Path, typer.Argument(help="An artifact, or a folder of art
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
+LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
+Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help=LORA_HELP)]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT for layers that must keep a format.")]
 
 SIZE_HELP = "WIDTHxHEIGHT of pictures in pixels, such as 768x512"
@@ -94,7 +96,7 @@ def build(
     recipe: RecipeFile = None,
     formats: Formats = None,
     pin: Pins = None,
-    lora: Annotated[list[Path] | None, typer.Option(help="LoRA .safetensors merged before compression.")] = None,
+    lora: Loras = None,
     fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse, gptq or vqdm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     size: Sizes = None,

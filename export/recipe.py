@@ -8,10 +8,19 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..quant.errors import QuantError
 from ..quant.fit import parse_fit
@@ -20,6 +29,7 @@ from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import SamplerKind
+from .lora_file import LoraFile
 from .units import parse_bytes
 
 MAX_GUIDANCE = 50.0
@@ -36,8 +46,8 @@ class ModelSection(_Section):
     """A bundled name, a diffusers folder, a single-file checkpoint, a UNet's own folder, or a hub id."""
     config: str | None = None
     """For a single file or a UNet: the folder or hub id with configs, tokenizers and the parts that it lacks."""
-    lora: tuple[Path, ...] = ()
-    """LoRA files merged into the weights before compression."""
+    lora: tuple[Annotated[LoraFile, PlainValidator(LoraFile.parse), PlainSerializer(str)], ...] = ()
+    """LoRA files merged into the weights before compression, in order: "FILE", or "FILE:0.8" for a strength of 0.8."""
 
 
 class OnnxSection(_Section):

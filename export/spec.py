@@ -61,7 +61,8 @@ def with_sampling(recipe: Recipe, model: LoadedModel) -> tuple[Recipe, tuple[str
     model's scheduler has no sampler here.
     """
     asked = recipe.sampler
-    found = sampling_of(model, asked.steps, asked.guidance, recipe.model.lora)
+    lora = [each.file for each in recipe.model.lora if each.strength > 0]
+    found = sampling_of(model, asked.steps, asked.guidance, lora)
     sampler = asked.model_copy(update={"steps": found.steps, "guidance": found.guidance})
     return (
         recipe.model_copy(update={"sampler": sampler}),

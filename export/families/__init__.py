@@ -10,6 +10,7 @@ from torch import nn
 
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.image_size import ImageSize
+from ..lora_file import LoraFile
 from .base import LoadedModel, ModelFamily, ModuleSpec
 from .dry_run import run_on_shapes
 from .json_object import read_json_object
@@ -38,8 +39,10 @@ ALL_FOLDERS = frozenset(folder for family in FAMILIES for folder in family.folde
 SMALLEST_OLD_SAMPLE_SIZE = 64
 
 
-def load(source: str, lora: Sequence[Path] = (), steps: int | None = None, config: str | None = None) -> LoadedModel:
-    """Returns the model at `source` with its weights, LoRA files merged into them in order.
+def load(
+    source: str, lora: Sequence[LoraFile] = (), steps: int | None = None, config: str | None = None
+) -> LoadedModel:
+    """Returns the model at `source` with its weights, to which the LoRA files are added in order.
 
     `source` is a bundled name (`pocket`), a diffusers folder, a single file, a UNet's own folder, or a hub id;
     `config` completes a file or a UNet (see `source.resolve`). `steps` sets a student that was distilled for several
@@ -47,7 +50,7 @@ def load(source: str, lora: Sequence[Path] = (), steps: int | None = None, confi
     or the checkpoint is not whole, not supported, or not finite.
     """
     checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=True)
-    model, family, specs = _described(checkpoint, has_weights=True)
+    model, specs = _described(checkpoint, has_weights=True)
     stored = {  # every header before any values, so that a broken UNet is known before gigabytes are read
         component: _stored(checkpoint, component, spec, model.modules[component]) for component, spec in specs.items()
     }
@@ -55,8 +58,8 @@ def load(source: str, lora: Sequence[Path] = (), steps: int | None = None, confi
         fill_weights(model.modules[component], tensors)
     if steps is not None:
         tell_steps(model.modules["unet"], model.weights["unet"], steps)
-    for file in lora:
-        merge_lora(model, family, file)
+    for asked in lora:
+        merge_lora(model, asked)
     return model
 
 
@@ -67,7 +70,7 @@ def load_shapes(source: str, config: str | None = None) -> LoadedModel:
     weights, and about tokenizers and schedulers that are absent.
     """
     checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=False)
-    model, _, specs = _described(checkpoint, has_weights=False)
+    model, specs = _described(checkpoint, has_weights=False)
     for component in checkpoint.file.parts if checkpoint.file else ():
         _stored(checkpoint, component, specs[component], model.modules[component])
     for module in model.modules.values():
@@ -81,7 +84,7 @@ def _stored(checkpoint: Checkpoint, component: str, spec: ModuleSpec, module: nn
     return checked_tensors(module, found, checkpoint.weights(component), spec, hint)
 
 
-def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, ModelFamily, Mapping[str, ModuleSpec]]:
+def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, Mapping[str, ModuleSpec]]:
     folder = checkpoint.folder
     index = read_pipeline_index(folder)
     family = family_of(index, folder, FAMILIES, configs_only=not has_weights)
@@ -110,7 +113,7 @@ def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, 
         notes=checkpoint.notes,
     )
     run_on_shapes(model, checkpoint.config_folder)
-    return model, family, specs
+    return model, specs
 
 
 def _check_widths(configs: Mapping[str, Any], folder: Path) -> None:
