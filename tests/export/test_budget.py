@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which formats each layer may have, and what is said when none is left."""
 
+import json
 import math
 import re
 import shutil
@@ -63,7 +64,7 @@ def test_readmes_example_of_a_folder_with_nothing_but_configs(
     monkeypatch.chdir(tmp_path)
     ran = turbopocket(verb, folder, *options)
     assert ran.code == 0, ran.err
-    assert "of 1.300 GB allowed" in ran.out
+    assert "of 2.000 GB allowed" in ran.out
     assert (
         "estimated: tokenizer_2 3.28 MB (tokenizer_2 has no vocabulary here: 66.3 bytes for each of 49,408" in ran.out
     )
@@ -71,7 +72,7 @@ def test_readmes_example_of_a_folder_with_nothing_but_configs(
 
 
 @pytest.mark.parametrize(
-    ("target", "megabytes"), [("onnx", 2 * 3.28), ("coreml", 2 * 1.69 + 1.60), ("executorch", 2 * 1.69)]
+    ("target", "megabytes"), [("onnx", 2 * 3.277), ("coreml", 2 * 1.685 + 1.591), ("executorch", 2 * 1.685)]
 )
 def test_tokenizers_that_are_not_there_count_as_long_as_clips_own(
     target: str, megabytes: float, tmp_path: Path
@@ -94,7 +95,7 @@ def test_small_files_that_are_there_are_counted_to_the_byte(target: str, tiny_sd
     names = {component.name: component for component in components}
     opened.write_side_files(model, names, model.image_size, tmp_path / "out")
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
-    found = fixed_bytes(opened, model, components)
+    found = fixed_bytes(opened, model, components, model.image_size)
     weights = sum(math.prod(shape) for shape in shapes_of(layers_of(components)).values())
     tensors = 2 * (sum(parameter_count(component) for component in components) - weights)
     assert found.counted == tensors + written
@@ -104,7 +105,7 @@ def test_small_files_that_are_there_are_counted_to_the_byte(target: str, tiny_sd
 def test_a_larger_tokenizer_makes_a_larger_plan(tiny_sdxl: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "model"))
     before = plan_source(make_recipe({"model": {"source": str(folder)}}, "test"), None)["fixed_bytes"]
-    with (folder / "tokenizer/merges.txt").open("a") as merges:
-        merges.write("\n" * 100_000)
+    file = folder / "tokenizer/vocab.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, indent=100))
     after = plan_source(make_recipe({"model": {"source": str(folder)}}, "test"), None)["fixed_bytes"]
-    assert after == before + 100_000
+    assert after > before + 50_000
