@@ -59,7 +59,7 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     target = open_target(recipe.target)
     model = load_shapes(recipe.model.source, recipe.model.config)
     sizes = drawn_sizes(model, recipe.image.image_sizes)
-    components = target.components(model, sizes)
+    components = target.components(model, sizes, recipe.sampler.image_to_image)
     shapes = shapes_of(layers_of(components))
     formats = candidate_formats(target, shapes, recipe.compress.formats, recipe.compress.pin)
     choices = estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)

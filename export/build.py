@@ -163,7 +163,9 @@ def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workb
         recipe, assumed = with_sampling(recipe, load_shapes(recipe.model.source, recipe.model.config))
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
         target = open_target(recipe.target, asks_twice(model, sampler_spec(model, recipe.sampler)))
-        components = target.components(model, drawn_sizes(model, recipe.image.image_sizes))
+        components = target.components(
+            model, drawn_sizes(model, recipe.image.image_sizes), recipe.sampler.image_to_image
+        )
     for note in (*model.notes, *assumed):
         progress.remark(f"note: {note}")
     traced = _traced(target, components, progress, "trace")

@@ -254,13 +254,15 @@ def generate(
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance.")] = None,
     size: Size = None,
     negative: Annotated[str | None, typer.Option(help="What guidance is to steer away from.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin with, cut to the artifact's size.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it changes, up to 1; default 0.6.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the PNG when it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Draws a picture from the artifact alone; PyTorch is not used."""
     from .draw import draw
 
-    result = draw(artifact, prompt, out, seed, steps, guidance, negative, size, overwrite)
+    result = draw(artifact, prompt, out, seed, steps, guidance, negative, size, image, strength, overwrite)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     _emit(result, as_json, lambda console: console.print(f"{result['picture']}", soft_wrap=True))

@@ -8,26 +8,30 @@ from torch import nn
 
 from ..quant.calibrate import compressible_layers, weight_of
 from ..runtimes.image_size import ImageSize
-from .graph import Component, text_encoder_component, unet_component, vae_decoder_component
+from .graph import Component, text_encoder_component, unet_component, vae_decoder_component, vae_encoder_component
 from .sizes import latent_size
 
 if TYPE_CHECKING:  # loading a model runs its graphs, so families import this module
     from .families import LoadedModel
 
 
-def components_of(model: "LoadedModel", sizes: Sequence[ImageSize] = (), all_states: bool = True) -> list[Component]:
+def components_of(
+    model: "LoadedModel", sizes: Sequence[ImageSize] = (), all_states: bool = True, image_to_image: bool = False
+) -> list[Component]:
     """Returns the graphs in the order in which drawing runs them; they share the model's modules.
 
     `sizes` are those of pictures that the graphs must take, the model's own when there are none. Without `all_states`
-    text encoders give only the hidden states that a pipeline reads.
+    text encoders give only the hidden states that a pipeline reads. `image_to_image` adds what reads a first picture.
     """
     latents = [latent_size(model, size) for size in sizes or (model.image_size,)]
     free = len(latents) > 1
     traced = _traced_latents(model.modules["unet"], latents) if free else latents[0]
     encoders = {name: module for name, module in model.modules.items() if name.startswith("text_encoder")}
     tokens = model.text_tokens
+    picture = ImageSize(*(side * model.vae_scale_factor for side in traced))
     return [
         *(text_encoder_component(module, name, all_states, tokens) for name, module in encoders.items()),
+        *([vae_encoder_component(model.modules["vae"], picture, free)] if image_to_image else []),
         unet_component(model.modules["unet"], traced, tokens, free),
         vae_decoder_component(model.modules["vae"], traced, free),
     ]

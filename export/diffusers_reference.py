@@ -12,7 +12,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.autoencoders import vae as vae_module
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -22,33 +24,46 @@ from ..runtimes.metrics import relative_error
 from ..runtimes.runner import Arrays, Runner
 from ..runtimes.sampler import NoiseSource
 from ..runtimes.scheduler_classes import SamplerKind
-from ..runtimes.text_to_image import draw, seeded_noise
+from ..runtimes.text_to_image import VAE_ENCODER, FirstPicture, draw, seeded_noise
 from .families import FAMILIES, LoadedModel
 from .parity import Difference, Session, ToDiffusers
 from .spec import scheduler_config
 
 Picture = NDArray[np.float32]
-DRAWN_APART = ("unet", "vae_decoder")
+DRAWN_APART = (VAE_ENCODER, "unet", "vae_decoder")
 
 
 def compare_with_diffusers(model: LoadedModel, runner: Runner, session: Session) -> ToDiffusers:
     """Draws the session's first picture with diffusers' pipeline, then with our loop, and compares as they go.
 
-    `runner` runs the float modules of `model`. Compared are all inputs of each call of the UNet and of the VAE decoder,
-    what each gives on equal inputs, and the picture. Our loop goes on from the outputs that diffusers had: with some
-    samplers a difference of 1e-6 becomes another picture (33 dB between two right loops in thirty steps of DDIM with
-    clipped samples, random weights and a guidance of 7.5).
+    Where the artifact can begin with a picture, both then draw on from that one. `runner` runs the float modules of
+    `model`. Compared are all inputs of each call of the UNet and of the VAE's halves, what each gives on equal inputs,
+    and the picture. Our loop goes on from the outputs that diffusers had: with some samplers a difference of 1e-6
+    becomes another picture (33 dB between two right loops in thirty steps of DDIM with clipped samples, random weights
+    and a guidance of 7.5).
     """
+    drawn, differences = _drawn_by_both(model, runner, session, None)
+    if VAE_ENCODER in session.manifest.components:
+        strength = 0.5 if session.manifest.sampler.steps > 1 else 1.0
+        first = FirstPicture(np.round(drawn * 255).astype(np.uint8), strength)
+        differences += _drawn_by_both(model, runner, session, first)[1]
+    return ToDiffusers(tuple(differences))
+
+
+def _drawn_by_both(
+    model: LoadedModel, runner: Runner, session: Session, first: FirstPicture | None
+) -> tuple[Picture, list[Difference]]:
+    """diffusers' picture, and how ours and what led to it differ."""
     prompt, seed = session.prompts[0], session.seed
     with _recorded(model) as calls:
-        expected = diffusers_picture(model, session.manifest, prompt, seed)
-    following = _Following(runner, calls)
-    found = draw(following, session.manifest, session.tokenizers, prompt, seeded_noise(seed))
+        expected = diffusers_picture(model, session.manifest, prompt, seed, first=first)
+    following = _Following(runner, calls, "" if first is None else " from a first picture")
+    found = draw(following, session.manifest, session.tokenizers, prompt, seeded_noise(seed), first=first)
     for component in DRAWN_APART:
         made, due = following.made[component], len(calls[component])
         following.note(f"the number of calls of {component}, {made} of {due}", np.array(made), np.array(due))
     following.note("the finished picture", found, expected)
-    return ToDiffusers(tuple(following.differences))
+    return expected, following.differences
 
 
 def diffusers_picture(
@@ -59,27 +74,31 @@ def diffusers_picture(
     negative_prompt: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    first: FirstPicture | None = None,
 ) -> Picture:
     """Returns the picture [H, W, 3] in 0..1 that diffusers' pipeline of the model's family draws from our noise.
 
     The pipeline is made of the very modules of `model`, of its tokenizer folders as diffusers loads them, and of the
     scheduler class that the manifest's sampler stands for, with the config of the model's folder; there is no safety
-    checker. Sizes are the manifest's, and so are steps and guidance by default. Raises TurbopocketError when the
-    pipeline refuses, or draws random numbers that are not ours.
+    checker. With a first picture it is the family's pipeline for image to image. Sizes are the manifest's, and so are
+    steps and guidance by default. Raises TurbopocketError when the pipeline refuses, or draws random numbers that are
+    not ours.
     """
     noise, image, sampler = seeded_noise(seed), manifest.image, manifest.sampler
-    latents = noise((1, image.latent_channels, image.latent_height, image.latent_width))
-    with _pipeline(model, sampler.kind) as pipeline, _drawing_from(noise, pipeline.scheduler):
+    if first is None:
+        latents = noise((1, image.latent_channels, image.latent_height, image.latent_width))
+        begin = {"height": image.height, "width": image.width, "latents": torch.from_numpy(latents)}
+    else:
+        begin = {"image": Image.fromarray(first.pixels), "strength": first.strength}
+    with _pipeline(model, sampler.kind, first is not None) as pipeline, _drawing_from(noise, pipeline):
         try:
             pictures = pipeline(
                 prompt,
                 negative_prompt=negative_prompt,
-                height=image.height,
-                width=image.width,
                 num_inference_steps=sampler.steps if steps is None else steps,
                 guidance_scale=sampler.guidance_scale if guidance is None else guidance,
-                latents=torch.from_numpy(latents),
                 output_type="np",
+                **begin,
             ).images
         except ValueError as error:  # what its checks of the request raise
             raise TurbopocketError(f"{type(pipeline).__name__} of diffusers refuses to draw: {error}") from error
@@ -96,10 +115,13 @@ class _Call:
 
 
 class _Following:
-    """A runner whose UNet and VAE are asked and answer as diffusers' did in the same call; differences are noted."""
+    """A runner whose UNet and VAE are asked and answer as diffusers' did in the same call; differences are noted.
 
-    def __init__(self, runner: Runner, calls: Mapping[str, list[_Call]]) -> None:
-        self._runner, self._calls = runner, calls
+    `how` tells this walk from others.
+    """
+
+    def __init__(self, runner: Runner, calls: Mapping[str, list[_Call]], how: str) -> None:
+        self._runner, self._calls, self._how = runner, calls, how
         self.made = dict.fromkeys(DRAWN_APART, 0)
         self.differences: list[Difference] = []
 
@@ -124,7 +146,7 @@ class _Following:
         error = math.inf
         if found is not None and expected is not None and found.squeeze().shape == expected.squeeze().shape:
             error = relative_error(found.squeeze(), expected.squeeze())
-        self.differences.append(Difference(array, error))
+        self.differences.append(Difference(f"{array}{self._how}", error))
 
 
 def _like(theirs: NDArray[Any] | None, ours: NDArray[Any]) -> NDArray[Any]:
@@ -142,7 +164,7 @@ def _recorded(model: LoadedModel) -> Iterator[dict[str, list[_Call]]]:
     """
     calls: dict[str, list[_Call]] = {component: [] for component in DRAWN_APART}
     vae: Any = model.modules["vae"]
-    decode = vae.decode
+    decode, encode = vae.decode, vae.encode
 
     def unet_ran(_: object, arguments: tuple[Any, ...], options: dict[str, Any], outputs: tuple[Tensor]) -> None:
         named = dict(zip(("sample", "timestep"), arguments, strict=True))
@@ -158,17 +180,23 @@ def _recorded(model: LoadedModel) -> Iterator[dict[str, list[_Call]]]:
         calls["vae_decoder"].append(_Call({"latent_sample": latents.numpy()}, outputs[0].numpy()))
         return outputs
 
+    def vae_encode(sample: Tensor, *arguments: Any, **options: Any) -> Any:
+        outputs = encode(sample, *arguments, **options)
+        said = outputs.latent_dist.parameters if hasattr(outputs, "latent_dist") else outputs.latents
+        calls[VAE_ENCODER].append(_Call({"sample": sample.numpy()}, said.numpy()))
+        return outputs
+
     hook = model.modules["unet"].register_forward_hook(unet_ran, with_kwargs=True)
-    vae.decode = vae_decode
+    vae.decode, vae.encode = vae_decode, vae_encode
     try:
         yield calls
     finally:
         hook.remove()
-        del vae.decode
+        del vae.decode, vae.encode
 
 
 @contextmanager
-def _pipeline(model: LoadedModel, kind: SamplerKind) -> Iterator[Any]:
+def _pipeline(model: LoadedModel, kind: SamplerKind, image_to_image: bool) -> Iterator[Any]:
     """diffusers' pipeline around the model's modules, whose configs are afterwards as they were.
 
     StableDiffusionPipeline corrects configs that it takes for outdated, in place and with a warning.
@@ -186,7 +214,8 @@ def _pipeline(model: LoadedModel, kind: SamplerKind) -> Iterator[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipeline = getattr(diffusers, family.pipeline_class)(**parts)
+            ending = "Img2ImgPipeline" if image_to_image else "Pipeline"
+            pipeline = getattr(diffusers, family.pipeline_class.removesuffix("Pipeline") + ending)(**parts)
             pipeline.set_progress_bar_config(disable=True)
             yield pipeline
     finally:
@@ -209,27 +238,28 @@ def _tokenizer(model: LoadedModel, encoder: str) -> Any:
 
 
 @contextmanager
-def _drawing_from(noise: NoiseSource, scheduler: Any) -> Iterator[None]:
-    """Hands the scheduler our noise: its module asks `randn_tensor` for every random number.
+def _drawing_from(noise: NoiseSource, pipeline: Any) -> Iterator[None]:
+    """Hands the pipeline our noise: its module, its scheduler's and that of VAEs ask `randn_tensor` for every number.
 
     Raises TurbopocketError when PyTorch's own generator was asked as well: then the pictures can not be compared.
     """
-    module: Any = sys.modules[type(scheduler).__module__]
-    own, state = getattr(module, "randn_tensor", None), torch.get_rng_state()
+    modules: list[Any] = [sys.modules[type(part).__module__] for part in (pipeline, pipeline.scheduler)]
+    own = {module: module.randn_tensor for module in (*modules, vae_module) if hasattr(module, "randn_tensor")}
+    state = torch.get_rng_state()
 
     def ours(shape: tuple[int, ...], *_: object, **__: object) -> Tensor:
         return torch.from_numpy(noise(tuple(shape)))
 
     try:
-        if own is not None:
+        for module in own:
             module.randn_tensor = ours
         yield
         if not torch.equal(torch.get_rng_state(), state):
             raise TurbopocketError(
-                f"{type(scheduler).__name__} draws random numbers that can not be replaced by our noise, "
+                f"{type(pipeline.scheduler).__name__} draws random numbers that can not be replaced by our noise, "
                 "so its picture can not be compared"
             )
     finally:
         torch.set_rng_state(state)
-        if own is not None:
-            module.randn_tensor = own
+        for module, function in own.items():
+            module.randn_tensor = function

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtimes.conditioning import TIMESTEP_COND
+from ..runtimes.latents import LATENT_PARAMETERS, LATENT_SAMPLE
 
 EXAMPLE_BATCH = 2
 """The batch of all example inputs: 1 would let tracing take the batch for a constant."""
@@ -184,6 +185,42 @@ class _DecoderHalf(nn.Module):
 class _VaeDecoder(ComponentModule):
     def forward(self, latent_sample: Tensor) -> Tensor:
         return self.model(latent_sample)
+
+
+class _EncoderHalf(nn.Module):
+    """The half of an AutoencoderKL or AutoencoderTiny that reads pictures, with module paths as in the whole."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+        self.quant_conv = getattr(vae, "quant_conv", None)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        z: Tensor = self.encoder(sample)
+        return z if self.quant_conv is None else self.quant_conv(z)
+
+
+class _VaeEncoder(ComponentModule):
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.model(sample)
+
+
+def vae_encoder_component(vae: Any, image_size: tuple[int, int], free_size: bool = False) -> Component:
+    """`sample` [B, 3, H, W] in -1..1 to `latent_parameters` [B, 2C, h, w]: means, then logarithms of variances.
+
+    An AutoencoderTiny has no variances and gives `latent_sample` [B, C, h, w]. Both are still to be multiplied by the
+    scaling factor. With `free_size` the picture's size is an example.
+    """
+    from diffusers import AutoencoderTiny
+
+    output = LATENT_SAMPLE if isinstance(vae, AutoencoderTiny) else LATENT_PARAMETERS
+    return Component(
+        name="vae_encoder",
+        module=_VaeEncoder("vae_encoder", _EncoderHalf(vae)),
+        example_inputs={"sample": torch.zeros(EXAMPLE_BATCH, vae.config.in_channels, *image_size)},
+        output_names=(output,),
+        free={"sample": PICTURE_SIDES, output: LATENT_SIDES} if free_size else {},
+    )
 
 
 def vae_decoder_component(vae: Any, latent_size: tuple[int, int], free_size: bool = False) -> Component:

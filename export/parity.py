@@ -16,7 +16,7 @@ from ..runtimes.manifest import Manifest
 from ..runtimes.parity import Limits, ParityReport, ParityRow
 from ..runtimes.reference import PyTorchRunner, TorchComponent
 from ..runtimes.runner import LayerRunner, Runner
-from ..runtimes.text_to_image import generate
+from ..runtimes.text_to_image import exercise
 from ..runtimes.tokenizer import Tokenizer
 from .families.evidence import Evidence
 from .graph import Component
@@ -155,7 +155,7 @@ class Session:
     def draw(self, runner: Runner, index: int) -> Picture:
         """Returns picture `index`: its prompt, from the noise of seed + index, the artifact's sizes in turn."""
         manifest = self.manifest.of_picture(index)
-        return generate(runner, manifest, self.tokenizers, self.prompts[index], self.seed + index)
+        return exercise(runner, manifest, self.tokenizers, self.prompts[index], self.seed + index)
 
 
 def measure_gaps(

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from ..runtimes.compare import Call, Recorder
 from ..runtimes.conditioning import condition
+from ..runtimes.latents import encoded_mean
 from ..runtimes.runner import Arrays, Runner
+from ..runtimes.text_to_image import VAE_ENCODER
 from .parity import Session
 
 
@@ -19,19 +21,26 @@ from .parity import Session
 class Probe:
     """Inputs recorded while the float model drew the prompts of `session`, batched.
 
-    `unet_inputs` has len(prompts) x steps rows, prompt-major; `latents` [B, C, h, w] are the clean ones.
+    `unet_inputs` has len(prompts) x steps rows, prompt-major; `latents` [B, C, h, w] are the clean ones, `samples`
+    [B, 3, H, W] the pictures that the encoder read, if there is one.
     """
 
     runner: Runner
     session: Session
     unet_inputs: Arrays
     latents: NDArray[np.float32]
+    samples: NDArray[np.float32] | None
 
     def outputs_after(self, component: str) -> Callable[[], list[torch.Tensor]]:
         """Returns a function that runs whatever lies behind a layer of `component`, up to where harm is compared.
 
-        That is the denoiser's prediction for text encoders and the UNet, and the picture for the VAE decoder.
+        That is the denoiser's prediction for text encoders and the UNet, the picture for the VAE decoder, and for the
+        VAE encoder the middle of the latents, whose variance hardly matters.
         """
+        if component == VAE_ENCODER:
+            assert self.samples is not None
+            sample = {"sample": self.samples}
+            return lambda: [torch.from_numpy(encoded_mean(self.runner.run(VAE_ENCODER, sample)))]
         if component == "vae_decoder":
             return lambda: self._run("vae_decoder", {"latent_sample": self.latents})
         if component == "unet":
@@ -52,14 +61,16 @@ def make_probe(session: Session, runner: Runner, steps: int) -> Probe:
     """Draws every prompt of the session once; returns a Probe at up to `steps` timesteps of each drawing."""
     rows: list[Arrays] = []
     latents: list[NDArray[Any]] = []
+    samples: list[NDArray[Any]] = []
     for index in range(len(session.prompts)):
         recorder = Recorder(runner)
         session.draw(recorder, index)
         asked = _conditional_unet_calls(recorder.calls)
         rows += [asked[at].inputs for at in np.unique(np.linspace(0, len(asked) - 1, steps).round().astype(int))]
         latents += [call.inputs["latent_sample"] for call in recorder.calls if call.component == "vae_decoder"]
+        samples += [call.inputs["sample"] for call in recorder.calls if call.component == VAE_ENCODER]
     batched = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
-    return Probe(runner, session, batched, np.concatenate(latents))
+    return Probe(runner, session, batched, np.concatenate(latents), np.concatenate(samples) if samples else None)
 
 
 def _conditional_unet_calls(calls: Sequence[Call]) -> list[Call]:

@@ -161,6 +161,8 @@ class SamplerSection(_Section):
     kind: Literal["model", SamplerKind] = "model"
     """`model` keeps the scheduler saved with the checkpoint; another walks the checkpoint's noise schedule."""
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    image_to_image: bool = False
+    """Ship the VAE's encoder as well, so that drawing can begin with a picture."""
     guidance: float | None = Field(default=None, ge=0.0, le=MAX_GUIDANCE)
     """Classifier-free guidance; 1 or less switches it off.
 

@@ -13,7 +13,7 @@ from .sizes import latent_size
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 SWIFT_FILES = ("vocab.json", "merges.txt")
-CONFIG_OWNERS = {"vae_decoder": "vae"}
+CONFIG_OWNERS = {"vae_encoder": "vae", "vae_decoder": "vae"}
 """Components whose config belongs to a module of another name."""
 
 

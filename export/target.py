@@ -59,8 +59,13 @@ class Target(ABC):
         """What runs the artifact here; the one that draws what a phone shows first."""
 
     @abstractmethod
-    def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
-        """The model's graphs for pictures of these sizes, with the outputs that this target ships."""
+    def components(
+        self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
+    ) -> list[Component]:
+        """The model's graphs for pictures of these sizes, with the outputs that this target ships.
+
+        `image_to_image` adds the one that reads a first picture.
+        """
 
     @abstractmethod
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:

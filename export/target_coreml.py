@@ -16,9 +16,10 @@ from ..runtimes.coreml.lint import UNVERIFIED, lint
 from ..runtimes.coreml.runner import CoreMLRunner
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize
+from ..runtimes.latents import LATENT_SAMPLE
 from ..runtimes.manifest import ComponentSpec, Manifest
 from ..runtimes.parity import Limits
-from ..runtimes.runner import component_spec
+from ..runtimes.text_to_image import VAE_ENCODER
 from .components import components_of
 from .families import LoadedModel
 from .graph import Component
@@ -36,6 +37,10 @@ is more pessimistic than any device is known to be: small numbers lose their dig
 
 TOLD_GUIDANCE = f"Unet takes {TIMESTEP_COND}, which Apple's Swift package does not give: an app has to"
 
+NO_VARIANCE = (
+    "VAEEncoder gives latents without their variance, which Apple's Swift package looks for: an app has to ask it"
+)
+
 
 @dataclass(frozen=True)
 class CoreML(Target):
@@ -52,8 +57,10 @@ class CoreML(Target):
     def runtime_names(self) -> tuple[str, ...]:
         return tuple(_runs(self.max_lowering_error))
 
-    def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
-        return components_of(model, sizes, all_states=False)
+    def components(
+        self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
+    ) -> list[Component]:
+        return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
         return coreml.storable(format, kind, shape, self.options.deployment)
@@ -112,11 +119,18 @@ class CoreML(Target):
         return UNVERIFIED
 
     def notes(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
-        told = any(spec.name == TIMESTEP_COND for spec in component_spec(manifest, "unet").inputs)
-        return (TOLD_GUIDANCE,) if told else ()
+        names = {component: _tensor_names(spec) for component, spec in manifest.components.items()}
+        return (
+            *([TOLD_GUIDANCE] if TIMESTEP_COND in names["unet"] else []),
+            *([NO_VARIANCE] if LATENT_SAMPLE in names.get(VAE_ENCODER, ()) else []),
+        )
 
     def memory(self, folder: Path, component: str) -> None:
         """Only a device can tell."""
+
+
+def _tensor_names(spec: ComponentSpec) -> list[str]:
+    return [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
 
 
 def _runs(max_lowering_error: float) -> dict[str, tuple[Mode | None, float]]:

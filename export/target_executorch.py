@@ -74,8 +74,10 @@ class ExecuTorch(Target):
     runtime_names = ("executorch",)
     group_scale_digits = GROUP_SCALE_DIGITS
 
-    def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
-        return components_of(model, sizes, all_states=False)
+    def components(
+        self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
+    ) -> list[Component]:
+        return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
         return executorch.storable(format, kind, shape)

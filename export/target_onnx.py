@@ -49,8 +49,10 @@ class Onnx(Target):
     runtime_names = ("onnxruntime",)
     tokenizer_files = ("tokenizer.json", *TOKENIZER_FILES)
 
-    def components(self, model: LoadedModel, sizes: Sequence[ImageSize]) -> list[Component]:
-        return components_of(model, sizes)
+    def components(
+        self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
+    ) -> list[Component]:
+        return components_of(model, sizes, image_to_image=image_to_image)
 
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
         return onnx.storable(format, kind, shape)

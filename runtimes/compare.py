@@ -17,7 +17,7 @@ from .manifest import Manifest
 from .metrics import max_abs_error, psnr_db, relative_error, snr_db, ssim
 from .parity import Divergence, Limits, ParityReport, ParityRow, PictureRow
 from .runner import Arrays, LayerRunner, Runner, check_names
-from .text_to_image import NotFinite, generate
+from .text_to_image import NotFinite, exercise, generate
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -108,7 +108,7 @@ def record(
     recordings = []
     for index, prompt in enumerate(prompts):
         recorder = Recorder(reference)
-        picture = generate(recorder, manifest.of_picture(index), tokenizers, prompt, seed + index)
+        picture = exercise(recorder, manifest.of_picture(index), tokenizers, prompt, seed + index)
         recordings.append(Recording(prompt, seed + index, picture, recorder.calls))
     return recordings
 

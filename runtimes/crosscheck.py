@@ -21,7 +21,7 @@ from .compare import (
 )
 from .manifest import Manifest
 from .runner import LayerRunner, Runner
-from .text_to_image import NotFinite, generate
+from .text_to_image import NotFinite, exercise
 from .tokenizer import Tokenizer
 
 
@@ -31,7 +31,7 @@ def draw_recorded(
     """The candidate's picture, None where it is not finite, and every call that led to it."""
     recorder = Recorder(candidate)
     try:
-        return generate(recorder, manifest, tokenizers, prompt, seed, steps), recorder.calls
+        return exercise(recorder, manifest, tokenizers, prompt, seed, steps), recorder.calls
     except NotFinite:
         return None, recorder.calls
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...runtimes.conditioning import TIMESTEP_COND
 from ...runtimes.errors import TurbopocketError
+from ...runtimes.latents import LATENT_PARAMETERS, LATENT_SAMPLE
 from ...runtimes.manifest import TensorSpec
 from ..graph import PENULTIMATE, Component, UNetModule
 
@@ -35,11 +36,13 @@ class Wrapped:
 
 
 def wrapped(component: Component, batch: int) -> Wrapped:
-    """The component as its package has it; `batch` is the UNet's (text encoder and decoder take one item)."""
+    """The component as its package has it; `batch` is the UNet's (text encoders and the VAE's halves take one item)."""
     if component.name.startswith("text_encoder"):
         return _wrapped_text_encoder(component)
     if component.name == "unet":
         return _wrapped_unet(component, batch)
+    if component.name == "vae_encoder":
+        return _wrapped_encoder(component)
     if component.name == "vae_decoder":
         return _wrapped_decoder(component)
     raise TurbopocketError(f"Core ML packages have no component {component.name}")
@@ -96,6 +99,13 @@ def _wrapped_unet(component: Component, batch: int) -> Wrapped:
     added = [_spec(name, (batch, *shapes[name]), dtype) for name, dtype in _ADDED_INPUTS.items() if name in shapes]
     names = [spec.name for spec in added]
     return Wrapped(_UNet(component, names), (*inputs, *added), {"noise_pred": "float16"})
+
+
+def _wrapped_encoder(component: Component) -> Wrapped:
+    """`Encoder` reads one output, means and logarithms of variances, as float32; a tiny VAE has no variances for it."""
+    picture_shape = component.example_inputs["sample"].shape[1:]
+    output = "latent" if LATENT_PARAMETERS in component.output_names else LATENT_SAMPLE
+    return Wrapped(component.module, (_spec("x", (1, *picture_shape), "float32"),), {output: "float32"})
 
 
 def _wrapped_decoder(component: Component) -> Wrapped:

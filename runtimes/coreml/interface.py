@@ -2,7 +2,7 @@
 """The drawing loop's tensors as a Core ML package has them, and back: other names, fp16 halves, a fixed batch.
 
 Names and shapes of the packages are those that Apple's Swift package StableDiffusion asks for (its `TextEncoder`,
-`TextEncoderXL`, `Unet` and `Decoder`); names of the loop are those of every other target.
+`TextEncoderXL`, `Unet`, `Encoder` and `Decoder`); names of the loop are those of every other target.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TurbopocketError
+from ..latents import LATENT_PARAMETERS, LATENT_SAMPLE
 from ..manifest import ComponentSpec, TensorSpec
 from ..runner import Arrays
 
 PACKAGE_NAMES = {
     "text_encoder": "TextEncoder",
     "text_encoder_2": "TextEncoder2",
+    "vae_encoder": "VAEEncoder",
     "unet": "Unet",
     "vae_decoder": "VAEDecoder",
 }
@@ -29,14 +31,22 @@ BATCH = "batch"
 CHUNKS = 2
 """Into how many packages a UNet is cut that is too large for one: the Swift package looks for two."""
 
-INPUT_NAMES = {"latent_sample": "z"}
-OUTPUT_NAMES = {"noise_pred": "out_sample", "image": "sample"}
-POOLED_NAMES = {"text_encoder": "pooler_output", "text_encoder_2": "text_embeds"}
-"""The loop's name of the package's `pooled_outputs`."""
+INPUT_NAMES = {"vae_encoder": {"sample": "x"}, "vae_decoder": {"latent_sample": "z"}}
+"""By component, the package's names by the loop's."""
+
+OUTPUT_NAMES = {
+    "text_encoder": {"pooled_outputs": "pooler_output"},
+    "text_encoder_2": {"pooled_outputs": "text_embeds"},
+    "vae_encoder": {"latent": LATENT_PARAMETERS, "latent_sample": LATENT_SAMPLE},
+    "unet": {"noise_pred": "out_sample"},
+    "vae_decoder": {"image": "sample"},
+}
+"""By component, the loop's names by the package's."""
 
 _EXACT_INPUTS = ("input_ids", "sample", "timestep", "time_ids")
 """Inputs that stay float32: fp16 ends being exact at 2048, a UNet's sines need their argument exactly, and the less
-noise is left in latents, the more their rounding counts beside it."""
+noise is left in latents, the more their rounding counts beside it. `sample` may also be a picture, which could be
+rounded, and which Apple's own packages of SDXL take as float32."""
 
 
 def package_file(component: str, chunk: int | None = None) -> str:
@@ -61,7 +71,7 @@ def _chunk_ending(chunk: int) -> str:
 
 def loop_output(component: str, name: str) -> str:
     """The loop's name of a package's output."""
-    return POOLED_NAMES[component] if name == "pooled_outputs" else OUTPUT_NAMES.get(name, name)
+    return OUTPUT_NAMES[component].get(name, name)
 
 
 def layer_value(path: str, use: int = 1) -> str:
@@ -72,7 +82,7 @@ def layer_value(path: str, use: int = 1) -> str:
 
 def loop_spec(component: str, package: ComponentSpec) -> ComponentSpec:
     """What a manifest says of a component, from the tensors of its package: the loop's names, types and shapes."""
-    inputs = [_loop_input(spec) for spec in package.inputs]
+    inputs = [_loop_input(component, spec) for spec in package.inputs]
     outputs = [
         TensorSpec(name=loop_output(component, spec.name), dtype="float32", shape=[BATCH, *spec.shape[1:]])
         for spec in package.outputs
@@ -80,7 +90,7 @@ def loop_spec(component: str, package: ComponentSpec) -> ComponentSpec:
     return ComponentSpec(file=package.file, inputs=inputs, outputs=outputs)
 
 
-def _loop_input(spec: TensorSpec) -> TensorSpec:
+def _loop_input(component: str, spec: TensorSpec) -> TensorSpec:
     _, *rest = spec.shape
     if spec.name == "timestep":
         return TensorSpec(name="timestep", dtype="float32", shape=[])
@@ -89,7 +99,7 @@ def _loop_input(spec: TensorSpec) -> TensorSpec:
     if spec.name == "encoder_hidden_states":
         width, _, tokens = rest
         return TensorSpec(name=spec.name, dtype="float32", shape=[BATCH, tokens, width])
-    name = {package: loop for loop, package in INPUT_NAMES.items()}.get(spec.name, spec.name)
+    name = {package: loop for loop, package in _input_names(component).items()}.get(spec.name, spec.name)
     return TensorSpec(name=name, dtype="float32", shape=[BATCH, *rest])
 
 
@@ -108,8 +118,13 @@ def package_inputs(component: str, values: Mapping[str, NDArray[Any]], batch: in
         rows = np.minimum(np.arange(start, start + batch), count - 1)
         call = {name: value[rows] for name, value in items.items()}
         call |= {name: np.broadcast_to(np.ravel(value)[:1], (batch,)) for name, value in single.items()}
-        calls.append({INPUT_NAMES.get(name, name): _as_package_has_it(name, value) for name, value in call.items()})
+        names = _input_names(component)
+        calls.append({names.get(name, name): _as_package_has_it(name, value) for name, value in call.items()})
     return calls
+
+
+def _input_names(component: str) -> Mapping[str, str]:
+    return INPUT_NAMES.get(component, {})
 
 
 def loop_outputs(component: str, calls: Sequence[Mapping[str, NDArray[Any]]], count: int) -> Arrays:
