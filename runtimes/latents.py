@@ -35,7 +35,8 @@ def encoded(outputs: Mapping[str, NDArray[Any]], noise: NoiseSource) -> Array:
     if LATENT_SAMPLE in outputs:
         return encoded_mean(outputs)
     mean, log_variance = _parameters(outputs)
-    deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *map(np.float32, LOG_VARIANCE_RANGE)))
+    low, high = map(np.float32, LOG_VARIANCE_RANGE)
+    deviation = np.exp(np.float32(0.5) * np.clip(log_variance, low, high))
     return mean + deviation * noise(mean.shape)
 
 
