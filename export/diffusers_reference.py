@@ -34,7 +34,7 @@ DRAWN_APART = (VAE_ENCODER, "unet", "vae_decoder")
 
 
 def compare_with_diffusers(model: LoadedModel, runner: Runner, session: Session) -> ToDiffusers:
-    """Draws the session's first picture with diffusers' pipeline, then with our loop, and compares as they go.
+    """Draws a picture of each size with diffusers' pipeline, then with our loop, and compares as they go.
 
     Where the artifact can begin with a picture, both then draw on from that one. `runner` runs the float modules of
     `model`. Compared are all inputs of each call of the UNet and of the VAE's halves, what each gives on equal inputs,
@@ -42,27 +42,33 @@ def compare_with_diffusers(model: LoadedModel, runner: Runner, session: Session)
     becomes another picture (33 dB between two right loops in thirty steps of DDIM with clipped samples, random weights
     and a guidance of 7.5).
     """
-    drawn, differences = _drawn_by_both(model, runner, session, None)
+    sizes = range(len(session.manifest.sizes))
+    return ToDiffusers(tuple(each for index in sizes for each in _differences(model, runner, session, index)))
+
+
+def _differences(model: LoadedModel, runner: Runner, session: Session, index: int) -> list[Difference]:
+    """What was compared for the session's picture of that number, and where one can begin with it, for the next."""
+    drawn, differences = _drawn_by_both(model, runner, session, index, None)
     if VAE_ENCODER in session.manifest.components:
         strength = 0.5 if session.manifest.sampler.steps > 1 else 1.0
         first = FirstPicture(np.round(drawn * 255).astype(np.uint8), strength)
-        differences += _drawn_by_both(model, runner, session, first)[1]
-    return ToDiffusers(tuple(differences))
+        differences += _drawn_by_both(model, runner, session, index, first)[1]
+    return differences
 
 
 def _drawn_by_both(
-    model: LoadedModel, runner: Runner, session: Session, first: FirstPicture | None
+    model: LoadedModel, runner: Runner, session: Session, index: int, first: FirstPicture | None
 ) -> tuple[Picture, list[Difference]]:
     """diffusers' picture, and how ours and what led to it differ."""
-    prompt, seed = session.prompts[0], session.seed
+    manifest, prompt, seed = session.manifest.of_picture(index), session.prompts[index], session.seed + index
     with _recorded(model) as calls:
-        expected = diffusers_picture(model, session.manifest, prompt, seed, first=first)
+        expected = diffusers_picture(model, manifest, prompt, seed, first=first)
     following = _Following(runner, calls, "" if first is None else " from a first picture")
-    found = draw(following, session.manifest, session.tokenizers, prompt, seeded_noise(seed), first=first)
+    found = draw(following, manifest, session.tokenizers, prompt, seeded_noise(seed), first=first)
     for component in DRAWN_APART:
         made, due = following.made[component], len(calls[component])
         following.note(f"the number of calls of {component}, {made} of {due}", np.array(made), np.array(due))
-    following.note("the finished picture", found, expected)
+    following.note(f"the finished picture, {manifest.image.size}", found, expected)
     return expected, following.differences
 
 

@@ -62,7 +62,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class ToDiffusers:
-    """Everything that was compared while one picture was drawn, in the order in which it came to be."""
+    """Everything that was compared while pictures were drawn, in the order in which it came to be."""
 
     differences: tuple[Difference, ...]
 

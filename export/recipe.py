@@ -305,9 +305,9 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
 def _explain(error: ValidationError) -> str:
     """Returns the first complaint in the house's words: key, what was found, what is known."""
     first = error.errors()[0]
-    *path, key = (str(part) for part in first["loc"])
     if isinstance(first.get("ctx", {}).get("error"), Exception):
         return str(first["ctx"]["error"])
+    *path, key = (str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{'.'.join([*path, key])} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
     section: type[BaseModel] = Recipe

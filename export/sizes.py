@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which sizes an artifact draws: those that are asked for, as far as the model can draw them."""
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize
 
 if TYPE_CHECKING:  # loading a model runs its graphs, so families import this module
     from .families import LoadedModel
+
+PIPELINE_MULTIPLE = 8
+"""diffusers' pipelines take no other sides, and are what an artifact is compared with."""
 
 MAX_LATENT_POSITIONS = 2**15
 """Of one picture, such as 2048x1024 at 8 pixels a position. The VAE's attention compares every position with every
@@ -18,12 +22,20 @@ other: 4 GiB of fp32 scores at once, which is already more than a phone gives an
 def drawn_sizes(model: "LoadedModel", asked: Sequence[ImageSize]) -> tuple[ImageSize, ...]:
     """Returns the sizes that an artifact of the model draws, its default first: those asked for, else the model's own.
 
-    Raises TurbopocketError for a size that is not whole latent positions, or is larger than any phone could draw.
+    Raises TurbopocketError for a size that the model's pipeline does not take, or that is larger than any phone could
+    draw.
     """
     sizes = tuple(asked) or (model.image_size,)
     for size in sizes:
         _require_drawable(size, model)
     return sizes
+
+
+def require_even_levels(model: "LoadedModel", sizes: Sequence[ImageSize], what: str) -> None:
+    """Raises TurbopocketError for a size that the UNet does not halve evenly at every level, which `what` would need."""
+    unet: Any = model.modules["unet"]
+    for size in sizes:
+        _require_multiple(size, model.vae_scale_factor * 2**unet.num_upsamplers, f"{what} of {model.name}")
 
 
 def latent_size(model: "LoadedModel", size: ImageSize) -> ImageSize:
@@ -37,22 +49,25 @@ def size_notes(model: "LoadedModel", sizes: Sequence[ImageSize]) -> tuple[str, .
     if not others:
         return ()
     return (
-        f"{model.name} was trained to draw {model.image_size}: at {', '.join(others)} the files compute what PyTorch "
-        "computes, and the pictures are as good as the float model's at that size, no better",
+        f"{model.name} was trained to draw {model.image_size}: what it draws at {', '.join(others)} is what the float "
+        "model draws there, be it good or bad",
     )
 
 
 def _require_drawable(size: ImageSize, model: "LoadedModel") -> None:
-    factor = model.vae_scale_factor
-    if size.height % factor or size.width % factor:
-        near = ImageSize(*(max(1, round(side / factor)) * factor for side in size))
-        raise TurbopocketError(
-            f"size {size}: {model.name} draws widths and heights that are multiples of {factor}; {near} is near"
-        )
+    _require_multiple(size, math.lcm(PIPELINE_MULTIPLE, model.vae_scale_factor), model.name)
     height, width = latent_size(model, size)
     if height * width > MAX_LATENT_POSITIONS:
         raise TurbopocketError(
             f"size {size} has {height * width:,} latent positions, and attention over them "
             f"{4 * (height * width) ** 2 / 2**30:,.1f} GiB of scores; at most {MAX_LATENT_POSITIONS:,} are taken, "
             f"{4 * MAX_LATENT_POSITIONS**2 / 2**30:,.1f} GiB"
+        )
+
+
+def _require_multiple(size: ImageSize, step: int, who: str) -> None:
+    if size.height % step or size.width % step:
+        near = ImageSize(*(max(1, round(side / step)) * step for side in size))
+        raise TurbopocketError(
+            f"size {size}: widths and heights that {who} draws are multiples of {step}; {near} is near"
         )

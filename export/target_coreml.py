@@ -28,6 +28,7 @@ from .lower.coreml_precision import too_large
 from .lower.coreml_stores import STORES
 from .parity import Runtime
 from .side_files import SWIFT_FILES, write_swift_files
+from .sizes import require_even_levels
 from .target import Kind, Target
 
 FP16_ERROR, ACC16_ERROR = 0.1, 1.0
@@ -60,6 +61,7 @@ class CoreML(Target):
     def components(
         self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
     ) -> list[Component]:
+        require_even_levels(model, sizes, "Core ML packages")  # which enlarge by whole factors only
         return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:

@@ -170,6 +170,11 @@ class Manifest(_Record):
             )
         return self.model_copy(update={"image": self.image.at(size)})
 
+    @property
+    def largest_size(self) -> ImageSize:
+        """The size of most pixels."""
+        return max(self.sizes, key=lambda size: size.height * size.width)
+
     def of_picture(self, index: int) -> "Manifest":
         """The same at the size of picture `index` of several: all sizes in turn, the default first."""
         return self.at_size(self.sizes[index % len(self.sizes)])

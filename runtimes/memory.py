@@ -90,8 +90,7 @@ def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
 
     manifest = load_manifest(folder)
     spec = component_spec(manifest, component)
-    largest = max(manifest.sizes, key=lambda size: size.height * size.width)
-    inputs = zero_inputs(spec, manifest.image.at(largest))
+    inputs = zero_inputs(spec, manifest.image.at(manifest.largest_size))
     start = resident_bytes()
     session = open_session(str(folder / spec.file), threads)
     loaded = resident_bytes()

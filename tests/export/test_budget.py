@@ -65,9 +65,7 @@ def test_readmes_example_of_a_folder_with_nothing_but_configs(
     ran = turbopocket(verb, folder, *options)
     assert ran.code == 0, ran.err
     assert "of 2.000 GB allowed" in ran.out
-    assert (
-        "estimated: tokenizer_2 3.28 MB (no vocabulary here: 66.3 bytes for each of 49,408" in ran.out
-    )
+    assert "estimated: tokenizer_2 3.28 MB (no vocabulary here: 66.3 bytes for each of 49,408" in ran.out
     assert "estimated: scheduler 500 B (" in ran.out
 
 

@@ -77,7 +77,7 @@ def test_an_sdxl_model_comes_with_all_its_settings(tiny_sdxl: Path) -> None:
         "text_encoder_2": tiny_sdxl / "tokenizer_2",
     }
     assert model.scheduler_config["_class_name"] == "EulerDiscreteScheduler"
-    assert (model.image_size_px, model.vae_scale_factor) == (32, 2)
+    assert (model.image_size, model.vae_scale_factor) == ((32, 32), 2)
 
 
 def test_a_setting_that_the_index_leaves_out_has_the_pipelines_default(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -126,9 +126,10 @@ def test_text_encoder_of_another_width_is_refused(folder: Path) -> None:
     _refused(folder, "the UNet takes text 64 wide, text_encoder give 32")
 
 
-def test_picture_size_that_is_not_square_is_refused(folder: Path) -> None:
-    _edit_json(folder / "unet/config.json", sample_size=[16, 24])
-    _refused(folder, "sample_size is [16, 24]; one integer is needed")
+@pytest.mark.parametrize("size", [None, 0, True, 16.0, "16", [], [16], [16, 24, 1], [16, 0], [16, None]])
+def test_picture_size_that_is_none_is_refused(folder: Path, size: object) -> None:
+    _edit_json(folder / "unet/config.json", sample_size=size)
+    _refused(folder, f"sample_size is {size!r}; a positive integer, or [height, width] of them, is needed")
 
 
 def test_bad_configs_are_refused_without_weights_too(folder: Path) -> None:

@@ -96,11 +96,11 @@ def test_models_list_the_pipeline_classes_that_load() -> None:
 def test_a_bundled_model_tells_its_weight_and_picture_size(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(listings.BUNDLED, "pocket", tiny_sd)
     (row,) = [row for row in listings.model_rows()["bundled"] if row["name"] == "pocket"]
-    assert (row["name"], row["installed"], row["family"], row["image_size_px"]) == ("pocket", True, "sd", 32)
+    assert (row["name"], row["installed"], row["family"], row["image_size"]) == ("pocket", True, "sd", "32x32")
     stored = sum(path.stat().st_size for path in tiny_sd.rglob("*.safetensors"))  # fp32, with the VAE's encoder
     assert 0.3 * stored < row["fp16_bytes"] < 0.5 * stored
     text = _shown(listings.show_models, listings.model_rows())
-    assert "32 x 32 px" in text
+    assert "32x32 px" in text
 
 
 def test_a_bundled_model_without_weights_is_said_to_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from turbopocket.runtimes import memory
 from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import (
     ComponentSpec,
     ImageSpec,
@@ -95,11 +96,14 @@ def test_a_tiny_graph_takes_next_to_nothing(tmp_path: Path) -> None:
     assert figures.weight_bytes < 2000
 
 
-def test_named_dimensions_are_one_in_the_inputs(tmp_path: Path) -> None:
-    folder = _artifact(tmp_path / "tiny", 8)
-    inputs = memory.zero_inputs(load_manifest(folder).components["unet"])
+def test_inputs_are_for_one_picture_of_the_asked_size(tmp_path: Path) -> None:
+    manifest = load_manifest(_artifact(tmp_path / "tiny", 8))
+    inputs = memory.zero_inputs(manifest.components["unet"], manifest.image)
     assert inputs["sample"].shape == (1, 8)
     assert inputs["sample"].dtype == np.float32
+    free = TensorSpec(name="sample", dtype="float32", shape=["batch", 4, "latent_height", "latent_width"])
+    spec = ComponentSpec(file="unet/model.onnx", inputs=[free], outputs=[free])
+    assert memory.zero_inputs(spec, manifest.image.at(ImageSize(32, 48)))["sample"].shape == (1, 4, 16, 24)
 
 
 def test_an_unknown_component_is_refused_by_name(tmp_path: Path) -> None:
