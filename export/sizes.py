@@ -32,7 +32,7 @@ def drawn_sizes(model: "LoadedModel", asked: Sequence[ImageSize]) -> tuple[Image
 
 
 def require_even_levels(model: "LoadedModel", sizes: Sequence[ImageSize], what: str) -> None:
-    """Raises TurbopocketError for a size that the UNet does not halve evenly at every level, which `what` would need."""
+    """Raises TurbopocketError for a size that the UNet does not halve evenly at every level, as `what` need it."""
     unet: Any = model.modules["unet"]
     for size in sizes:
         _require_multiple(size, model.vae_scale_factor * 2**unet.num_upsamplers, f"{what} of {model.name}")
