@@ -4,6 +4,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from turbopocket.export.prompt_states import PromptStates
 from turbopocket.export.side_files import write_side_files
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.tokenizer import Tokenizer
+
+from .test_diffusers_reference import Drawing
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -73,6 +76,12 @@ def _open(folder: Path) -> Any:
 def test_no_length_or_a_larger_one_is_the_text_encoders_own(folder: Path, said: Any) -> None:
     assert load(str(_with_lengths(folder, said, 77))).text_tokens == 77
     assert load_shapes(str(folder)).text_tokens == 77
+
+
+def test_a_build_asks_diffusers_for_as_many_ids_as_the_graphs_read(folder: Path, tmp_path: Path) -> None:
+    """diffusers' own pipeline of such a folder ends in an OverflowError."""
+    drawing = Drawing(_with_lengths(folder, 1000000000000000019884624838656, None), tmp_path / "tokenizers")
+    assert drawing.compare().failure is None
 
 
 def test_the_first_name_of_the_length_is_understood(folder: Path) -> None:
@@ -239,6 +248,13 @@ def test_each_text_encoder_has_its_own_replacements(inverted: Path) -> None:
     model = load_shapes(str(inverted))
     assert model.prompt_replacements["text_encoder"]["<cat>"] == "<cat> <cat>_1 <cat>_2"
     assert model.prompt_replacements["text_encoder_2"] == {"<cat>": "<cat> <cat>_1", "<dog>": "<dog> <dog>_1"}
+
+
+@pytest.mark.parametrize("prompt", ["a <cat>, and <dog>", "<cat2> on a sks"])
+def test_a_prompt_with_such_tokens_draws_what_diffusers_draws(inverted: Path, tmp_path: Path, prompt: str) -> None:
+    drawing = Drawing(inverted, tmp_path / "tokenizers")
+    drawing.session = replace(drawing.session, prompts=[prompt])
+    assert drawing.compare().failure is None
 
 
 def test_names_that_overlap_in_one_prompt_are_refused(inverted: Path, tmp_path: Path) -> None:

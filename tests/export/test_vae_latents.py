@@ -11,47 +11,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from turbopocket.export.components import components_of
-from turbopocket.export.families import LoadedModel, load
 from turbopocket.export.parity import torch_runner
-from turbopocket.export.recipe import make_recipe
-from turbopocket.export.side_files import write_side_files
-from turbopocket.export.spec import pipeline_manifest
-from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec
 from turbopocket.runtimes.text_to_image import draw, seeded_noise
-from turbopocket.runtimes.tokenizer import open_tokenizers
 
-PROMPT, STEPS, SEED = "a red circle on the blue square", 2, 7
+from .test_diffusers_reference import PROMPT, Drawing
+
+STEPS, SEED = 2, 7
 PLAYGROUND = {
     "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
     "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
     "scaling_factor": 0.5,
 }
-
-
-def _manifest(model: LoadedModel) -> Manifest:
-    specs = {}
-    for each in components_of(model):
-        inputs = [
-            TensorSpec(
-                name=name,
-                dtype="int64" if example.dtype == torch.int64 else "float32",
-                shape=[1, *example.shape[1:]] if example.ndim else [],
-            )
-            for name, example in each.example_inputs.items()
-        ]
-        outputs = [TensorSpec(name=name, dtype="float32", shape=["n"]) for name in each.output_names]
-        specs[each.name] = ComponentSpec(file=f"{each.name}/model", inputs=inputs, outputs=outputs)
-    recipe = make_recipe({"sampler": {"steps": STEPS, "guidance": 1.0}}, "test")
-    return pipeline_manifest(model, recipe, specs, [])
-
-
-def _drawn_here(folder: Path, scratch: Path) -> tuple[NDArray[np.float32], Manifest]:
-    model = load(str(folder))
-    write_side_files(model, {}, model.image_size, scratch)
-    manifest = _manifest(model)
-    tokenizers = open_tokenizers(scratch, manifest)
-    return draw(torch_runner(components_of(model)), manifest, tokenizers, PROMPT, seeded_noise(SEED)), manifest
 
 
 def _drawn_by_diffusers(folder: Path) -> NDArray[np.float32]:
@@ -84,7 +54,9 @@ def test_latents_are_decoded_as_diffusers_decodes_them(
     folder = Path(shutil.copytree(request.getfixturevalue(checkpoint), tmp_path / "model"))
     config = folder / "vae/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    found, manifest = _drawn_here(folder, tmp_path / "artifact")
+    drawing = Drawing(folder, tmp_path / "artifact", steps=STEPS, guidance=1.0)
+    manifest, tokenizers = drawing.session.manifest, drawing.session.tokenizers
+    found = draw(torch_runner(drawing.components), manifest, tokenizers, PROMPT, seeded_noise(SEED))
     expected = _drawn_by_diffusers(folder)
     assert expected.std() > 0.01, "a flat picture would prove nothing"
     np.testing.assert_allclose(found, expected, atol=1e-5)

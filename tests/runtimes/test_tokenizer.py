@@ -91,3 +91,43 @@ def test_truncation_stored_in_the_file_does_not_hide_the_cut_words(tmp_path: Pat
     rules.enable_truncation(4)
     rules.save(str(path))
     assert Tokenizer(path, 4).encode("a red blue circle").cut == "blue circle"
+
+
+def _replacing(manifest: Manifest, replacements: dict[str, dict[str, str]]) -> Manifest:
+    return Manifest.model_validate(manifest.model_dump() | {"prompt_replacements": replacements})
+
+
+def test_replacements_of_the_manifest_come_before_the_tokenizer(toy_artifact: Path, toy_manifest: Manifest) -> None:
+    manifest = _replacing(toy_manifest, {"text_encoder": {"red": "red blue"}})
+    found = open_tokenizers(toy_artifact, manifest)["text_encoder"].encode("a red circle")
+    assert found.ids.tolist() == [0, 3, 4, 7, 5, 1, 15, 15]
+
+
+def test_only_a_whole_token_is_replaced(toy_artifact: Path, toy_manifest: Manifest) -> None:
+    """`reddish` has the letters of `red`, and is one unknown word."""
+    manifest = _replacing(toy_manifest, {"text_encoder": {"red": "red blue"}})
+    assert open_tokenizers(toy_artifact, manifest)["text_encoder"].encode("reddish").ids.tolist()[:3] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("first", ["a", "red"])
+def test_replacements_that_depend_on_their_order_are_refused(tmp_path: Path, first: str) -> None:
+    write_toy_tokenizer(tmp_path / "tokenizer.json")
+    replacements = dict(sorted({"a": "a red", "red": "red blue"}.items(), reverse=first == "red"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", 8, replacements)
+    assert tokenizer.encode("red").ids.tolist()[:4] == [0, 4, 7, 1]
+    with pytest.raises(TurbopocketError, match="the prompt holds 'red' and 'a', of which each stands for several"):
+        tokenizer.encode("a red circle")
+
+
+@pytest.mark.parametrize(
+    ("replacements", "said"),
+    [
+        ({"unet": {"a": "b"}}, "prompt_replacements names unet, which has no tokenizer"),
+        ({"text_encoder": {"": "b"}}, "at least 1 character"),
+    ],
+)
+def test_replacements_that_no_prompt_can_have_are_refused(
+    toy_manifest: Manifest, replacements: dict[str, dict[str, str]], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        _replacing(toy_manifest, replacements)
