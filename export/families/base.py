@@ -34,6 +34,11 @@ class ModuleSpec:
         return [self.library, self.class_name]
 
     @property
+    def titled(self) -> str:
+        """The class with its article."""
+        return f"{'an' if self.class_name.startswith('A') else 'a'} {self.class_name}"
+
+    @property
     def weights_stem(self) -> str:
         """The library's name for a weight file, without suffixes."""
         return {"diffusers": "diffusion_pytorch_model", "transformers": "model"}[self.library]

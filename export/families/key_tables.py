@@ -5,7 +5,20 @@ Values that a table allows without further words are those that the class itself
 are far above all that is published, and far below what would fill a machine's memory before anything is refused.
 """
 
-from .keys import Graph, Honoured, KeyTable, LeftOut, NoEffect, Only, flag, number, numbers, prompt_length, whole
+from .keys import (
+    Graph,
+    Honoured,
+    KeyTable,
+    LeftOut,
+    NoEffect,
+    Only,
+    flag,
+    number,
+    numbers,
+    one_whole,
+    prompt_length,
+    whole,
+)
 
 WIDTH = whole(1, 16_384, "at most 2,048")
 CHANNELS = whole(1, 256, "3 to 16")
@@ -13,6 +26,7 @@ LAYERS = whole(1, 16, "at most 4")
 DEPTH = whole(0, 32, "at most 10")
 GROUPS = whole(1, 1024, "32")
 KERNEL = whole(1, 15, "3")
+MOST_IDS = 1_000_000
 LATENT_SIDE = whole(1, 512, "32 to 128")
 EPSILON = number(0, 1)
 SCALE = number(1e-6, 1e6)
@@ -195,7 +209,7 @@ CLIP_TEXT: KeyTable = {
     "output_hidden_states": LeftOut("the graph asks for them itself"),
     "output_attentions": LeftOut("the graph does not give them"),
     "return_dict": LeftOut("the graph asks for the outputs by name"),
-    "vocab_size": Graph(whole(1, 1_000_000, "49,408")),
+    "vocab_size": Graph(whole(1, MOST_IDS, "49,408")),
     "hidden_size": Graph(WIDTH),
     "intermediate_size": Graph(whole(1, 65_536, "at most 5,120")),
     "projection_dim": Graph(WIDTH),
@@ -210,7 +224,7 @@ CLIP_TEXT: KeyTable = {
     "initializer_factor": TRAINING,
     "pad_token_id": NoEffect("the tokenizer says which id fills the end"),
     "bos_token_id": NoEffect("the tokenizer says which id comes first"),
-    "eos_token_id": Graph(),
+    "eos_token_id": Graph(one_whole(0, MOST_IDS - 1)),
 }
 
 TOKEN = Graph()

@@ -114,6 +114,16 @@ def whole(least: int, most: int, published: str) -> Check:
     return check
 
 
+def one_whole(least: int, most: int) -> Check:
+    """A check for one whole number in the range."""
+
+    def check(value: Any) -> str | None:
+        in_range = type(value) is int and least <= value <= most
+        return None if in_range else f"a whole number from {least:,} to {most:,} is needed"
+
+    return check
+
+
 def number(least: float, most: float) -> Check:
     """A check for a number in the range."""
 

@@ -26,4 +26,5 @@ def one_sentence(start: str) -> Iterator[None]:
 
 def _words(error: BaseException) -> str:
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = f"there is no {text}" if isinstance(error, KeyError) else text
     return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"

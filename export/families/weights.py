@@ -40,9 +40,9 @@ def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
     module_class: Any = getattr(importlib.import_module(spec.library), spec.class_name)
     config_class = getattr(module_class, "config_class", None)  # transformers: a typed config object
     defaults = constructor_defaults(config_class or module_class)
-    check_config(config, spec.keys, defaults, path, f"a {spec.class_name}")
+    check_config(config, spec.keys, defaults, path, spec.titled)
     given = given_to_class(config, spec.keys, defaults)
-    with one_sentence(f"{path} does not describe a {spec.class_name}"), init_empty_weights(include_buffers=False):
+    with one_sentence(f"{path} does not describe {spec.titled}"), init_empty_weights(include_buffers=False):
         if config_class is not None:
             module = module_class(config_class(**given))
         else:
