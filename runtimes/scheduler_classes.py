@@ -237,6 +237,12 @@ def _stated(config: Mapping[str, Any], key: str, default: Any) -> Any:
     return False if value is None and isinstance(default, bool) else value
 
 
+def has_no_betas(config: Mapping[str, Any]) -> bool:
+    """Whether the config is of a class, known here, whose models were trained on another kind of noise schedule."""
+    name = config.get("_class_name")
+    return isinstance(name, str) and name in _OTHER_SCHEDULES
+
+
 def _class_of(config: Mapping[str, Any]) -> str:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULER_CLASSES | _OTHER_SCHEDULES:
@@ -244,7 +250,7 @@ def _class_of(config: Mapping[str, Any]) -> str:
             f"scheduler class {name!r} is not known here, so neither is the model's noise schedule: "
             f"known are {', '.join(SCHEDULER_CLASSES)}"
         )
-    if name in _OTHER_SCHEDULES:
+    if has_no_betas(config):
         raise TurbopocketError(
             f"scheduler class {name!r}: the model was trained on {_OTHER_SCHEDULES[name]}, and samplers here need betas"
         )
@@ -253,11 +259,12 @@ def _class_of(config: Mapping[str, Any]) -> str:
 
 def _refuse_another_model(owner: str, config: Mapping[str, Any], sampler: SchedulerClass) -> None:
     """Raises TurbopocketError for what the model was trained for, where `sampler` does not follow it, and for keys of
-    no class. A key of another known class stays in the file unread, in diffusers as here.
+    no class that say something. A key of another known class stays in the file unread, in diffusers as here.
     """
     known = set(_FORMER_KEYS).union(*(each.defaults for each in SCHEDULER_CLASSES.values()))
     for key, value in config.items():
-        if key not in known and not key.startswith("_") and value is not None:
+        says_nothing = value is None or value is False or value == []
+        if key not in known and not key.startswith("_") and not says_nothing:
             raise TurbopocketError(f"{owner}: key `{key}` = {reprlib.repr(value)} is not known, nor what it changes")
     for key, rule in (KEYS | _FORMER_KEYS).items():
         if rule.of_model and rule.only and not (rule.honoured and key in sampler.defaults):

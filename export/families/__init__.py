@@ -10,6 +10,7 @@ from torch import nn
 
 from ...runtimes.errors import TurbopocketError
 from ...runtimes.image_size import ImageSize
+from ...runtimes.scheduler_classes import has_no_betas
 from ..lora_file import LoraFile
 from .base import LoadedModel, ModelFamily, ModuleSpec
 from .dry_run import run_on_shapes
@@ -149,10 +150,14 @@ def _check_widths(configs: Mapping[str, Any], folder: Path) -> None:
 
 
 def _scheduler_config(checkpoint: Checkpoint, index: dict[str, Any], required: bool) -> dict[str, Any]:
-    """The scheduler's config, of the class that the pipeline makes of it; that alone where it is absent and may be."""
+    """The scheduler's config, of the class that the pipeline makes of it; that alone where it is absent and may be.
+
+    A class of its own that has no betas stays: the pipeline's would draw from betas that nobody stated.
+    """
     if required:
         read_json_object(checkpoint.scheduler_file)
-    return checkpoint.scheduler_config | {"_class_name": scheduler_class(index, checkpoint.folder)}
+    config, drawn_by = checkpoint.scheduler_config, scheduler_class(index, checkpoint.folder)
+    return {"_class_name": drawn_by} | config if has_no_betas(config) else config | {"_class_name": drawn_by}
 
 
 def _sample_size(unet: Any, folder: Path, family: ModelFamily) -> ImageSize:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import numpy as np
@@ -23,6 +23,7 @@ from turbopocket.export.side_files import write_tokenizers
 from turbopocket.export.spec import pipeline_manifest
 from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec, load_manifest
+from turbopocket.runtimes.scheduler_classes import SamplerKind
 from turbopocket.runtimes.text_to_image import draw, seeded_noise
 from turbopocket.runtimes.tokenizer import open_tokenizers
 
@@ -96,7 +97,7 @@ def test_the_reference_is_the_picture_of_the_folders_own_pipeline(
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["model", "euler", "euler_ancestral", "ddim", "lcm"])
+@pytest.mark.parametrize("kind", ["model", *get_args(SamplerKind)])
 @pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd"])
 def test_every_sampler_is_diffusers_scheduler_of_that_name(
     family: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest

@@ -171,7 +171,7 @@ def test_the_runge_kutta_steps_that_an_unstated_default_means_are_refused() -> N
 
 
 @pytest.mark.parametrize("name", SCHEDULER_CLASSES)
-@pytest.mark.parametrize(("key", "value"), [("sigma_warp", 2.0), ("shift", 3.0), ("use_new_sigmas", False)])
+@pytest.mark.parametrize(("key", "value"), [("sigma_warp", 2.0), ("shift", 3.0), ("use_new_sigmas", True)])
 def test_a_key_that_no_class_reads_is_refused_by_name(name: str, key: str, value: Any) -> None:
     with pytest.raises(TurbopocketError, match=f"{name}: key `{key}` = {value!r} is not known, nor what it changes"):
         read({"_class_name": name, **BETAS, key: value}, "euler")
@@ -179,6 +179,7 @@ def test_a_key_that_no_class_reads_is_refused_by_name(name: str, key: str, value
 
 def test_keys_without_effect_are_left_alone() -> None:
     config = {"_class_name": "EulerAncestralDiscreteScheduler", **BETAS}
-    others = {"_diffusers_version": "0.1", "tensor_format": "pt", "sigma_warp": None, "use_karras_sigmas": True}
-    assert read(config | others | {"sample_max_value": 2.0, "predict_epsilon": True}) == read(config)
-    assert read(config | {"rescale_betas_zero_snr": None}) == read(config)
+    of_elsewhere = {"_diffusers_version": "0.1", "sample_max_value": 2.0, "use_karras_sigmas": True}
+    former = {"tensor_format": "pt", "predict_epsilon": True}
+    that_say_nothing = {"sigma_warp": None, "use_new_sigmas": False, "rescale_betas_zero_snr": None}
+    assert read(config | of_elsewhere | former | that_say_nothing) == read(config)
