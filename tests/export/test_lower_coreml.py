@@ -14,7 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from turbopocket.export.graph import Component, text_encoder_component, unet_component, vae_decoder_component
+from turbopocket.export.graph import (
+    Component,
+    text_encoder_component,
+    unet_component,
+    vae_decoder_component,
+    vae_encoder_component,
+)
 from turbopocket.export.lower import coreml as target
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
@@ -434,6 +440,29 @@ def test_a_unet_that_is_told_its_guidance_takes_it_as_one_more_input(tmp_path: P
         tmp_path / "Unet.mlpackage", "unet", inputs | {"timestep_cond": torch.zeros_like(inputs["timestep_cond"])}
     )
     assert snr_db(without["out_sample"], found["out_sample"]) < LEAST_SNR_DB
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_a_package_reads_pictures_as_apples_encoder_expects(tiny: bool, tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    levels = {"encoder_block_out_channels": (16,), "decoder_block_out_channels": (16,)}
+    small = AutoencoderTiny(**levels, num_encoder_blocks=(1,), num_decoder_blocks=(1,)) if tiny else small_vae()
+    component = vae_encoder_component(small.eval(), image_size=(6, 10))
+    graph = target.trace(component)
+    target.lower(graph, compressed(component, graph), tmp_path)
+    program = Program.open(tmp_path / "VAEEncoder.mlpackage")
+    assert tensors(program.inputs) == {"x": ("float32", (1, 3, 6, 10))}
+    expected_output = {"latent_sample": (1, 4, 6, 10)} if tiny else {"latent": (1, 8, 6, 10)}
+    assert tensors(program.outputs) == {name: ("float32", shape) for name, shape in expected_output.items()}
+    spec = loop_spec("vae_encoder", target.component_spec(graph))
+    assert tensors(spec.inputs) == {"sample": ("float32", ("batch", 3, 6, 10))}
+    inputs = example(component, 2)
+    found = package_outputs(tmp_path / "VAEEncoder.mlpackage", "vae_encoder", inputs)
+    (name,) = component.output_names
+    assert [output.name for output in spec.outputs] == list(found) == [name]
+    assert snr_db(found[name], torch_outputs(component, inputs)[name]) >= LEAST_SNR_DB
 
 
 def test_chunks_that_are_still_too_large_are_refused(traced: dict[str, Traced], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from turbopocket.export.graph import Component, ComponentModule
+from turbopocket.export.graph import Component, ComponentModule, vae_decoder_component
 from turbopocket.export.lower import executorch as target
 from turbopocket.export.lower import executorch_layers
 from turbopocket.export.lower.executorch_gate import require_constants
@@ -222,6 +222,24 @@ def test_the_file_is_no_larger_than_planned_and_hardly_smaller(lowered: Lowered)
     assert found <= planned <= found + 12_000
     layers = sum(weight.nbytes for weight in lowered.weights.values())
     assert planned <= target.fixed_bytes(lowered.traced, set(formats.values())) + layers
+
+
+def test_narrow_convolutions_between_group_norms_are_no_larger_than_planned(tmp_path: Path) -> None:
+    """A VAE decoder in fp32: each convolution is a delegate, whose graph outweighs its few weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, layers_per_block=1).eval()
+    decoder = vae_decoder_component(vae, (4, 4))
+    traced = target.trace(decoder)
+    weights = {
+        name: parse_format("fp32").compress(decoder.module.get_parameter(f"{name}.weight"), ABSMAX)
+        for name in traced.layers
+    }
+    spec = target.lower(traced, weights, tmp_path)
+    found = (tmp_path / spec.file).stat().st_size
+    planned = target.lowered_bytes(traced, {name: weight.format for name, weight in weights.items()})
+    assert found <= planned <= found + 8_000
 
 
 def test_a_layer_whose_input_is_not_rounded_is_refused_by_name(
