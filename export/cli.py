@@ -4,7 +4,6 @@
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -327,9 +326,8 @@ def main() -> None:
         _fail(str(error), error.hint, error.exit_code)
     except OSError as error:
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}", None, 1)
-    except KeyboardInterrupt as stop:
-        number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
-        _fail(f"stopped by {number.name}; nothing half-written was left behind", None, 128 + number)
+    except Stopped as stop:
+        _fail(f"{stop}; nothing half-written was left behind", None, 128 + stop.signal)
     except Exception as error:
         # Typer's own complaints (unknown option, missing argument) end with 1 here: 2 means over budget.
         if not hasattr(error, "format_message"):

@@ -181,7 +181,9 @@ def _shared(name: str, signs: Sequence[Sign]) -> float | None:
 def _named_signs(model: LoadedModel, lora: Sequence[Path]) -> Iterator[Sign]:
     """Signs in the model's names, and in those of its LoRA files, each number and kind once."""
     config: Any = model.modules["unet"].config
-    place, origin = model.weights["unet"], config.get("_name_or_path")
+    place = model.weights["unet"]
+    # A module's config is without it: it is about the file.
+    origin = read_json_object(place / "config.json").get("_name_or_path") if place.is_dir() else None
     names = {
         _own_name(str(place)) if place.is_dir() else place.stem: "its name is {}",
         model.name: "its name is {}",

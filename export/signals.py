@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command that is told to stop clears up first: signals become exceptions, as Ctrl-C always does in Python."""
+"""A command that is told to stop clears up first: signals become exceptions, as Ctrl-C does in every Python."""
 
 import signal
 import threading
@@ -13,8 +13,8 @@ CLEARING_UP_S = 5.0
 """A closing terminal sends SIGHUP twice, and people press Ctrl-C twice: what comes so soon disturbs no clearing up."""
 
 
-class Stopped(KeyboardInterrupt):
-    """The process was told to stop by `signal`; libraries let it through as they do Ctrl-C."""
+class Stopped(BaseException):
+    """The process was told to stop by `signal`. No KeyboardInterrupt: Typer ends the process on one, without a word."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"stopped by {number.name}")

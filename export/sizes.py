@@ -32,7 +32,7 @@ def drawn_sizes(model: "LoadedModel", asked: Sequence[ImageSize]) -> tuple[Image
 
 
 def require_even_levels(model: "LoadedModel", sizes: Sequence[ImageSize], what: str) -> None:
-    """Raises TurbopocketError for a size that the UNet does not halve evenly at every level, as `what` need it."""
+    """Raises TurbopocketError for a size that the UNet does not halve evenly at every level, as `what` needs it."""
     unet: Any = model.modules["unet"]
     for size in sizes:
         _require_multiple(size, model.vae_scale_factor * 2**unet.num_upsamplers, f"{what} of {model.name}")
@@ -68,6 +68,4 @@ def _require_drawable(size: ImageSize, model: "LoadedModel") -> None:
 def _require_multiple(size: ImageSize, step: int, who: str) -> None:
     if size.height % step or size.width % step:
         near = ImageSize(*(max(1, round(side / step)) * step for side in size))
-        raise TurbopocketError(
-            f"size {size}: widths and heights that {who} draws are multiples of {step}; {near} is near"
-        )
+        raise TurbopocketError(f"size {size}: width and height for {who} are multiples of {step}; {near} is near")

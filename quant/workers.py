@@ -112,6 +112,7 @@ def _process_pool(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
         try:
             yield pool_map
         except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)  # or its thread would complain of what happens now
             held.close()
             raise
 

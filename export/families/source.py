@@ -39,6 +39,7 @@ class Completion:
     assumed: bool
     own: Path
     missing: tuple[str, ...]
+    unet_only: bool
 
     @property
     def hint(self) -> str:
@@ -48,7 +49,8 @@ class Completion:
     @property
     def lacking(self) -> str:
         """One sentence on what the model's own file or folder does not hold."""
-        return _lacking(self.own, self.missing)
+        held = "holds the UNet only" if self.unet_only else "is no whole model"
+        return f"{self.own} {held}: {', '.join(self.missing)} {'is' if len(self.missing) == 1 else 'are'} missing"
 
 
 @dataclass(frozen=True)
@@ -162,15 +164,11 @@ def _family_of_unet(folder: Path) -> ModelFamily:
 
 def _completion(own: Path, family: ModelFamily, parts: tuple[str, ...], config: str, assumed: bool) -> Completion:
     missing = tuple(name for name in family.modules if name not in parts)
+    completion = Completion(config, assumed, own, missing, parts == ("unet",))
     if missing and assumed:
         around = pipeline_around(own)
-        raise TurbopocketError(_lacking(own, missing), hint=f"give the whole model: {around}" if around else COMPLETE)
-    return Completion(config, assumed, own, missing)
-
-
-def _lacking(own: Path, missing: tuple[str, ...]) -> str:
-    held = "holds the UNet only" if len(missing) > 1 and "vae" in missing else "is no whole model"
-    return f"{own} {held}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        raise TurbopocketError(completion.lacking, hint=f"give the whole model: {around}" if around else COMPLETE)
+    return completion
 
 
 def _completing_folder(

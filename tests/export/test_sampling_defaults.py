@@ -33,6 +33,10 @@ def named(tiny_sdxl: Path, tmp_path: Path) -> Named:
         for part, own in ({"scheduler": LEADING} | values).items():
             path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
             path.write_text(json.dumps(json.loads(path.read_text()) | own))
+            if "_class_name" in own:
+                index = json.loads((folder / "model_index.json").read_text())
+                index["scheduler"] = ["diffusers", own["_class_name"]]
+                (folder / "model_index.json").write_text(json.dumps(index))
         return folder
 
     return make

@@ -49,7 +49,7 @@ def test_a_size_that_the_pipeline_does_not_take_is_refused_with_one_that_it_does
     tiny_sd: Path, size: str, near: str
 ) -> None:
     model = load_shapes(str(tiny_sd))
-    message = f"size {size}: widths and heights that tiny_sd draws are multiples of 8; {near} is near"
+    message = f"size {size}: width and height for tiny_sd are multiples of 8; {near} is near"
     with pytest.raises(TurbopocketError, match=f"^{message}$"):
         drawn_sizes(model, [parse_size(size)])
     assert drawn_sizes(model, [parse_size(near)])
@@ -111,8 +111,8 @@ def test_only_onnx_takes_several_sizes_and_that_is_said_before_any_work(
     ran = turbopocket("build", tmp_path / "not-even-there", *targets, *sizes, "--out", tmp_path / "out")
     assert ran.code == 1
     assert ran.err == (
-        f"error: {target} takes one size in an artifact, 2 are asked for (768x512, 512x768): build one artifact for "
-        "each, or one for onnx, which takes several\n"
+        f"error: command line: {target} takes one size in an artifact, 2 are asked for (768x512, 512x768): build one "
+        "artifact for each, or one for onnx, which takes several\n"
     )
     assert make_recipe({"target": {"name": target}, "image": {"sizes": ["768x512"]}}, "test")
 

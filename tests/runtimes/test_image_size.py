@@ -75,7 +75,7 @@ def test_sizes_are_written_as_height_and_width(of_two_sizes: Manifest, tmp_path:
         ([[12, 12], [12, 20], [12, 20]], "sizes lists 12x12, 20x12, 20x12: one of them twice"),
         ([[12, 12], [13, 12]], "sizes lists 12x13: a latent position has 2x2 pixels"),
         ([[12, 12], [-12, 12]], "sizes lists 12x-12"),
-        ([[12, 12], [12]], r"sizes\.1\.width: Missing required argument"),
+        ([[12, 12], [12]], r"sizes\.1\.1: Field required"),
         (12, "sizes: Input should be a valid array"),
     ],
 )

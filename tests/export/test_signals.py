@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Told to stop, a command clears up, says so and ends with the code that shells expect."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from turbopocket.export.signals import Stopped, stopped_by_signals
+
+MAIN = "from turbopocket.export.cli import main; main()"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_becomes_an_exception_once_and_only_in_the_block(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as raised, stopped_by_signals():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), number)  # a terminal that closes sends it twice: clearing up goes on
+    assert raised.value.signal == number
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_is_heard_when_the_first_came_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turbopocket.export.signals.CLEARING_UP_S", 0.0)
+    heard = []
+    with stopped_by_signals():
+        for _ in range(2):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except Stopped as stop:  # as a library may swallow it
+                heard.append(stop)
+    assert len(heard) == 2
+
+
+def test_what_the_process_was_started_to_ignore_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stopped_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_runs_as_it_is() -> None:
+    done = []
+
+    def run() -> None:
+        with stopped_by_signals():
+            done.append(1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_exit_code_is_that_of_the_signal(
+    number: signal.Signals, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbopocket.export.listings.model_rows", lambda: os.kill(os.getpid(), number))
+    ran = turbopocket("models")
+    assert ran.code == 128 + number
+    assert ran.err.strip() == f"error: stopped by {number.name}; nothing half-written was left behind"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_build_that_is_told_to_stop_leaves_nothing_and_nobody(
+    number: signal.Signals, tiny_sd: Path, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "short.toml", tmp_path / "new" / "art"
+    recipe.write_text("[calibrate]\npictures = 1\n[parity]\npictures = 1\n[sampler]\nsteps = 1\n")
+    command = [sys.executable, "-c", MAIN, "build", tiny_sd, "--recipe", recipe, "--out", out, "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as build:
+        assert build.stderr is not None
+        while not build.stderr.readline().startswith("calibrate"):
+            assert build.poll() is None
+        workers: list[psutil.Process] = []
+        while len(workers) < 2:
+            workers = [one for one in psutil.Process(build.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+        assert len(list(tmp_path.rglob("art"))) == 1
+        if number == signal.SIGINT:
+            os.killpg(build.pid, number)  # as a terminal does
+        else:
+            build.send_signal(number)
+        said = build.stderr.read().strip().splitlines()
+        assert build.wait() == 128 + number
+    assert said == [f"error: stopped by {number.name}; nothing half-written was left behind"]
+    assert list(tmp_path.iterdir()) == [recipe]
+    psutil.wait_procs(workers, 30)
+    assert not [one for one in workers if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
