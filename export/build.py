@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.calibrate import LayerStats, calibrate, ranges_of
-from ..quant.compress import compress, decompressed, save_weights
+from ..quant.compress import compress, decompressed
 from ..quant.finetune import Calls, FineTuneOptions, fine_tune, stand_ins
 from ..quant.fit import Fit, measuring_fit, parse_fit
 from ..quant.formats import CompressedTensor, LayerFormat, parse_format
 from ..quant.plan import LayerChoices, Plan, plan
-from ..quant.ranges import Ranges, save_ranges
-from ..quant.sensitivity import measure, save_choices
+from ..quant.ranges import Ranges
+from ..quant.sensitivity import measure
 from ..quant.sequential import compress_in_blocks
 from ..quant.workers import IN_TURN, Spread, Workers
 from ..runtimes.compare import Recorder
@@ -35,6 +35,7 @@ from .diffusers_reference import compare_with_diffusers
 from .families import LoadedModel, load, load_shapes
 from .families.evidence import Evidence, evidence_for, read_prompts
 from .graph import Component
+from .kept import keep
 from .owned import checkpoints, refuse_build, write_record
 from .parity import Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .probe import make_probe
@@ -62,9 +63,6 @@ PROBE_STEPS = 4
 PLANNING_PASSES = 3
 RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in the unit of `ru_maxrss`."""
-CHOICES_FILE = "choices.json"
-RANGES_FILE = "ranges.json"
-WEIGHTS_FILE = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -122,13 +120,10 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
-        target_notes = bench.target.notes(artifact, manifest)
-        notes = (*manifest.notes, *target_notes, *size_notes(bench.model, manifest.sizes))
+        notes = (*manifest.notes, *bench.target.notes(artifact, manifest), *size_notes(bench.model, manifest.sizes))
         built_bytes = folder_bytes(artifact)
         require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
-        save_choices(report / CHOICES_FILE, choices)
-        save_ranges(report / RANGES_FILE, ranges_of(stats))
-        save_weights(report / WEIGHTS_FILE, stored)
+        keep(report, choices, ranges_of(stats), stored)
         data = ReportData(
             manifest=manifest,
             plan=decided,

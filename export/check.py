@@ -16,12 +16,12 @@ from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.tokenizer import open_tokenizers
-from .build import RANGES_FILE, WEIGHTS_FILE
 from .components import layers_of
 from .diffusers_reference import compare_with_diffusers
 from .emulated import Emulated, measure_emulated
 from .families import load
 from .families.evidence import evidence_for
+from .kept import RANGES_FILE, WEIGHTS_FILE
 from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
 from .progress import StageProgress
 from .recipe import parse_recipe

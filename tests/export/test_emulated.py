@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import pytest
 
-from turbopocket.export.build import WEIGHTS_FILE
 from turbopocket.export.components import components_of
 from turbopocket.export.emulated import Emulated, measure_emulated
 from turbopocket.export.families import load
 from turbopocket.export.families.evidence import evidence_for
+from turbopocket.export.kept import WEIGHTS_FILE
 from turbopocket.export.lower.onnx import OnnxOptions
 from turbopocket.export.parity import NO_LIMITS, Session
 from turbopocket.export.recipe import parse_recipe

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.build import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.components import layers_of
 from turbopocket.export.families import load
+from turbopocket.export.kept import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.lower.onnx import storable
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.spec import pipeline_manifest

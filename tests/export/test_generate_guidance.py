@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from turbopocket.export.build import WEIGHTS_FILE
 from turbopocket.export.components import components_of
 from turbopocket.export.diffusers_reference import diffusers_picture
 from turbopocket.export.families import load
+from turbopocket.export.kept import WEIGHTS_FILE
 from turbopocket.export.recipe import Recipe
 from turbopocket.export.staging import report_folder
 from turbopocket.quant.compress import decompressed, load_weights

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from torch import nn
 
-from turbopocket.export.build import RANGES_FILE, WEIGHTS_FILE, build
+from turbopocket.export.build import build
 from turbopocket.export.check import check
 from turbopocket.export.components import layers_of
 from turbopocket.export.diffusers_reference import diffusers_picture
 from turbopocket.export.families import FAMILIES, LoadedModel, load
 from turbopocket.export.graph import Component
+from turbopocket.export.kept import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import Recipe, make_recipe
 from turbopocket.export.targets import TARGETS, open_target
