@@ -109,8 +109,6 @@ def test_every_sampler_is_diffusers_scheduler_of_that_name(
     arrays = [each.array for each in found.differences]
     last = ("input sample of call 10 of unet", "the output of call 10 of unet", "the finished picture, 32x32")
     assert set(last) < set(arrays)
-        arrays
-    )
 
 
 def test_two_right_loops_agree_where_rounding_becomes_another_picture(tiny_sdxl: Path, tmp_path: Path) -> None:
