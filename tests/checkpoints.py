@@ -22,6 +22,8 @@ class Checkpoint:
 
     name: str
     family: str
+    what: str
+    scheduler: str
     make: Callable[[Path], None]
     steps: int = 2
     guidance: float = 1.0
@@ -128,7 +130,7 @@ def write_sd(folder: Path, unet: Callable[[], Any], sampler: Any, text: Any = No
         text_encoder=CLIPTextModel(text or text_config(32)),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet(),
-        vae=parts.get("vae") or vae(),
+        vae=parts.get("vae", vae)(),
         scheduler=sampler,
         safety_checker=None,
         feature_extractor=None,
@@ -152,7 +154,7 @@ def write_sdxl(folder: Path, unet: Callable[[], Any], sampler: Any, **parts: Any
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
         unet=unet(),
-        vae=parts.get("vae") or vae(0.13025),
+        vae=parts.get("vae", lambda: vae(0.13025))(),
         scheduler=sampler,
         add_watermarker=False,
     ).save_pretrained(folder)
@@ -210,15 +212,39 @@ def _lcm(folder: Path) -> None:
     write_sd(folder, lambda: sd_unet(time_cond_proj_dim=32), scheduler("LCMScheduler", clip_sample=False))
 
 
+def _tiny_vae(folder: Path) -> None:
+    """SDXL with TAESDXL, drawn by what most people draw with."""
+    from diffusers import AutoencoderTiny
+
+    channels = {"encoder_block_out_channels": (32, 32), "decoder_block_out_channels": (32, 32)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    dpm = scheduler("DPMSolverMultistepScheduler", use_karras_sigmas=True)
+    write_sdxl(folder, sdxl_unet, dpm, vae=lambda: AutoencoderTiny(**channels, **blocks))
+
+
+def _zero_snr(folder: Path) -> None:
+    """A model fine-tuned to start from pure noise (Lin et al. 2023, arXiv 2305.08891)."""
+    ddim = scheduler(
+        "DDIMScheduler",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    write_sd(folder, sd2_unet, ddim)
+
+
 CHECKPOINTS = (
-    Checkpoint("sd15", "sd", _sd15, guidance=5.0),
-    Checkpoint("sd21", "sd", _sd21, guidance=5.0),
-    Checkpoint("sd-turbo", "sd", _sd_turbo),
-    Checkpoint("sdxl", "sdxl", _sdxl_base, guidance=5.0),
-    Checkpoint("sdxl-turbo", "sdxl", _sdxl_turbo),
-    Checkpoint("ssd-1b", "sdxl", _ssd_1b, guidance=5.0),
-    Checkpoint("no-mid-block", "sd", _no_mid_block, guidance=5.0),
-    Checkpoint("lcm", "sd", _lcm, guidance=8.0),
+    Checkpoint("sd15", "sd", "Stable Diffusion 1.5", "PNDM", _sd15, guidance=5.0),
+    Checkpoint("sd21", "sd", "Stable Diffusion 2.1, which predicts v", "DDIM", _sd21, guidance=5.0),
+    Checkpoint("sd-turbo", "sd", "SD-Turbo", "Euler, trailing", _sd_turbo),
+    Checkpoint("sdxl", "sdxl", "SDXL base", "Euler, leading", _sdxl_base, guidance=5.0),
+    Checkpoint("sdxl-turbo", "sdxl", "SDXL-Turbo", "Euler ancestral, trailing", _sdxl_turbo),
+    Checkpoint("ssd-1b", "sdxl", "SSD-1B, each block with depths of its own", "Euler, leading", _ssd_1b, guidance=5.0),
+    Checkpoint("no-mid-block", "sd", "BK-SDM small and tiny, without a middle", "PNDM", _no_mid_block, guidance=5.0),
+    Checkpoint("lcm", "sd", "LCM that is told its guidance (Dreamshaper v7)", "LCM", _lcm, guidance=8.0),
+    Checkpoint("tiny-vae", "sdxl", "a tiny autoencoder (TAESDXL)", "DPM-Solver++ 2M, Karras", _tiny_vae, guidance=5.0),
+    Checkpoint("zero-snr", "sd", "zero terminal SNR, predicting v", "DDIM, trailing", _zero_snr, guidance=5.0),
 )
 
 
@@ -251,3 +277,73 @@ def _scheduled(**config: Any) -> Callable[[Path], None]:
 EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 FLOW_SIGMAS = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True} | NOISE_SCHEDULE
+
+
+REFUSED = (
+    Refused(
+        "class labels (`num_class_embeds`)",
+        "sd15",
+        _edited("unet/config.json", num_class_embeds=10),
+        "num_class_embeds is 10",
+    ),
+    Refused(
+        "gated attention (GLIGEN)",
+        "sd15",
+        _edited("unet/config.json", attention_type="gated"),
+        "gated attention takes boxes or pictures beside the prompt",
+    ),
+    Refused(
+        "image prompts (IP-Adapter, unCLIP)",
+        "sdxl",
+        _edited("unet/config.json", encoder_hid_dim_type="ip_image_proj"),
+        "other states than a text encoder's steer such a model",
+    ),
+    Refused(
+        "inpainting and editing UNets (8 or 9 channels)",
+        "sd15",
+        _edited("unet/config.json", in_channels=9),
+        "inpainting and editing models are not supported",
+    ),
+    Refused(
+        "EDM noise schedules (Playground v2.5 as published)",
+        "sdxl",
+        _scheduled(**EDM),
+        "the sigmas of EDM (Karras et al. 2022)",
+    ),
+    Refused(
+        "flow-matching schedulers",
+        "sdxl",
+        _scheduled(**FLOW),
+        "the straight lines of flow matching",
+    ),
+    Refused(
+        "`use_flow_sigmas` on another scheduler",
+        "sdxl",
+        _scheduled(**FLOW_SIGMAS),
+        "the model was trained by flow matching, and samplers here need betas",
+    ),
+    Refused(
+        "SDXL's refiner",
+        "sdxl",
+        _edited("model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"),
+        "pipeline class 'StableDiffusionXLImg2ImgPipeline' is not supported",
+    ),
+    Refused(
+        "diffusion transformers (FLUX, SD 3, PixArt)",
+        "sdxl",
+        _edited("model_index.json", _class_name="FluxPipeline"),
+        "pipeline class 'FluxPipeline' is not supported",
+    ),
+)
+"""What is not supported, with its sentence; docs/models.md shows both lists."""
+
+
+def models_page() -> str:
+    """Returns the tables of docs/models.md: every row of the matrix, and every refusal."""
+    lines = ["| kind of checkpoint | family | scheduler | onnx, coreml, executorch |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {each.what} | `{each.family}` | {each.scheduler} | built, checked and drawn |" for each in CHECKPOINTS
+    ]
+    lines += ["", "| not supported | what is said |", "| --- | --- |"]
+    lines += [f"| {each.name} | … {each.says} … |" for each in REFUSED]
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ All pairs are slow tests; a few, others with every change of the source, run in 
 
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from turbopocket.runtimes.runner import open_runner
 from turbopocket.runtimes.text_to_image import draw, seeded_noise
 from turbopocket.runtimes.tokenizer import open_tokenizers
 
-from ..checkpoints import CHECKPOINTS, Checkpoint
+from ..checkpoints import CHECKPOINTS, REFUSED, Checkpoint, Refused, models_page
 
 ROOT = Path(__file__).parents[2]
 PROMPT, SEED = "a red circle on the white square", 3
@@ -95,6 +95,38 @@ def test_from_folder_to_picture(checkpoint: Checkpoint, target: str, tmp_path: P
     weights = load_weights(built.report.parent / WEIGHTS_FILE)
     limit = AMPLIFIED * open_target(recipe.target).lowering_limit(weights)
     assert relative_error(found - expected.mean(), expected - expected.mean()) < limit
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    made = {}
+    for checkpoint in CHECKPOINTS:
+        if checkpoint.name in {each.base for each in REFUSED}:
+            made[checkpoint.name] = tmp_path_factory.mktemp("bases") / checkpoint.name
+            checkpoint.make(made[checkpoint.name])
+    return made
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
+def test_what_is_not_supported_is_refused_in_its_sentence_by_plan_and_build(
+    row: Refused, folders: Mapping[str, Path], tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders[row.base], folder)
+    asked = ("--formats", "fp16", "--recipe", tmp_path / "recipe.toml")
+    (tmp_path / "recipe.toml").write_text("[sampler]\nsteps = 2\nguidance = 1.0\n")
+    assert turbopocket("plan", folder, *asked).code == 0
+    row.change(folder)
+    planned = turbopocket("plan", folder, *asked)
+    built = turbopocket("build", folder, *asked, "--out", tmp_path / "art")
+    assert (planned.code, built.code) == (1, 1)
+    assert row.says in planned.err
+    assert planned.err.splitlines()[-1] == built.err.splitlines()[-1]
+    assert not (tmp_path / "art").exists()
+
+
+def test_the_page_on_models_shows_this_matrix() -> None:
+    assert models_page() in (ROOT / "docs" / "models.md").read_text()
 
 
 def _recipe(checkpoint: Checkpoint, target: str, folder: Path) -> Recipe:
