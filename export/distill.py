@@ -29,6 +29,7 @@ from ..runtimes.schedule import SamplerSpec, alphas_cumprod
 from ..runtimes.scheduler_classes import config_for
 from .families import LoadedModel, load
 from .families.evidence import evidence_for, read_prompts
+from .families.links import refuse_links_out
 from .families.steps import STEP_BIASES_FILE
 from .owned import refuse_folder, refuse_run, write_record
 from .progress import Advance, StageProgress
@@ -42,6 +43,8 @@ PROMPTS = 20_000
 WATCHED_PROMPTS = 4
 RUN_FILE = "run.json"
 LEAST_HORIZON = 100
+OWN = ("unet", "judge")
+"""Folders of a teacher that its student does not get."""
 BYTES_PER_TRAINED = 16  # weight, gradient, two moments; fp32
 """Of student and of fake score; the teacher and what LoRA shares hold 4."""
 
@@ -125,6 +128,8 @@ def _distilled(
     if out.exists() and out.samefile(model.folder):
         raise TurbopocketError(f"output {out} is the teacher's folder", hint="give another folder")
     _require_plain(model)
+    copied = [path for path in sorted(model.folder.rglob("*")) if path.relative_to(model.folder).parts[0] not in OWN]
+    refuse_links_out(copied, model.folder)
     sampling = sampling_of(model, request.steps, request.guidance)
     options = replace(request.options, guidance=sampling.guidance)
     diffusion = _diffusion(model, request.horizon)
@@ -352,7 +357,7 @@ def _decoded(model: LoadedModel, latents: Tensor) -> Tensor:
 def _write(folder: Path, model: LoadedModel, student: Denoiser, request: DistillRequest) -> None:
     """The teacher's folder with the student's UNet, its schedule, and the biases for fewer steps."""
     elsewhere = [name for name, place in model.weights.items() if place != model.folder / name and name != "unet"]
-    ignored = shutil.ignore_patterns("unet", "judge", *elsewhere)
+    ignored = shutil.ignore_patterns(*OWN, *elsewhere)
     shutil.copytree(model.folder, folder, dirs_exist_ok=True, ignore=ignored)
     for name in elsewhere:
         saved: Any = model.modules[name].half()

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtimes.image_size import ImageSize
 from .families import LoadedModel, tokenizer_json
+from .families.links import refuse_links_out
 from .sizes import latent_size
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -36,8 +37,12 @@ def write_side_files(model: LoadedModel, components: Mapping[str, Any], size: Im
 
 
 def write_tokenizers(model: LoadedModel, folder: Path, also: Sequence[str] = ()) -> None:
-    """Writes every tokenizer.json for our readers, and the files named in `also` where the checkpoint has them."""
+    """Writes every tokenizer.json for our readers, and the files named in `also` where the checkpoint has them.
+
+    Raises TurbopocketError for a tokenizer of which a file is a link out of the checkpoint's folder.
+    """
     for encoder, source in model.tokenizers.items():
+        refuse_links_out(sorted(source.glob("*")), source.parent)
         target = folder / encoder.replace("text_encoder", "tokenizer")
         target.mkdir(parents=True, exist_ok=True)
         (target / "tokenizer.json").write_bytes(tokenizer_json(source, model.text_tokens))

@@ -26,6 +26,9 @@ from .wheels import download_wheels
 
 READY, FETCHED = "ready.json", "fetched.json"
 """What the trees were made for, written last; every file that was fetched."""
+LOCK = ".lock"
+"""The first file in the folder, by which it is known for ours."""
+_NAMES = (LOCK, "apt", "debs", "wheels", "trees", "trees.partial", READY, FETCHED, f".{READY}", f".{FETCHED}")
 LAYOUT = 1
 """Counts up when the folder's layout changes."""
 EXECUTORCH = "1.5.1"
@@ -48,6 +51,7 @@ def prepare(cache: Path, tell: Tell) -> dict[str, Any]:
         found = f"{platform.system()} {platform.machine()}"
         raise TurbopocketError(f"the emulated ARM CPU needs x86-64 Linux, this is {found}")
     cache = cache.expanduser().absolute()
+    _refuse_foreign(cache)
     with _locked(cache):
         entries = _recorded(cache)
         fetched = [] if entries is not None and _intact(cache, entries, tell) else _fetch(cache, tell)
@@ -86,12 +90,29 @@ def _request() -> dict[str, Any]:
     return {"layout": LAYOUT, "debs": debs, "wheels": wheels, "executorch": EXECUTORCH}
 
 
+def _refuse_foreign(cache: Path) -> None:
+    """Raises TurbopocketError for a folder with something in it that `prepare` did not make: it removes whole trees."""
+    try:
+        names = sorted(path.name for path in cache.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TurbopocketError(f"cache folder {cache} can not be read: {error.strerror}") from error
+    strange = [name for name in names if name not in _NAMES] or ([] if LOCK in names else names)
+    if strange:
+        raise TurbopocketError(
+            f"cache folder {cache} holds {strange[0]}, which `arm64 setup` did not make; the emulator needs a folder "
+            "of its own",
+            hint="--cache DIR: a new or empty folder",
+        )
+
+
 @contextmanager
 def _locked(cache: Path) -> Iterator[None]:
     """One at a time: a second caller waits, and then finds everything there."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = (cache / ".lock").open("w")
+        lock = (cache / LOCK).open("w")
     except OSError as error:
         raise TurbopocketError(f"cache folder {cache} can not be written: {error.strerror}") from error
     with lock:

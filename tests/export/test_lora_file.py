@@ -66,10 +66,10 @@ def test_build_refuses_a_bad_strength_before_anything_else(turbopocket: Callable
     assert "error: LoRA 'style.safetensors:abc' asks for strength 'abc'" in ran.err
 
 
-def test_artifact_of_a_build_with_a_strength_is_checked_with_the_same(
+def test_check_merges_at_the_strength_of_the_build(
     turbopocket: Callable[..., Any], tiny_sd: Path, tmp_path: Path
 ) -> None:
-    """Its LoRA gives a bias to a layer that had none, so the model has a parameter more than its checkpoint."""
+    """Its LoRA gives a bias to a layer that had none, which `check` takes from the model that it loads again."""
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     factors = {"lora_A.weight": (4, 32), "lora_B.weight": (32, 4), "lora_B.bias": (32,)}
     tensors = {f"{layer}.{part}": torch.ones(shape) for part, shape in factors.items()}
@@ -84,6 +84,3 @@ def test_artifact_of_a_build_with_a_strength_is_checked_with_the_same(
     manifest = json.loads((tmp_path / "art" / "manifest.json").read_text())
     assert parse_recipe(manifest["recipe"], "manifest").model.lora == (LoraFile.parse(lora),)
     assert turbopocket("check", tmp_path / "art", "--json").code == 0
-    tensors = {name: 2 * values for name, values in tensors.items()}
-    save_file(tensors, tmp_path / "style:v1.safetensors")
-    assert turbopocket("check", tmp_path / "art", "--json").code == 3

@@ -2,6 +2,7 @@
 """Files that are no model, or only a part of one: one sentence each that names what it is and what is allowed."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from torch import Tensor
 from turbopocket.export.families import hub, load, load_shapes
 from turbopocket.runtimes.errors import TurbopocketError
 
-from .published_sdxl import write_configs
 from .single_files import write_single_file
 
 UNET = "model.diffusion_model."
@@ -213,9 +213,8 @@ def test_missing_parts_are_named_with_the_way_to_complete_them(sdxl_tensors: dic
 def test_missing_parts_are_named_when_the_folder_has_configs_only(
     sdxl_tensors: dict[str, Tensor], tiny_sdxl: Path, tmp_path: Path
 ) -> None:
-    configs = write_configs(tmp_path / "configs")
-    for file in tiny_sdxl.rglob("*.json"):
-        (configs / file.relative_to(tiny_sdxl)).write_bytes(file.read_bytes())
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    configs = Path(shutil.copytree(tiny_sdxl, tmp_path / "configs", ignore=without_weights))
     file = _unet_file(sdxl_tensors, tmp_path)
     assert load_shapes(str(file), config=str(configs)).family == "sdxl"
     with pytest.raises(TurbopocketError, match="holds the UNet only.*, and .*text_encoder has no weights"):

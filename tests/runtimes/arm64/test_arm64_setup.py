@@ -25,7 +25,22 @@ def cache(tmp_path: Path) -> Path:
         entries.append(FileEntry(path=name, bytes=len(name), sha256=sha256_of(path)).model_dump())
     (tmp_path / "fetched.json").write_text(json.dumps({"request": setup._request(), "files": entries}))
     (tmp_path / "ready.json").write_text(json.dumps(setup._request()))
+    (tmp_path / ".lock").write_text("")
     return tmp_path
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "trees/oak.jpg", "trees.partial/oak.jpg", ".hidden"])
+@pytest.mark.parametrize("of_ours", [False, True])
+def test_a_folder_with_files_of_the_users_is_no_cache(name: str, of_ours: bool, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    if of_ours:
+        (tmp_path / ".lock").write_text("")
+        (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(TurbopocketError, match="which `arm64 setup` did not make") as refused:
+        setup.prepare(tmp_path, print)
+    assert refused.value.hint == "--cache DIR: a new or empty folder"
+    assert (tmp_path / name).read_text() == "precious"
 
 
 def refuse(*_: Any) -> Any:
