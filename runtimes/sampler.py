@@ -6,6 +6,7 @@ predicted noise. What a multistep sampler remembers goes in and out of its step 
 diffusers scheduler of its name to 1e-5 when both are handed the same noise.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class Sampler(ABC):
             raise TurbopocketError(f"strength {strength:g} was asked: it must be above 0, and 1 at most")
         if int(self.steps * strength) < 1:
             raise TurbopocketError(
-                f"strength {strength:g} leaves none of {self.steps} steps: it must be {1 / self.steps:.3g} at least"
+                f"strength {strength:g} leaves none of {self.steps} steps: it must be "
+                f"{math.ceil(1000 / self.steps) / 1000:g} at least"
             )
         return self.steps - int(self.steps * strength)
 
