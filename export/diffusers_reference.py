@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from ..runtimes.conditioning import TIMESTEP_COND
 from ..runtimes.errors import TurbopocketError
 from ..runtimes.manifest import Manifest
 from ..runtimes.metrics import relative_error
@@ -26,10 +27,13 @@ from ..runtimes.sampler import NoiseSource
 from ..runtimes.scheduler_classes import SamplerKind
 from ..runtimes.text_to_image import VAE_ENCODER, FirstPicture, draw, seeded_noise
 from .families import FAMILIES, LoadedModel
-from .parity import Difference, Session, ToDiffusers
+from .parity import TO_DIFFUSERS_ERROR, Difference, Session, ToDiffusers
 from .spec import scheduler_config
 
 Picture = NDArray[np.float32]
+GUIDANCE_ERROR = 1e-3
+"""Of `timestep_cond`: sines of numbers in the thousands, which a frequency rounded the other way moves. PyTorch does so
+with one of 128, which makes 4e-5 at a guidance of 8.5 and 3.5e-4 at 50; a guidance that is 0.01 off makes 0.8."""
 DRAWN_APART = (VAE_ENCODER, "unet", "vae_decoder")
 
 
@@ -141,18 +145,25 @@ class _Following:
         theirs, where = self._calls[component][self.made[component] - 1], f"call {self.made[component]} of {component}"
         # What only this step decides comes first, `sample` last: it carries the faults of the steps before.
         for name in sorted(inputs.keys() | theirs.inputs.keys(), key=lambda name: (name == "sample", name)):
-            self.note(f"input {name} of {where}", inputs.get(name), theirs.inputs.get(name))
+            limit = GUIDANCE_ERROR if name == TIMESTEP_COND else TO_DIFFUSERS_ERROR
+            self.note(f"input {name} of {where}", inputs.get(name), theirs.inputs.get(name), limit)
         asked = {name: _like(theirs.inputs.get(name), value) for name, value in inputs.items()}
         ((name, output),) = self._runner.run(component, asked).items()
         self.note(f"the output of {where}", output, theirs.output)
         return {name: theirs.output}
 
-    def note(self, array: str, found: NDArray[Any] | None, expected: NDArray[Any] | None) -> None:
+    def note(
+        self,
+        array: str,
+        found: NDArray[Any] | None,
+        expected: NDArray[Any] | None,
+        limit: float = TO_DIFFUSERS_ERROR,
+    ) -> None:
         """Keeps the difference of two arrays; it is infinite when one is absent or has another shape."""
         error = math.inf
         if found is not None and expected is not None and found.squeeze().shape == expected.squeeze().shape:
             error = relative_error(found.squeeze(), expected.squeeze())
-        self.differences.append(Difference(f"{array}{self._how}", error))
+        self.differences.append(Difference(f"{array}{self._how}", error, limit))
 
 
 def _like(theirs: NDArray[Any] | None, ours: NDArray[Any]) -> NDArray[Any]:

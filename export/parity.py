@@ -58,6 +58,7 @@ class Difference:
 
     array: str
     relative_error: float
+    limit: float = TO_DIFFUSERS_ERROR
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ class ToDiffusers:
     def failure(self) -> str | None:
         """One sentence on the first array that differs, None when none does: what comes later follows from it."""
         for each in self.differences:
-            if each.relative_error > TO_DIFFUSERS_ERROR:
+            if each.relative_error > each.limit:
                 return (
                     f"diffusers' own pipeline draws another picture from the same float weights and the same noise: "
-                    f"relative error {each.relative_error:.3g} is over {TO_DIFFUSERS_ERROR:g} in {each.array}"
+                    f"relative error {each.relative_error:.3g} is over {each.limit:g} in {each.array}"
                 )
         return None
 

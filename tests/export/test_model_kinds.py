@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from turbopocket.export.diffusers_reference import compare_with_diffusers
 from turbopocket.export.families import load_shapes
+from turbopocket.export.parity import Session
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.spec import asks_twice, sampler_spec
+from turbopocket.runtimes import conditioning
+from turbopocket.runtimes.conditioning import guidance_embedding
 from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.runtimes.tokenizer import open_tokenizers
 
-from .drawer import LCM, SDXL, checkpoint, drawer, tiny_vae, unet
+from .drawer import LCM, PROMPT, SDXL, checkpoint, drawer, tiny_vae, unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
@@ -37,6 +42,21 @@ def test_another_guidance_is_another_picture_of_an_lcm_and_a_negative_prompt_is_
     assert np.abs(told.draw(guidance=2.0) - told.draw(guidance=9.0)).max() > 1e-3
     with pytest.raises(TurbopocketError, match="no effect on model: its UNet is told the guidance, and asked once"):
         told.draw(negative_prompt="green")
+
+
+@pytest.mark.parametrize(("guidance", "off", "passes"), [(8.5, 0.0, True), (50.0, 0.0, True), (8.5, 0.01, False)])
+def test_a_build_compares_what_an_lcm_is_told(
+    guidance: float, off: float, passes: bool, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sines of large numbers, which two right programs round apart: 3.5e-4 at a guidance of 50."""
+    folder = checkpoint(tiny_sd, tmp_path / "model", unet=unet(time_cond_proj_dim=256), scheduler=LCM)
+    told = drawer(folder, tmp_path / "art", guidance=guidance, steps=1)
+    monkeypatch.setattr(conditioning, "guidance_embedding", lambda scale, width: guidance_embedding(scale + off, width))
+    tokenizers = open_tokenizers(told.artifact, told.manifest)
+    found = compare_with_diffusers(told.model, told.runner, Session(told.manifest, tokenizers, [PROMPT], 7))
+    assert (found.failure is None) == passes
+    if not passes:
+        assert "input timestep_cond of call 1 of unet" in str(found.failure)
 
 
 def test_an_sdxl_lcm_that_is_told_its_guidance(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -167,5 +167,6 @@ def test_fractional_timestep_for_a_whole_number_input_is_refused(toy_manifest: M
 
 @pytest.mark.parametrize(("scale", "width"), [(8.5, 256), (1.0, 256), (0.0, 33), (12.25, 512)])
 def test_a_guidance_is_embedded_as_diffusers_embeds_it(sd: Any, scale: float, width: int) -> None:
+    """Two right roundings of a frequency are 6e-8 apart, times the 11,250 of the largest angle."""
     expected = sd.get_guidance_scale_embedding(torch.tensor([scale - 1]), embedding_dim=width)
-    np.testing.assert_allclose(guidance_embedding(scale, width), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(guidance_embedding(scale, width), expected.numpy(), atol=1e-3)
