@@ -19,7 +19,7 @@ setup: .venv/.installed
 demo: export OMP_NUM_THREADS = 1
 demo: setup
 	$(RUN) build --recipe demo --out build/demo --overwrite
-	$(RUN) generate build/demo "a large red circle left of a small blue square on a white background" --seed 7 --out build/demo.png
+	$(RUN) generate build/demo "a large red circle left of a small blue square on a white background" --seed 7 --out build/demo.png --overwrite
 	@echo "picture   build/demo.png"
 
 # Two processes of one thread each, for two cores; a file's tests stay together, with what they share.
