@@ -209,9 +209,9 @@ def test_a_loop_of_other_length_is_found(sdxl: Drawing, monkeypatch: pytest.Monk
     from turbopocket.export import diffusers_reference
 
     honest = diffusers_reference.draw
-    monkeypatch.setattr(diffusers_reference, "draw", lambda *asked: honest(*asked, steps=2))
+    monkeypatch.setattr(diffusers_reference, "draw", lambda *asked, **more: honest(*asked, steps=2, **more))
     assert "the number of calls of unet, 4 of 6" in [each.array for each in sdxl.compare().differences]
-    monkeypatch.setattr(diffusers_reference, "draw", lambda *asked: honest(*asked, steps=4))
+    monkeypatch.setattr(diffusers_reference, "draw", lambda *asked, **more: honest(*asked, steps=4, **more))
     assert "the number of calls of unet, 8 of 6" in [each.array for each in sdxl.compare().differences]
 
 

@@ -295,5 +295,6 @@ def test_no_folder_is_overwritten_unasked(tiny_sd: Path, tmp_path: Path, turbopo
     assert "--overwrite" in turbopocket("distill", tiny_sd, *SHORT, "--out", out).err
     ran = turbopocket("distill", tiny_sd, *SHORT, "--out", out, "--overwrite")
     assert ran.code == 1
-    assert "replaces model folders only" in ran.err
+    assert "replaces what is ours and nothing else" in ran.err
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     assert (out / "thesis.txt").read_text() == "years of work"
