@@ -68,6 +68,8 @@ class SamplerSpec(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_noise_schedule(self) -> "SamplerSpec":
+        if self.rescale_betas_zero_snr and self.kind == "pndm":
+            raise ValueError("pndm divides by the share of signal, which rescale_betas_zero_snr makes 0")
         alphas = alphas_cumprod(self)
         noisy = alphas[:-1] if self.rescale_betas_zero_snr else alphas
         if not (np.isfinite(alphas).all() and (noisy > 0).all() and (noisy < 1).all()):

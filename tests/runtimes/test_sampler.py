@@ -86,7 +86,10 @@ def test_noise_that_is_predicted_where_there_is_no_signal_is_refused() -> None:
     zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "_class_name": "DDIMScheduler", **BETAS}
     with pytest.raises(TurbopocketError, match="at timestep 999 there is no signal, where predicted noise tells"):
         SamplerSpec.from_scheduler_config(zero, 4, 1.0)
-    assert SamplerSpec.from_scheduler_config(zero | {"timestep_spacing": "leading"}, 4, 1.0).timesteps[0] == 750
+    leading = SamplerSpec.from_scheduler_config(zero | {"timestep_spacing": "leading"}, 4, 1.0)
+    assert leading.timesteps[0] == 750
+    with pytest.raises(ValueError, match="pndm divides by the share of signal, which rescale_betas_zero_snr makes 0"):
+        SamplerSpec.model_validate(leading.model_dump() | {"kind": "pndm", "timesteps": []})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
