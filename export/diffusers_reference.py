@@ -67,12 +67,13 @@ def _drawn_by_both(
     manifest, prompt, seed = session.manifest.of_picture(index), session.prompts[index], session.seed + index
     with _recorded(model) as calls:
         expected = diffusers_picture(model, manifest, prompt, seed, first=first)
-    following = _Following(runner, calls, "" if first is None else " from a first picture")
+    size = f" at {manifest.image.size}" if len(manifest.sizes) > 1 else ""
+    following = _Following(runner, calls, size + ("" if first is None else " from a first picture"))
     found = draw(following, manifest, session.tokenizers, prompt, seeded_noise(seed), first=first)
     for component in DRAWN_APART:
         made, due = following.made[component], len(calls[component])
         following.note(f"the number of calls of {component}, {made} of {due}", np.array(made), np.array(due))
-    following.note(f"the finished picture, {manifest.image.size}", found, expected)
+    following.note("the finished picture", found, expected)
     return expected, following.differences
 
 

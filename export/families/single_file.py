@@ -80,6 +80,8 @@ EXTRAS = re.compile(
     """,
     re.VERBOSE,
 )
+# An original UNet saved by itself has no prefix.
+UNET_ALONE = re.compile(r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\.")
 EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 # Empty tensors by which some files tell how they were trained, and the scheduler settings that they stand for.
 MARKERS: dict[str, dict[str, Any]] = {
@@ -146,16 +148,15 @@ def open_single_file(path: Path, config: str | None = None) -> SingleFile:
     """
     _refuse_other_formats(path, config)
     tensors, metadata = read_header_and_metadata(path)
-    if "input_blocks.0.0.weight" in tensors:  # a UNet saved by itself
-        tensors = {f"{UNET_PREFIX}{name}": stored for name, stored in tensors.items()}
-    is_original = f"{UNET_PREFIX}input_blocks.0.0.weight" in tensors
-    if not is_original and not (
-        "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors)
-    ):
-        raise NotACheckpoint(path, *_something_else(tensors))
     for pattern, what, hint in OTHERS:
         if any(re.search(pattern, name) for name in tensors):
             raise NotACheckpoint(path, what, hint)
+    if "input_blocks.0.0.weight" in tensors:
+        tensors = {UNET_PREFIX + name if UNET_ALONE.match(name) else name: stored for name, stored in tensors.items()}
+    is_original = f"{UNET_PREFIX}input_blocks.0.0.weight" in tensors
+    is_diffusers = "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors)
+    if not is_original and not is_diffusers:
+        raise NotACheckpoint(path, *_without_unet(tensors))
     stated_by, scheduler = _stated(path, tensors, metadata)
     kind = _kind(path, tensors)
     parts = _original_parts(path, tensors) if is_original else {"unet": tensors}
@@ -186,11 +187,8 @@ def conversion_command(pickle: Path, config: str | None) -> str:
     )
 
 
-def _something_else(tensors: Mapping[str, StoredTensor]) -> tuple[str, str | None]:
+def _without_unet(tensors: Mapping[str, StoredTensor]) -> tuple[str, str | None]:
     """What a file without a UNet is, and what to do with it."""
-    for pattern, what, hint in OTHERS:
-        if any(re.search(pattern, name) for name in tensors):
-            return what, hint
     for pattern, what in PARTS_ALONE:
         if tensors and all(re.match(pattern, name) for name in tensors):
             return what, "give the checkpoint that it belongs to"

@@ -215,6 +215,11 @@ def test_what_a_file_states_of_its_noise_comes_before_the_folders_scheduler(
     tmp_path: Path,
 ) -> None:
     tensors = sdxl_tensors | {name: torch.zeros(0) for name in markers}
+    unet = write_single_file(
+        tmp_path / "unet.safetensors", _bare(tensors) | dict.fromkeys(markers, torch.zeros(0)), metadata
+    )
+    config, notes = _scheduler(unet, tiny_sdxl)
+    assert {key: config[key] for key in stated} == stated
     config, notes = _scheduler(write_single_file(tmp_path / "noob.safetensors", tensors, metadata), tiny_sdxl)
     assert {key: config[key] for key in stated} == stated
     said = next(note for note in notes if "noob.safetensors says so" in note)
