@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from turbopocket.export import replacing
+from turbopocket.export.staging import claimed
+
 _MOVES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.move")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -70,3 +73,27 @@ def _changes_something(folder: Path, besides: Path, event: str, args: tuple[Any,
         return False
     # rmtree gives names in an open folder.
     return any(folder in path.parents or not path.is_absolute() for path in paths)
+
+
+def killed_between(finals: tuple[Path, Path]) -> None:
+    """Replaces the second of two folders by a new one with a file `new`, and leaves the first as SIGKILL does then."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _replace_second(finals)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def _replace_second(finals: tuple[Path, Path]) -> None:
+    honest = replacing._put
+
+    def put(hidden: Path, name: str) -> None:
+        honest(hidden, name)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    replacing._put = put
+    with claimed(finals[0], lambda: None) as claim, claim.staged(*finals) as folders:
+        for folder in folders:
+            (folder / "new").write_text("new")

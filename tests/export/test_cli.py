@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from .crash_states import killed_between
+
 Run = Callable[..., Any]
 
 
@@ -72,6 +74,38 @@ def test_generate_draws_the_same_picture_from_the_same_seed(turbopocket: Run, ar
     assert json.loads(ran.out)["seed"] == 7
     assert pictures[0].shape == (32, 32, 3)
     assert np.array_equal(*pictures)
+
+
+def test_a_picture_takes_the_place_of_another_with_overwrite_only(
+    turbopocket: Run, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.png"
+    out.write_text("precious")
+    with monkeypatch.context() as patch:
+        patch.setattr("turbopocket.export.draw.open_runner", lambda *_: pytest.fail("something was drawn"))
+        ran = turbopocket("generate", artifact, "a red circle", "-o", out)
+        assert f"output {out} exists" in one_error(ran, 1)
+        assert "hint: give another file, or --overwrite" in ran.err
+        ran = turbopocket("generate", artifact, "a red circle", "-o", artifact / "unet" / "model.onnx", "--overwrite")
+        assert "is in the artifact, which would not match its manifest any more" in one_error(ran, 1)
+    assert out.read_text() == "precious"
+    assert turbopocket("generate", artifact, "a red circle", "-o", out, "--overwrite").code == 0
+    assert np.asarray(Image.open(out)).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("verb", ["check", "report", "generate"])
+def test_an_artifact_whose_replacement_was_killed_halfway_is_read_as_it_was(
+    turbopocket: Run, artifact: Path, tmp_path: Path, verb: str
+) -> None:
+    report = artifact.with_name("art.report")
+    before = (report / "measurements.json").read_text()
+    killed_between((artifact, report))
+    assert not (report / "measurements.json").exists()
+    arguments = ["red circle", "-o", tmp_path / "a.png"] if verb == "generate" else []
+    ran = turbopocket(verb, artifact, *arguments)
+    assert ran.code == 0, ran.err
+    assert (report / "measurements.json").read_text() == before
+    assert not artifact.with_name(".art.turbopocket").exists()
 
 
 def test_too_long_prompt_is_drawn_with_a_warning_that_quotes_what_was_cut(

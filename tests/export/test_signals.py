@@ -82,19 +82,23 @@ def test_a_build_that_is_told_to_stop_leaves_nothing_and_nobody(
     recipe.write_text("[calibrate]\npictures = 1\n[parity]\npictures = 1\n[sampler]\nsteps = 1\n")
     command = [sys.executable, "-c", MAIN, "build", tiny_sd, "--recipe", recipe, "--out", out, "--workers", "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as build:
-        assert build.stderr is not None
-        while not build.stderr.readline().startswith("calibrate"):
-            assert build.poll() is None
-        workers: list[psutil.Process] = []
-        while len(workers) < 2:
-            workers = [one for one in psutil.Process(build.pid).children() if "spawn_main" in " ".join(one.cmdline())]
-        assert len(list(tmp_path.rglob("art"))) == 1
-        if number == signal.SIGINT:
-            os.killpg(build.pid, number)  # as a terminal does
-        else:
-            build.send_signal(number)
-        said = build.stderr.read().strip().splitlines()
-        assert build.wait() == 128 + number
+        try:
+            assert build.stderr is not None
+            while not build.stderr.readline().startswith("calibrate"):
+                assert build.poll() is None
+            workers: list[psutil.Process] = []
+            while len(workers) < 2:
+                children = psutil.Process(build.pid).children()
+                workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+            assert len(list(tmp_path.rglob("art"))) == 1
+            if number == signal.SIGINT:
+                os.killpg(build.pid, number)  # as a terminal does
+            else:
+                build.send_signal(number)
+            said = build.stderr.read().strip().splitlines()
+            assert build.wait() == 128 + number
+        finally:
+            build.kill()
     assert said == [f"error: stopped by {number.name}; nothing half-written was left behind"]
     assert list(tmp_path.iterdir()) == [recipe]
     psutil.wait_procs(workers, 30)

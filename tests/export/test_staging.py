@@ -26,6 +26,8 @@ from turbopocket.export.staging import (
 )
 from turbopocket.runtimes.errors import TurbopocketError
 
+from .crash_states import killed_between
+
 
 def anything() -> None:
     """Nothing is in the way."""
@@ -153,7 +155,7 @@ def test_a_folder_that_can_not_go_back_is_kept_and_said_where(
     make(*finals, text="old")
     if not swapping:
         monkeypatch.setattr(replacing, "exchange", lambda one, other: False)
-    killed_between(finals, monkeypatch)
+    killed_between(finals)
     finals[1].rename(tmp_path / "elsewhere")
     finals[1].mkdir()
     (finals[1] / "thesis").write_text("precious")
@@ -170,26 +172,11 @@ def test_folders_that_a_copy_gave_other_inodes_are_not_guessed_at(
 ) -> None:
     finals = tmp_path / "a", tmp_path / "a.report"
     make(*finals, text="old")
-    killed_between(finals, monkeypatch)
+    killed_between(finals)
     copy = Path(shutil.copytree(tmp_path, tmp_path_factory.mktemp("other") / "copy"))
     with pytest.raises(TurbopocketError, match="can not be told any more; what it replaced lies in"):
         settle_output(copy / "a")
     assert names(copy / "a") == ["old"]
-
-
-def killed_between(finals: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the second folder, and leaves everything as SIGKILL does then."""
-    child = os.fork()
-    if child == 0:
-        honest = replacing._put
-
-        def put(hidden: Path, name: str) -> None:
-            honest(hidden, name)
-            os._exit(9)
-
-        replacing._put = put
-        make(*finals)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 def test_every_new_file_is_on_disk_before_an_old_one_is_replaced(
