@@ -2,7 +2,8 @@
 """One small artifact for all tests that only read one, and the command as a user runs it."""
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ class Ran:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def forgotten_precision() -> Iterator[None]:
+    """Accelerate keeps the first precision of a process; a command has a process of its own, and tests share one."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_a_model_whose_own_size_is_absurd_is_refused_when_it_is_planned(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": size}))
     ran = turbopocket("plan", wide)
     assert (ran.code, ran.out) == (1, "")
-    assert "latent positions, and attention over them" in ran.err
+    assert "whole numbers from 1 to 512 are allowed" in ran.err
 
 
 @pytest.mark.parametrize(
