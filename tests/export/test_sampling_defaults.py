@@ -115,7 +115,7 @@ def test_where_the_unet_came_from_tells_it_too(named: Named) -> None:
     found = sampling(named("my-model", unet={"_name_or_path": "stabilityai/sdxl-turbo"}))
     assert (found.steps, found.guidance) == (1, 0.0)
     assert found.notes[0] == "steps 1 and guidance 0 assumed: its UNet came from sdxl-turbo (Turbo)"
-    ordinary = sampling(named("another", unet={"_name_or_path": "/work/pytorch-lightning/run/unet"}))
+    ordinary = sampling(named("another", unet={"_name_or_path": "/data/pytorch-lightning/run/unet"}))
     assert ordinary.steps == 30
 
 
