@@ -52,7 +52,8 @@ def build_all(folder: Path, model: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (section, text, otherwise) in BUILDS.items():
         target = open_target(section)
-        shapes = shapes_of(layers_of(target.components(load_shapes(model))))
+        loaded = load_shapes(model)
+        shapes = shapes_of(layers_of(target.components(loaded, [loaded.image_size])))
         kinds = {layer: "conv2d" if len(shape) == 4 else "linear" for layer, shape in shapes.items()}
         wanted = parse_format(text)
         unfit = [layer for layer, shape in shapes.items() if target.storable(wanted, kinds[layer], shape) is not None]

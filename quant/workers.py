@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -102,12 +103,17 @@ def _process_pool(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
     with lifeline, held, ProcessPoolExecutor(count, context, _begin_worker, asked) as executor:
 
         def pool_map(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-            # What starts here, and is not yet at `_begin_worker`, has the signals blocked as well.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+            # What starts here, and is not yet at `_begin_worker`, has the signals blocked as well; and none comes
+            # between a worker's start and what it is told then, without which it ends in a traceback.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PARENTS_SIGNALS, signal.SIGTERM))
             try:
-                return executor.map(work, jobs)
+                waiting = deque(executor.submit(work, job) for job in jobs)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            # Not `executor.map`: it cancels what waits when its reader stops, and a pool that then loses its workers
+            # has its thread fail on what is cancelled, with a traceback (Python 3.11.7, 3.12.1).
+            while waiting:
+                yield waiting.popleft().result()
 
         try:
             yield pool_map
@@ -126,6 +132,7 @@ def _begin_worker(threads: int, lifeline: Connection, parent: int) -> None:
     torch.set_num_threads(threads)
     for number in _PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
     if sys.platform == "linux":  # also in the middle of native code, in which the thread below has no turn
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

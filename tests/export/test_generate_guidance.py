@@ -51,8 +51,10 @@ def test_a_picture_away_from_a_negative_prompt_is_that_of_diffusers_with_the_sto
 def test_the_negative_prompt_changes_the_picture(artifact: Path, tmp_path: Path, turbopocket: Run) -> None:
     pictures = []
     for asked in ([], ["--negative", NEGATIVE], ["--negative", "red"]):
-        turbopocket("generate", artifact, PROMPT, *asked, "-o", tmp_path / "out.png")
-        pictures.append((tmp_path / "out.png").read_bytes())
+        out = tmp_path / f"{len(pictures)}.png"
+        ran = turbopocket("generate", artifact, PROMPT, *asked, "-o", out)
+        assert ran.code == 0, ran.err
+        pictures.append(out.read_bytes())
     assert len(set(pictures)) == 3
 
 
@@ -71,7 +73,7 @@ def test_guidance_of_an_artifact_that_was_built_without_is_warned_of(
     artifact: Path, tmp_path: Path, turbopocket: Run
 ) -> None:
     told = "warning: tiny_sdxl was built for guidance 0, which is none; 5 was never checked with it\n"
-    ask = "generate", without_guidance(artifact), PROMPT, "-o", tmp_path / "out.png"
+    ask = "generate", without_guidance(artifact), PROMPT, "-o", tmp_path / "out.png", "--overwrite"
     assert turbopocket(*ask, "--guidance", 5).err == told
     assert turbopocket(*ask, "--guidance", 1).err == ""
     assert turbopocket(*ask).err == ""

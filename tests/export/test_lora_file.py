@@ -84,3 +84,6 @@ def test_check_merges_at_the_strength_of_the_build(
     manifest = json.loads((tmp_path / "art" / "manifest.json").read_text())
     assert parse_recipe(manifest["recipe"], "manifest").model.lora == (LoraFile.parse(lora),)
     assert turbopocket("check", tmp_path / "art", "--json").code == 0
+    save_file({**tensors, f"{layer}.lora_B.bias": torch.full((32,), 9.0)}, tmp_path / "style:v1.safetensors")
+    other = turbopocket("check", tmp_path / "art", "--json")
+    assert other.code == 3, other.err + other.out

@@ -103,3 +103,32 @@ def test_a_build_that_is_told_to_stop_leaves_nothing_and_nobody(
     assert list(tmp_path.iterdir()) == [recipe]
     psutil.wait_procs(workers, 30)
     assert not [one for one in workers if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+STOPPED_WHILE_WORKERS_START = """
+import math, multiprocessing.util, os, signal
+from turbopocket.export.signals import Stopped, stopped_by_signals
+from turbopocket.quant.workers import Workers
+
+start = multiprocessing.util.spawnv_passfds
+
+def start_and_stop(*asked):
+    child = start(*asked)
+    if "resource_tracker" not in " ".join(map(str, asked[1])):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return child
+
+if __name__ == "__main__":
+    multiprocessing.util.spawnv_passfds = start_and_stop
+    try:
+        with stopped_by_signals(), Workers(2).open() as spread:
+            list(spread(math.sqrt, range(100)))
+    except Stopped:
+        print("stopped")
+"""
+
+
+def test_workers_that_are_just_starting_end_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(STOPPED_WHILE_WORKERS_START)
+    ran = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("stopped\n", "")
