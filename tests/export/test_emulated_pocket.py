@@ -36,7 +36,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layers, traced = layers_of(components), {each.name: target.trace(each) for each in components}
     folder = tmp_path_factory.mktemp("arm64") / "pocket"
     folder.mkdir()
-    target.write_side_files(model, traced, folder)
+    target.write_side_files(model, traced, model.image_size, folder)
     weights = {}
     for index, name in enumerate(name for graph in traced.values() for name in graph.layers):
         weight: Any = layers[name].weight.detach()
