@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbopocket.export.components import components_of, parameter_count
-from turbopocket.export.families import load
-from turbopocket.export.parity import torch_runner
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.families.components import components_of, parameter_count
 from turbopocket.export.recipe import parse_recipe
-from turbopocket.export.targets import open_target
+from turbopocket.export.targets.registry import open_target
+from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.scenes import sample_scenes
-from turbopocket.runtimes.conditioning import condition, unconditional
-from turbopocket.runtimes.executorch import ExecuTorchRunner
-from turbopocket.runtimes.latents import to_vae
+from turbopocket.runtimes.compare.metrics import psnr_db
+from turbopocket.runtimes.drawing.conditioning import condition, unconditional
+from turbopocket.runtimes.drawing.latents import to_vae
+from turbopocket.runtimes.drawing.sampler import Memory, make_sampler
+from turbopocket.runtimes.drawing.text_to_image import seeded_noise
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
+from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 from turbopocket.runtimes.manifest import Manifest, load_manifest
-from turbopocket.runtimes.metrics import psnr_db
 from turbopocket.runtimes.runner import Runner, open_runner
-from turbopocket.runtimes.sampler import Memory, make_sampler
-from turbopocket.runtimes.text_to_image import seeded_noise
-from turbopocket.runtimes.tokenizer import open_tokenizers
 
 BATCH = 50
 Pictures = NDArray[np.uint8]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from turbopocket.export.check import check
-from turbopocket.export.emulated import Emulated
 from turbopocket.export.progress import StageProgress
+from turbopocket.export.verify.emulated import Emulated
 from turbopocket.runtimes.arm64.cpus import CPUS, PREFIX
 from turbopocket.runtimes.arm64.setup import default_cache, prepare
 

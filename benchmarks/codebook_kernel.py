@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.numpy_helper import from_array
 
-from turbopocket.export.lower.onnx_trace import DOMAIN
+from turbopocket.export.targets.onnx.trace import DOMAIN
 from turbopocket.runtimes.kernels.core_library import CodebookWeights, Conv2dLayer, CoreLibrary
 from turbopocket.runtimes.kernels.library import onnx_operators
 from turbopocket.runtimes.memory import resident_bytes
-from turbopocket.runtimes.onnx_session import open_session
+from turbopocket.runtimes.onnx.session import open_session
 
 Array = NDArray[Any]
 BUILD = Path(__file__).parents[1] / "build" / "kernels" / "release"

@@ -27,7 +27,7 @@ import torch
 from distillation import Painter
 from torch import Tensor
 
-from turbopocket.export.components import components_of, group_name
+from turbopocket.export.families.components import components_of, group_name
 from turbopocket.pocket.evaluate import frechet_distance, write_json
 from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.render import render
@@ -39,7 +39,7 @@ from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.plan import Choice, Plan
 from turbopocket.quant.sequential import compress_in_blocks
-from turbopocket.runtimes.metrics import psnr_db
+from turbopocket.runtimes.compare.metrics import psnr_db
 
 CODEBOOKS = (
     *("avq2x8-d8", "avq3x8-d8", "avq4x8-d8"),

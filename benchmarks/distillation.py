@@ -19,10 +19,10 @@ import torch
 from picture_rows import write_rows
 from torch import Tensor
 
-from turbopocket.export.distill import DistillRequest, devices_without, distil, fastest_precision
-from turbopocket.export.families import load
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.distill.distil import DistillRequest, devices_without, distil, fastest_precision
+from turbopocket.export.distill.prompt_states import PromptStates
 from turbopocket.export.progress import StageProgress
-from turbopocket.export.prompt_states import PromptStates
 from turbopocket.pocket.evaluate import first_noise, frechet_distance, write_json
 from turbopocket.pocket.judge import Judge, alignment, features, load_judge
 from turbopocket.pocket.render import render

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turbopocket.export.graph import Component, ComponentModule
-from turbopocket.export.lower import executorch as lowering
-from turbopocket.export.parity import torch_runner
+from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.targets.executorch import program as lowering
+from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.pocket.evaluate import write_json
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.runtimes.command import run
-from turbopocket.runtimes.executorch_native.build import native_runner
-from turbopocket.runtimes.executorch_native.runner import ExecuTorchNativeRunner
-from turbopocket.runtimes.metrics import relative_error
+from turbopocket.runtimes.compare.metrics import relative_error
+from turbopocket.runtimes.executorch.native.build import native_runner
+from turbopocket.runtimes.executorch.native.runner import ExecuTorchNativeRunner
 
 FORMAT = parse_format("avq2x8-d8")
 WIDTH, LAYERS, ROWS, RUNS, TURNS = 1280, 24, 16, 9, 5

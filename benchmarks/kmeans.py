@@ -20,8 +20,8 @@ import torch
 from coremltools.optimize.coreml._quantization_passes import palettize_weights
 from torch import Tensor
 
-from turbopocket.export.components import components_of, layers_of
-from turbopocket.export.families import load
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.families.components import components_of, layers_of
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import Codebook, Palette, matrix_view, parse_format
 

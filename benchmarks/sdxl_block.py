@@ -21,17 +21,17 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from turbopocket.export.graph import Component, ComponentModule
-from turbopocket.export.lower import onnx
+from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.targets.onnx import program as onnx
 from turbopocket.pocket.evaluate import write_json
 from turbopocket.quant.calibrate import calibrate, compressible_layers
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import parse_format
+from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.kernels.library import onnx_operators
 from turbopocket.runtimes.manifest import Manifest
-from turbopocket.runtimes.metrics import relative_error
-from turbopocket.runtimes.onnx import OnnxRunner
+from turbopocket.runtimes.onnx.runner import OnnxRunner
 
 WIDTH, HEADS, TEXT_WIDTH = 1280, 20, 2048
 PIXELS, TEXT_TOKENS = 32 * 32, 77

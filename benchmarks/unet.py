@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from turbopocket.export.build import build
-from turbopocket.export.components import layers_of, shapes_of
-from turbopocket.export.families import load_shapes
+from turbopocket.export.build.build import build
+from turbopocket.export.checkpoint.load import load_shapes
+from turbopocket.export.families.components import layers_of, shapes_of
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import ExecuTorchSection, TargetSection, make_recipe
-from turbopocket.export.targets import open_target
+from turbopocket.export.targets.registry import open_target
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.runner import open_runner

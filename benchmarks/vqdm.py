@@ -23,22 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbopocket.export.components import components_of, layers_of
-from turbopocket.export.families import LoadedModel, load
-from turbopocket.export.families.evidence import evidence_for
-from turbopocket.export.graph import Component
-from turbopocket.export.parity import Session, torch_runner
+from turbopocket.export.build.draft import pipeline_manifest
+from turbopocket.export.checkpoint.load import LoadedModel, load
+from turbopocket.export.evidence import evidence_for
+from turbopocket.export.families.components import components_of, layers_of
+from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import Recipe
-from turbopocket.export.side_files import write_side_files
-from turbopocket.export.spec import pipeline_manifest
+from turbopocket.export.targets.side_files import write_side_files
+from turbopocket.export.verify.gaps import Session, torch_runner
 from turbopocket.quant.calibrate import LayerStats, calibrate, weight_of
 from turbopocket.quant.fit import GPTQ, MSE, VQDM, AdditiveGrid, Fit
 from turbopocket.quant.fit.residual import residual_kmeans
 from turbopocket.quant.fit.vqdm import Refinement, Search
 from turbopocket.quant.formats import Additive, matrix_view, parse_format
 from turbopocket.quant.sensitivity import hessian_loss
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import ComponentSpec, TensorSpec
-from turbopocket.runtimes.tokenizer import open_tokenizers
 
 FORMAT = "avq2x8-d8"
 BESIDE = (

@@ -9,26 +9,26 @@ from typing import Any
 
 from rich.console import Console
 
+from ..ground.errors import TurbopocketError
 from ..quant.compress import load_weights
 from ..quant.ranges import load_ranges
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
-from ..runtimes.errors import TurbopocketError
+from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
-from ..runtimes.tokenizer import open_tokenizers
-from .components import layers_of
-from .diffusers_reference import compare_with_diffusers
-from .emulated import Emulated, measure_emulated
-from .families import load
-from .families.evidence import evidence_for
-from .kept import RANGES_FILE, WEIGHTS_FILE
-from .parity import Gaps, Session, gap_steps, measure_gaps, torch_runner
+from .checkpoint.load import load
+from .evidence import evidence_for
+from .families.components import layers_of
+from .families.sizes import size_notes
+from .output.kept import RANGES_FILE, WEIGHTS_FILE
+from .output.staging import report_folder, settle_output
 from .progress import StageProgress
 from .recipe import parse_recipe
 from .results import parity_summary, show_parity, show_remarks
-from .sizes import size_notes
-from .staging import report_folder, settle_output
-from .targets import open_target
+from .targets.registry import open_target
+from .verify.diffusers_reference import compare_with_diffusers
+from .verify.emulated import Emulated, measure_emulated
+from .verify.gaps import Gaps, Session, gap_steps, measure_gaps, torch_runner
 
 
 @dataclass(frozen=True)

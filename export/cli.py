@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..ground.errors import ParityFailed, TurbopocketError
 from ..quant.errors import QuantError
-from ..runtimes.errors import ParityFailed, TurbopocketError
 from .signals import Stopped, stopped_by_signals
 
 app = typer.Typer(
@@ -110,7 +110,7 @@ def build(
 ) -> None:
     """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
     from ..quant.workers import Workers
-    from .build_targets import build_targets
+    from .build.targets import build_targets
     from .results import show_built
 
     overrides = {
@@ -168,7 +168,7 @@ def distill(
 ) -> None:
     """Distils a model to a few steps; prompts only, no pictures. Goes on where a killed run of the same request was."""
     from ..quant.distill.options import DistillOptions
-    from .distill import DistillRequest, devices_without, distil
+    from .distill.distil import DistillRequest, devices_without, distil
     from .progress import StageProgress
     from .results import show_remarks
 
@@ -202,7 +202,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Says in seconds what fits a budget, from the model's configs alone: no weights are read."""
-    from .budget import plan_source, show_plan
+    from .plan import plan_source, show_plan
 
     overrides = {
         "model.source": source,
@@ -226,8 +226,8 @@ def check(
 ) -> None:
     """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
     from .check import check as run_check
+    from .output.staging import artifacts_in
     from .progress import StageProgress
-    from .staging import artifacts_in
 
     asked = StageProgress(quiet=as_json), cpu or (), cache
     results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
@@ -270,7 +270,7 @@ def generate(
 @app.command()
 def report(artifact: Artifact, as_json: AsJson = False) -> None:
     """Writes report.html again from what the build measured."""
-    from .report import rewrite_report
+    from .report.page import rewrite_report
 
     path = rewrite_report(artifact)
     _emit({"report": str(path)}, as_json, lambda console: console.print(str(path), soft_wrap=True))

@@ -9,15 +9,15 @@ from typing import Any
 
 from PIL import Image
 
-from ..runtimes.conditioning import guidance_condition
-from ..runtimes.errors import TurbopocketError
+from ..ground.errors import TurbopocketError
+from ..runtimes.drawing.conditioning import guidance_condition
+from ..runtimes.drawing.text_to_image import FirstPicture, generate, require_encoder
+from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.image_size import parse_size
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.runner import open_runner
-from ..runtimes.text_to_image import FirstPicture, generate, require_encoder
-from ..runtimes.tokenizer import open_tokenizers
+from .output.staging import refuse_file, settle_output, write_atomically
 from .picture_file import read_picture
-from .staging import refuse_file, settle_output, write_atomically
 
 DEFAULT_STRENGTH = 0.6
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..quant.formats import FORMATS, parse_format
-from .components import components_of, parameter_count
-from .families import FAMILIES, load_shapes
-from .families.source import BUNDLED
-from .target import Kind
-from .targets import TARGETS
+from .checkpoint.load import FAMILIES, load_shapes
+from .checkpoint.source import BUNDLED
+from .families.components import components_of, parameter_count
+from .targets.base import Kind
+from .targets.registry import TARGETS
 from .units import format_bytes
 
 SAMPLE_FORMATS = (

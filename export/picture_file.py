@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..runtimes.errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")

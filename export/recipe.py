@@ -22,14 +22,14 @@ from pydantic import (
     model_validator,
 )
 
+from ..ground.errors import TurbopocketError
 from ..quant.errors import QuantError
 from ..quant.fit import parse_fit
 from ..quant.formats import parse_format
-from ..runtimes.errors import TurbopocketError
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import SamplerKind
-from .lora_file import LoraFile
+from .checkpoint.lora.file import LoraFile
 from .units import parse_bytes
 
 MAX_GUIDANCE = 50.0
@@ -246,7 +246,7 @@ def load_recipe(source: str | Path) -> Recipe:
     """
     path = Path(source)
     if path.suffix != ".toml" and not path.exists():
-        shipped = resources.files(__package__) / "recipes" / f"{source}.toml"
+        shipped = resources.files("turbopocket.export.recipes") / f"{source}.toml"
         if not shipped.is_file():
             raise TurbopocketError(
                 f"recipe {str(source)!r} is neither a .toml file nor a shipped recipe; "
@@ -261,7 +261,7 @@ def load_recipe(source: str | Path) -> Recipe:
 
 def shipped_recipes() -> tuple[str, ...]:
     """Returns the names of the recipes in the package."""
-    folder = resources.files(__package__) / "recipes"
+    folder = resources.files("turbopocket.export.recipes")
     return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml")))
 
 

@@ -21,10 +21,10 @@ from ..quant.formats import CompressedTensor
 from ..quant.plan import LayerChoices, Plan
 from ..quant.sensitivity import hessian_loss
 from ..runtimes.manifest import FileEntry, Manifest, file_entries
-from .emulated import Emulated
-from .parity import TO_DIFFUSERS_ERROR, Gaps, Pictures
-from .report import DrawnPicture, TradeoffPoint
+from .report.page import DrawnPicture, TradeoffPoint
 from .units import format_bytes
+from .verify.emulated import Emulated
+from .verify.gaps import TO_DIFFUSERS_ERROR, Gaps, Pictures
 
 _WORST_NUMBER = -1.2345678901234567e-100
 

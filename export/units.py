@@ -3,7 +3,7 @@
 
 import re
 
-from ..runtimes.errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 
 UNIT_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..ground.files import write_whole
 from .calibrate import LayerStats, compressible_layers, weight_of
 from .errors import QuantError, of_layer
-from .files import write_whole
 from .fit import Fit
 from .formats import CompressedTensor, parse_format
 from .plan import Choice, Plan

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
+from ..ground.files import write_whole
 from .errors import OverBudget, QuantError
-from .files import write_whole
 from .knapsack import Kind, least_loss
 
 SCHEMA_VERSION = 1

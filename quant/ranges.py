@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..ground.files import write_whole
 from .errors import QuantError
-from .files import write_whole
 
 SCHEMA_VERSION = 1
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ground.files import write_whole
 from .calibrate import LayerStats, weight_of
 from .errors import QuantError, of_layer
-from .files import write_whole
 from .fit import Fit
 from .formats import LayerFormat, matrix_view
 from .plan import Candidate, LayerChoices

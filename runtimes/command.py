@@ -5,7 +5,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from .errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 
 
 def run(command: Sequence[str], label: str, environment: Mapping[str, str] | None = None) -> str:

@@ -4,7 +4,7 @@
 import re
 from typing import NamedTuple
 
-from .errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 
 _TEXT = re.compile(r"([0-9]{1,7})x([0-9]{1,7})")
 

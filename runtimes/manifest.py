@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 from .image_size import ImageSize
 from .schedule import SamplerSpec, validation_summary
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 from .manifest import ComponentSpec, ImageSpec, Manifest, TensorSpec, load_manifest
 from .runner import Arrays, component_spec
 
@@ -86,7 +86,7 @@ def _shape(tensor: TensorSpec, image: ImageSpec) -> list[int]:
 
 def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
     """The figures of this very process, which must not have opened anything yet."""
-    from .onnx_session import open_session
+    from .onnx.session import open_session
 
     manifest = load_manifest(folder)
     spec = component_spec(manifest, component)

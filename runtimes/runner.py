@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from .errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 from .manifest import ComponentSpec, Manifest, TensorSpec
 
 Arrays = dict[str, NDArray[Any]]
@@ -34,7 +34,7 @@ def open_runner(folder: Path, manifest: Manifest) -> LayerRunner:
     match manifest.target:
         case "onnx":
             from .kernels.library import onnx_operators
-            from .onnx import OnnxRunner
+            from .onnx.runner import OnnxRunner
 
             return OnnxRunner(folder, manifest, operators=onnx_operators())
         case "coreml":
@@ -43,7 +43,7 @@ def open_runner(folder: Path, manifest: Manifest) -> LayerRunner:
 
             return CoreMLRunner(folder, manifest, None if on_a_mac() else "fp32")
         case "executorch":
-            from .executorch import ExecuTorchRunner
+            from .executorch.runner import ExecuTorchRunner
 
             return ExecuTorchRunner(folder, manifest)
 

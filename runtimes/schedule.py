@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 from .scheduler_classes import SamplerKind, sampler_settings
 
 Floats = NDArray[np.floating[Any]]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import TurbopocketError
+from ..ground.errors import TurbopocketError
 
 SamplerKind = Literal["euler", "euler_ancestral", "dpmpp_2m", "pndm", "ddim", "lcm"]
 

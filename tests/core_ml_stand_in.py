@@ -22,8 +22,8 @@ class StandIn:
     compile_error: ClassVar[str | None] = None
 
     def __init__(self, path: str, compute_units: str, function: str, hints: dict[str, str], asset: None) -> None:
-        from turbopocket.runtimes.coreml.evaluator import Evaluator
-        from turbopocket.runtimes.coreml.program import Program
+        from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
+        from turbopocket.runtimes.coreml.file.program import Program
 
         if self.compile_error:
             raise RuntimeError(self.compile_error)
@@ -48,7 +48,7 @@ class StandIn:
 def mac(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     """This machine passes for a Mac; a class of its own, to be changed at will."""
     from turbopocket.runtimes.coreml import apple
-    from turbopocket.runtimes.coreml.package import coremltools_module
+    from turbopocket.runtimes.coreml.file.package import coremltools_module
 
     class OneMac(StandIn):
         pass

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...ground.errors import TurbopocketError
 from ..command import run
-from ..errors import TurbopocketError
 
 _CONFIG = """\
 #clear APT::Architectures;

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from ..errors import TurbopocketError
+from ...ground.errors import TurbopocketError
 
 PREFIX = "arm64:"
 _V8 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"

@@ -8,14 +8,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..manifest import Manifest
-from ..onnx import with_layer_outputs
+from ..onnx.runner import with_layer_outputs
 from ..runner import Arrays, component_spec
 from ..served.runner import ServedRunner
 from .cpus import PREFIX, Cpu
 from .emulator import Emulator
 from .kernels import kernels_in
 
-_RUNTIMES = Path(__file__).parents[1]
+_HOUSE = Path(__file__).parents[2]
 
 
 class EmulatedOnnxRunner(ServedRunner):
@@ -58,7 +58,8 @@ class EmulatedOnnxRunner(ServedRunner):
         # The ARM Python finds our package by a link, so that it sees nothing of this machine's packages.
         package = self.scratch / "turbopocket"
         package.mkdir()
-        (package / "runtimes").symlink_to(_RUNTIMES)
+        for folder in ("ground", "runtimes"):
+            (package / folder).symlink_to(_HOUSE / folder)
         command = self.emulator.command(
             self.cpu,
             self.emulator.python,

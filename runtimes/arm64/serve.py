@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..kernels.library import onnx_operators
-from ..onnx_session import open_session
+from ..onnx.session import open_session
 from ..served import wire
 
 Arrays = dict[str, NDArray[Any]]

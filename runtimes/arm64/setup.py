@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ...ground.errors import TurbopocketError
 from ..cache import cache_folder
-from ..errors import TurbopocketError
 from ..manifest import FileEntry, sha256_of
 from .apt import PrivateApt
 from .emulator import Emulator

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TurbopocketError
+from ...ground.errors import TurbopocketError
 from ..runner import Arrays
-from .package import coremltools_module
-from .program import Program
+from .file.package import coremltools_module
+from .file.program import Program
 
 
 def on_a_mac() -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from ..errors import TurbopocketError
+from ...ground.errors import TurbopocketError
 from ..manifest import TensorSpec
 from ..runner import Arrays
 

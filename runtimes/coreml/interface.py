@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TurbopocketError
-from ..latents import LATENT_PARAMETERS, LATENT_SAMPLE
+from ...ground.errors import TurbopocketError
+from ..drawing.latents import LATENT_PARAMETERS, LATENT_SAMPLE
 from ..manifest import ComponentSpec, TensorSpec
 from ..runner import Arrays
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import TurbopocketError
-from .blobs import BlobFile
-from .dtypes import SMALLEST_NORMAL_FP16
-from .mil import Constant, Operation
-from .package import Package, coremltools_module, load_model, open_package
-from .program import Program
+from ...ground.errors import TurbopocketError
+from .file.blobs import BlobFile
+from .file.dtypes import SMALLEST_NORMAL_FP16
+from .file.mil import Constant, Operation
+from .file.package import Package, coremltools_module, load_model, open_package
+from .file.program import Program
 
 UNVERIFIED = (
     "that Apple's compiler accepts it",

@@ -12,9 +12,9 @@ from ..manifest import Manifest
 from ..runner import Arrays, check_inputs, check_names, component_spec
 from .apple import AppleEngine
 from .chain import Engine, run_chain
-from .evaluator import Evaluator, Mode
+from .evaluate.evaluator import Evaluator, Mode
+from .file.program import Program
 from .interface import layer_value, loop_outputs, package_inputs, package_names
-from .program import Program
 
 
 class CoreMLRunner:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TurbopocketError
+from ...ground.errors import TurbopocketError
 
 _MESSAGE_BYTES = 240
 Array = NDArray[Any]

@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 
 from numpy.typing import NDArray
 
-from ..errors import TurbopocketError
+from ...ground.errors import TurbopocketError
 from . import wire
 
 Arrays = dict[str, NDArray[Any]]

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
-from ..errors import TurbopocketError
+from ...ground.errors import TurbopocketError
 from ..manifest import ComponentSpec, Manifest
 from ..runner import Arrays, check_inputs, component_spec
 from .process import ServedProcess

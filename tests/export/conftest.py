@@ -55,7 +55,7 @@ def recipe_toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sdxl_tensors(tiny_sdxl: Path) -> dict[str, Any]:
     """The tiny SDXL checkpoint's tensors as in a single file."""
-    from turbopocket.export.families import load
+    from turbopocket.export.checkpoint.load import load
 
     return original(load(str(tiny_sdxl)).modules)
 
@@ -63,7 +63,7 @@ def sdxl_tensors(tiny_sdxl: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def sd_tensors(tiny_sd: Path) -> dict[str, Any]:
     """The tiny SD 1.x checkpoint's tensors as in a single file."""
-    from turbopocket.export.families import load
+    from turbopocket.export.checkpoint.load import load
 
     return original(load(str(tiny_sd)).modules)
 
@@ -83,7 +83,7 @@ def sd_file(sd_tensors: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def built(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The outcome of one build of the tiny SDXL checkpoint. Read it, do not change it: see `artifact`."""
-    from turbopocket.export.build import build
+    from turbopocket.export.build.build import build
     from turbopocket.export.progress import StageProgress
     from turbopocket.export.recipe import make_recipe
 

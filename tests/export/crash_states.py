@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from turbopocket.export import replacing
-from turbopocket.export.staging import claimed
+from turbopocket.export.output import replacing
+from turbopocket.export.output.staging import claimed
 
 _MOVES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.move")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

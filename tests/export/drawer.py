@@ -13,19 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from turbopocket.export.diffusers_reference import diffusers_picture
-from turbopocket.export.families import LoadedModel, load
-from turbopocket.export.graph import Component
-from turbopocket.export.parity import torch_runner
+from turbopocket.export.build.draft import pipeline_manifest
+from turbopocket.export.checkpoint.load import LoadedModel, load
+from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.spec import pipeline_manifest
-from turbopocket.export.targets import open_target
+from turbopocket.export.targets.registry import open_target
+from turbopocket.export.verify.diffusers_reference import diffusers_picture
+from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import parse_format
+from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec
 from turbopocket.runtimes.runner import Arrays, Runner, open_runner
-from turbopocket.runtimes.text_to_image import draw, seeded_noise
-from turbopocket.runtimes.tokenizer import open_tokenizers
 
 SDXL: dict[str, Any] = {
     "cross_attention_dim": 96,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from turbopocket.runtimes.onnx_session import session_options
+from turbopocket.runtimes.onnx.session import session_options
 
 
 def status_bytes(field: str) -> int:

@@ -54,11 +54,11 @@ class StandIns(Mapping[str, CompressedTensor]):
 
 
 def full(configs: Path, out: Path) -> dict[str, Any]:
-    from turbopocket.export.budget import plan_source
-    from turbopocket.export.components import components_of
-    from turbopocket.export.families import load_shapes
-    from turbopocket.export.lower import coreml
+    from turbopocket.export.checkpoint.load import load_shapes
+    from turbopocket.export.families.components import components_of
+    from turbopocket.export.plan import plan_source
     from turbopocket.export.recipe import make_recipe
+    from turbopocket.export.targets.coreml import program as coreml
 
     compress = {"formats": FORMATS, "budget": BUDGET}
     values = {"model": {"source": str(configs)}, "target": {"name": "coreml"}, "compress": compress}
@@ -101,8 +101,8 @@ def packages_of(files: Mapping[str, int]) -> dict[str, int]:
 def half(configs: Path, out: Path) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
-    from turbopocket.export.graph import unet_component
-    from turbopocket.export.lower import coreml
+    from turbopocket.export.families.graphs import unet_component
+    from turbopocket.export.targets.coreml import program as coreml
 
     torch.manual_seed(0)
     config = json.loads((configs / "unet" / "config.json").read_text()) | HALF
@@ -145,8 +145,8 @@ def example(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def evaluate(out: Path) -> dict[str, Any]:
-    from turbopocket.runtimes.coreml.evaluator import Evaluator
-    from turbopocket.runtimes.coreml.program import Program
+    from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
+    from turbopocket.runtimes.coreml.file.program import Program
 
     stored = dict(np.load(out / "reference.npz"))
     expected = stored.pop("expected")

@@ -4,7 +4,7 @@
 import json
 from pathlib import Path
 
-from turbopocket.export.owned import write_record
+from turbopocket.export.output.owned import write_record
 
 
 def put_artifact(folder: Path, text: str = "model") -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.budget import candidate_formats, plan_source
-from turbopocket.export.components import layers_of, parameter_count, shapes_of
-from turbopocket.export.families import load_shapes
-from turbopocket.export.fixed_bytes import fixed_bytes
+from turbopocket.export.build.fixed_bytes import fixed_bytes
+from turbopocket.export.checkpoint.load import load_shapes
+from turbopocket.export.families.components import layers_of, parameter_count, shapes_of
+from turbopocket.export.plan import candidate_formats, plan_source
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.target_onnx import Onnx
-from turbopocket.export.targets import open_target
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.targets.onnx.target import Onnx
+from turbopocket.export.targets.registry import open_target
+from turbopocket.ground.errors import TurbopocketError
 
 from .published_sdxl import FILES, write_configs
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.build import build
-from turbopocket.export.owned import refuse_build
+from turbopocket.export.build.build import build
+from turbopocket.export.output.owned import refuse_build
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.results import Built, expected_manifest_bytes
+from turbopocket.ground.errors import ParityFailed, TurbopocketError
 from turbopocket.quant.plan import Candidate, LayerChoices
-from turbopocket.runtimes.errors import ParityFailed, TurbopocketError
 from turbopocket.runtimes.manifest import load_manifest, verify
 
 
@@ -88,7 +88,7 @@ def test_runtime_that_computes_wrong_fails_the_build_and_leaves_nothing(
 
 def _plant_wrong_scale(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the lowering write one layer's scales (or weights) a fifth too large."""
-    from turbopocket.export.lower import onnx as target
+    from turbopocket.export.targets.onnx import program as target
 
     honest = target.lower
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopocket.export.build import build
+from turbopocket.export.build.build import build
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.results import Built
-from turbopocket.export.target_coreml import CoreML
-from turbopocket.runtimes.coreml.program import Program
-from turbopocket.runtimes.errors import ParityFailed
+from turbopocket.export.targets.coreml.target import CoreML
+from turbopocket.ground.errors import ParityFailed
+from turbopocket.runtimes.coreml.file.program import Program
 from turbopocket.runtimes.manifest import file_entries, load_manifest, write_manifest
 
 pytest.importorskip("coremltools")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from turbopocket.export.build import build
-from turbopocket.export.kept import RANGES_FILE
+from turbopocket.export.build.build import build
+from turbopocket.export.output.kept import RANGES_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.results import Built

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.build import build
+from turbopocket.export.build.build import build
 from turbopocket.export.check import check
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.build import build
+from turbopocket.export.build.build import build
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.quant import sequential
@@ -21,7 +21,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from turbopocket.export.build import build
+from turbopocket.export.build.build import build
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.quant import sequential

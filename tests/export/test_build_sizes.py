@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from turbopocket.export.build import build
+from turbopocket.export.build.build import build
 from turbopocket.export.check import check
-from turbopocket.export.components import components_of
-from turbopocket.export.diffusers_reference import diffusers_picture
-from turbopocket.export.families import load
-from turbopocket.export.kept import WEIGHTS_FILE
-from turbopocket.export.parity import Session
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.families.components import components_of
+from turbopocket.export.output.kept import WEIGHTS_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import load_recipe, parse_recipe, with_overrides
+from turbopocket.export.verify.diffusers_reference import diffusers_picture
+from turbopocket.export.verify.gaps import Session
 from turbopocket.quant.compress import decompressed, load_weights
+from turbopocket.runtimes.drawing.text_to_image import FirstPicture, draw, generate, seeded_noise
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import load_manifest
-from turbopocket.runtimes.onnx import OnnxRunner
-from turbopocket.runtimes.text_to_image import FirstPicture, draw, generate, seeded_noise
-from turbopocket.runtimes.tokenizer import open_tokenizers
+from turbopocket.runtimes.onnx.runner import OnnxRunner
 
 README = Path(__file__).parents[2] / "README.md"
 QUIET = StageProgress(quiet=True)

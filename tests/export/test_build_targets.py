@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export import build_targets as module
+from turbopocket.export.build import targets as module
+from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import Recipe, make_recipe
-from turbopocket.export.staging import report_folder
-from turbopocket.runtimes.errors import ParityFailed, TurbopocketError
+from turbopocket.ground.errors import ParityFailed, TurbopocketError
 
 from .stand_ins import put_artifact, put_report
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from turbopocket.export.components import group_name
-from turbopocket.export.families import load_shapes, tokenizer_json
-from turbopocket.export.side_files import write_swift_files
+from turbopocket.export.checkpoint.load import load_shapes, tokenizer_json
+from turbopocket.export.families.components import group_name
+from turbopocket.export.targets.side_files import write_swift_files
 
 
 @pytest.mark.parametrize(

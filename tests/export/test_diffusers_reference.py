@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from turbopocket.export.components import components_of
-from turbopocket.export.diffusers_reference import compare_with_diffusers, diffusers_picture
-from turbopocket.export.families import load
-from turbopocket.export.graph import Component
-from turbopocket.export.parity import Session, ToDiffusers, torch_runner
+from turbopocket.export.build.draft import pipeline_manifest
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.families.components import components_of
+from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.side_files import write_tokenizers
-from turbopocket.export.spec import pipeline_manifest
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.targets.side_files import write_tokenizers
+from turbopocket.export.verify.diffusers_reference import compare_with_diffusers, diffusers_picture
+from turbopocket.export.verify.gaps import Session, ToDiffusers, torch_runner
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec, load_manifest
 from turbopocket.runtimes.scheduler_classes import SamplerKind
-from turbopocket.runtimes.text_to_image import draw, seeded_noise
-from turbopocket.runtimes.tokenizer import open_tokenizers
 
 PROMPT, NEGATIVE = "a red circle on the blue square", "green triangle"
 
@@ -167,7 +167,7 @@ def test_a_wrong_walk_is_found_where_it_first_leaves_the_right_one(
 
 
 def test_text_encoders_in_the_wrong_order_are_found(sdxl: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turbopocket.runtimes import conditioning
+    from turbopocket.runtimes.drawing import conditioning
 
     honest = conditioning.condition
 
@@ -176,7 +176,7 @@ def test_text_encoders_in_the_wrong_order_are_found(sdxl: Drawing, monkeypatch: 
         first, second = np.split(values["encoder_hidden_states"], [32], axis=-1)
         return values | {"encoder_hidden_states": np.concatenate([second, first], axis=-1)}
 
-    monkeypatch.setattr("turbopocket.runtimes.text_to_image.condition", swapped)
+    monkeypatch.setattr("turbopocket.runtimes.drawing.text_to_image.condition", swapped)
     failure = sdxl.compare().failure
     assert failure is not None
     assert failure.endswith(" in input encoder_hidden_states of call 1 of unet")
@@ -206,7 +206,7 @@ def test_a_network_that_is_asked_otherwise_than_diffusers_asks_it_is_found(
 
 
 def test_a_loop_of_other_length_is_found(sdxl: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turbopocket.export import diffusers_reference
+    from turbopocket.export.verify import diffusers_reference
 
     honest = diffusers_reference.draw
     monkeypatch.setattr(diffusers_reference, "draw", lambda *asked, **more: honest(*asked, steps=2, **more))
@@ -249,7 +249,7 @@ def test_what_diffusers_refuses_to_draw_is_one_sentence(sdxl: Drawing) -> None:
 
 
 def _spoil_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    from turbopocket.runtimes import text_to_image
+    from turbopocket.runtimes.drawing import text_to_image
 
     honest = text_to_image.decode
     monkeypatch.setattr(text_to_image, "decode", lambda *asked: honest(*asked[:2], asked[2] * np.float32(1.02)))
@@ -259,7 +259,7 @@ def test_a_wrong_loop_ends_a_build_before_it_calibrates_and_leaves_nothing(
     tiny_sdxl: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _spoil_the_decoder(monkeypatch)
-    monkeypatch.setattr("turbopocket.export.build.calibrate", lambda *_: pytest.fail("hours would be spent here"))
+    monkeypatch.setattr("turbopocket.export.build.build.calibrate", lambda *_: pytest.fail("hours would be spent here"))
     ran = turbopocket("build", tiny_sdxl, "--steps", 2, "--formats", "fp16", "--out", tmp_path / "art")
     assert ran.code == 3
     assert f"error: {WRONG}0.02 is over 0.0001 in input latent_sample of call 1 of vae_decoder\nhint: " in ran.err

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from turbopocket.export.families import load
-from turbopocket.export.prompt_states import PromptStates
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.distill.prompt_states import PromptStates
 from turbopocket.quant.distill.steps import FixedIntervals
 
 SHORT = ("--iterations", 3, "--batch", 2)
@@ -24,7 +24,7 @@ BIAS = "time_embedding.linear_2.bias"
 
 @pytest.fixture(scope="module")
 def student(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from turbopocket.export.distill import DistillRequest, distil
+    from turbopocket.export.distill.distil import DistillRequest, distil
     from turbopocket.export.progress import StageProgress
     from turbopocket.quant.distill.options import DistillOptions
 
@@ -63,7 +63,7 @@ def test_the_students_weights_moved_and_the_rest_did_not(student: Path, tiny_sdx
 
 @pytest.fixture(scope="module")
 def artifact(student: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from turbopocket.export.build import build
+    from turbopocket.export.build.build import build
     from turbopocket.export.progress import StageProgress
     from turbopocket.export.recipe import make_recipe
 
@@ -73,10 +73,10 @@ def artifact(student: Path, recipe_values: dict[str, Any], tmp_path_factory: pyt
 
 
 def test_the_exported_pipeline_asks_at_exactly_the_distilled_timesteps(artifact: Path) -> None:
+    from turbopocket.runtimes.drawing.text_to_image import generate
+    from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
     from turbopocket.runtimes.manifest import load_manifest
     from turbopocket.runtimes.runner import open_runner
-    from turbopocket.runtimes.text_to_image import generate
-    from turbopocket.runtimes.tokenizer import open_tokenizers
 
     manifest = load_manifest(artifact)
     wanted = [float(step.start) for step in FixedIntervals(800, [4]).walk(4)]
@@ -156,7 +156,7 @@ def test_a_stopped_run_of_the_same_request_goes_on_and_another_request_is_refuse
 ) -> None:
     out = tmp_path / "student"
     with monkeypatch.context() as patch:
-        patch.setattr("turbopocket.export.distill._write", interrupted)
+        patch.setattr("turbopocket.export.distill.distil._write", interrupted)
         assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 130
     assert not out.exists()
     other = turbopocket("distill", tiny_sd, "--iterations", 4, "--batch", 2, "--out", out)
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(
 ) -> None:
     out = tmp_path / "student"
     with monkeypatch.context() as patch:
-        patch.setattr("turbopocket.export.distill._write", interrupted)
+        patch.setattr("turbopocket.export.distill.distil._write", interrupted)
         assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 130
     (tmp_path / "student.run" / "checkpoint" / file).write_bytes(b"cut")
     ran = turbopocket("distill", tiny_sd, *SHORT, "--out", out)
@@ -187,7 +187,7 @@ def interrupted(*_: Any) -> None:
 
 TWELVE_ITERATIONS = """
 from pathlib import Path
-from turbopocket.export.distill import DistillRequest, distil
+from turbopocket.export.distill.distil import DistillRequest, distil
 from turbopocket.export.progress import StageProgress
 from turbopocket.quant.distill.options import DistillOptions
 
@@ -281,7 +281,7 @@ def test_a_teacher_that_is_no_pipeline_is_refused(tmp_path: Path, turbopocket: C
 def test_too_little_memory_is_said_before_training(
     tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turbopocket.export.distill._free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("turbopocket.export.distill.distil._free_bytes", lambda device: 1_000_000)
     ran = turbopocket("distill", tiny_sd, *SHORT, "--out", tmp_path / "student")
     assert ran.code == 1
     assert "0.0 GB are free on cpu" in ran.err

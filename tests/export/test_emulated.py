@@ -11,24 +11,24 @@ import numpy as np
 import onnx
 import pytest
 
-from turbopocket.export.components import components_of
-from turbopocket.export.emulated import Emulated, measure_emulated
-from turbopocket.export.families import load
-from turbopocket.export.families.evidence import evidence_for
-from turbopocket.export.kept import WEIGHTS_FILE
-from turbopocket.export.lower.onnx import OnnxOptions
-from turbopocket.export.parity import NO_LIMITS, Session
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.evidence import evidence_for
+from turbopocket.export.families.components import components_of
+from turbopocket.export.output.kept import WEIGHTS_FILE
 from turbopocket.export.recipe import parse_recipe
-from turbopocket.export.target_onnx import Onnx
-from turbopocket.export.targets import open_target
+from turbopocket.export.targets.onnx.program import OnnxOptions
+from turbopocket.export.targets.onnx.target import Onnx
+from turbopocket.export.targets.registry import open_target
+from turbopocket.export.verify.emulated import Emulated, measure_emulated
+from turbopocket.export.verify.gaps import NO_LIMITS, Session
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import load_weights
 from turbopocket.runtimes.arm64.cpus import parse_cpu
 from turbopocket.runtimes.arm64.emulator import Emulator
 from turbopocket.runtimes.arm64.setup import open_emulator
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.runtimes.compare.rows import ParityReport
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import load_manifest
-from turbopocket.runtimes.parity import ParityReport
-from turbopocket.runtimes.tokenizer import open_tokenizers
 
 pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
 Run = Callable[..., Any]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopocket.export.lower import executorch as target
+from turbopocket.export.targets.executorch import program as target
 from turbopocket.runtimes.arm64.cpus import parse_cpu
 from turbopocket.runtimes.arm64.setup import open_emulator
-from turbopocket.runtimes.executorch import ExecuTorchRunner
-from turbopocket.runtimes.executorch_native.runner import EmulatedExecuTorchRunner, ExecuTorchNativeRunner
-from turbopocket.runtimes.metrics import relative_error
+from turbopocket.runtimes.compare.metrics import relative_error
+from turbopocket.runtimes.executorch.native.runner import EmulatedExecuTorchRunner, ExecuTorchNativeRunner
+from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
 from .test_lower_executorch import FORMATS, OneComponent, component, compressed
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.components import layers_of
-from turbopocket.export.families import load
-from turbopocket.export.kept import RANGES_FILE, WEIGHTS_FILE
-from turbopocket.export.lower.onnx import storable
+from turbopocket.export.build.draft import pipeline_manifest
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.families.components import layers_of
+from turbopocket.export.output.kept import RANGES_FILE, WEIGHTS_FILE
+from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.spec import pipeline_manifest
-from turbopocket.export.staging import report_folder
-from turbopocket.export.targets import open_target
+from turbopocket.export.targets.onnx.program import storable
+from turbopocket.export.targets.registry import open_target
 from turbopocket.quant.compress import save_weights
 from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import parse_format

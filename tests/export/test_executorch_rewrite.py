@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from turbopocket.export.lower.executorch_rewrite import attention, chunk
+from turbopocket.export.targets.executorch.rewrite import attention, chunk
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "bool", "float"])

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from turbopocket.export.families import FAMILIES, LoadedModel, load, tokenizer_json
-from turbopocket.export.families.safetensors_header import read_header
+from turbopocket.export.checkpoint.header import read_header
+from turbopocket.export.checkpoint.load import FAMILIES, LoadedModel, load, tokenizer_json
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"

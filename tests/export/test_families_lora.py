@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from turbopocket.export.families import LoadedModel, load
-from turbopocket.export.lora_file import LoraFile
+from turbopocket.export.checkpoint.load import LoadedModel, load
+from turbopocket.export.checkpoint.lora.file import LoraFile
 
 from .lora_files import RANK, adaptable, factors, kohya, kohya_lora, merged, other_parameters
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from turbopocket.export.families.lora_names import LayerNames, split_name
+from turbopocket.export.checkpoint.lora.names import LayerNames, split_name
 
 from .lora_files import adaptable
 from .published_sdxl import CLIP_L, OPENCLIP_BIG_G, UNET

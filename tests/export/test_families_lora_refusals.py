@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turbopocket.export.families import LoadedModel, load
-from turbopocket.export.families.lora import merge_lora
-from turbopocket.export.lora_file import LoraFile
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.checkpoint.load import LoadedModel, load
+from turbopocket.export.checkpoint.lora.file import LoraFile
+from turbopocket.export.checkpoint.lora.merge import merge_lora
+from turbopocket.ground.errors import TurbopocketError
 
 from .lora_files import copied, kohya, merged
 
@@ -197,10 +197,10 @@ def test_whatever_a_library_raises_is_one_sentence(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first line:\n  second line.")
 
-    library = {"header": "safetensors_header.json.loads", "values": "weights.safe_open"}[what]
+    library = {"header": "header.json.loads", "values": "weights.safe_open"}[what]
     save_file(_whole(), tmp_path / "lora.safetensors")
     model = copied(base)
-    monkeypatch.setattr(f"turbopocket.export.families.{library}", broken)
+    monkeypatch.setattr(f"turbopocket.export.checkpoint.{library}", broken)
     with pytest.raises(TurbopocketError, match=rf"the {what} of .* can not be read: first line: second line$"):
         merge_lora(model, LoraFile(tmp_path / "lora.safetensors"))
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from turbopocket.export.families import LoadedModel, load, load_shapes
-from turbopocket.export.prompt_states import PromptStates
-from turbopocket.export.side_files import write_side_files
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.tokenizer import Tokenizer
+from turbopocket.export.checkpoint.load import LoadedModel, load, load_shapes
+from turbopocket.export.distill.prompt_states import PromptStates
+from turbopocket.export.targets.side_files import write_side_files
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing.tokenizer import Tokenizer
 
 from .test_diffusers_reference import Drawing
 
@@ -104,7 +104,7 @@ def test_a_smaller_length_is_respected_as_diffusers_does(folder: Path, tmp_path:
 
 
 def test_a_smaller_length_is_the_one_of_the_graphs_and_of_training(folder: Path) -> None:
-    from turbopocket.export.components import components_of
+    from turbopocket.export.families.components import components_of
 
     model = load(str(_with_lengths(folder, 20, 20)))
     inputs = {component.name: component.example_inputs for component in components_of(model)}

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from turbopocket.export.families import load, load_shapes, tokenizer_json
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.checkpoint.load import load, load_shapes, tokenizer_json
+from turbopocket.ground.errors import TurbopocketError
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from turbopocket.export.components import shapes_of
-from turbopocket.export.families import LoadedModel, load, load_shapes
+from turbopocket.export.checkpoint.load import LoadedModel, load, load_shapes
+from turbopocket.export.families.components import shapes_of
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.account import account
 from turbopocket.quant.calibrate import compressible_layers
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.plan import plan, smallest_total_bytes
 from turbopocket.quant.sensitivity import estimate_from_shapes, fitting
-from turbopocket.runtimes.errors import TurbopocketError
 
 from .published_sdxl import FILES, write_configs
 

@@ -7,10 +7,11 @@ from typing import Any, NoReturn
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from turbopocket.export.families import hub, load, source
-from turbopocket.export.families.hub import wanted_files
-from turbopocket.export.families.source import resolve
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.checkpoint import hub, source
+from turbopocket.export.checkpoint.hub import wanted_files
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.checkpoint.source import resolve
+from turbopocket.ground.errors import TurbopocketError
 
 REPOSITORY = [
     "README.md",

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from turbopocket.export.families import load, load_shapes
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.checkpoint.load import load, load_shapes
+from turbopocket.ground.errors import TurbopocketError
 
 from .single_files import write_single_file
 from .test_single_file_refusals import run_python

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from turbopocket.export.components import components_of
-from turbopocket.export.diffusers_reference import diffusers_picture
-from turbopocket.export.families import load
-from turbopocket.export.kept import WEIGHTS_FILE
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.families.components import components_of
+from turbopocket.export.output.kept import WEIGHTS_FILE
+from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import Recipe
-from turbopocket.export.staging import report_folder
+from turbopocket.export.verify.diffusers_reference import diffusers_picture
 from turbopocket.quant.compress import decompressed, load_weights
 from turbopocket.runtimes.manifest import load_manifest
 
@@ -94,7 +94,7 @@ def test_the_builds_guidance_is_the_recipes(
         asked.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("turbopocket.export.build_targets.build_targets", build_targets)
+    monkeypatch.setattr("turbopocket.export.build.targets.build_targets", build_targets)
     turbopocket("build", tiny_sdxl, "--guidance", 0, "--out", tmp_path / "art")
     assert asked[0].sampler.guidance == 0.0
     ran = turbopocket("build", tiny_sdxl, "--guidance", "nan", "--out", tmp_path / "art")

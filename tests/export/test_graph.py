@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from turbopocket.export.graph import text_encoder_component, unet_component, vae_decoder_component
+from turbopocket.export.families.graphs import text_encoder_component, unet_component, vae_decoder_component
 
 
 def clip(kind: str) -> Any:

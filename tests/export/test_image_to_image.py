@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from turbopocket.export.build import build
-from turbopocket.export.components import layers_of
-from turbopocket.export.families import load, load_shapes
+from turbopocket.export.build.build import build
+from turbopocket.export.checkpoint.load import load, load_shapes
+from turbopocket.export.families.components import layers_of
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.results import Built
-from turbopocket.export.targets import TARGETS
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.text_to_image import FirstPicture
+from turbopocket.export.targets.registry import TARGETS
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing.text_to_image import FirstPicture
 
 from .drawer import LCM, PROMPT, checkpoint, drawer, tiny_vae, unet
 
@@ -172,12 +172,12 @@ def test_an_artifact_without_the_encoder_says_how_to_build_one(
 
 
 def test_an_artifact_of_several_sizes_reads_pictures_of_each(tiny_sd: Path, tmp_path: Path) -> None:
-    from turbopocket.export.graph import vae_encoder_component
-    from turbopocket.export.lower import onnx as target
-    from turbopocket.export.parity import torch_runner
+    from turbopocket.export.families.graphs import vae_encoder_component
+    from turbopocket.export.targets.onnx import program as target
+    from turbopocket.export.verify.gaps import torch_runner
     from turbopocket.quant.fit import ABSMAX
     from turbopocket.quant.formats import parse_format
-    from turbopocket.runtimes.onnx import OnnxRunner
+    from turbopocket.runtimes.onnx.runner import OnnxRunner
 
     component = vae_encoder_component(load(str(tiny_sd)).modules["vae"], (8, 12), free_size=True)
     graph = target.trace(component)

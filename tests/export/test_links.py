@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from turbopocket.export.families import LoadedModel, load_shapes
-from turbopocket.export.side_files import TOKENIZER_FILES, write_swift_files, write_tokenizers
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.checkpoint.load import LoadedModel, load_shapes
+from turbopocket.export.targets.side_files import TOKENIZER_FILES, write_swift_files, write_tokenizers
+from turbopocket.ground.errors import TurbopocketError
 
 SECRET = "-----BEGIN PRIVATE KEY-----"
 

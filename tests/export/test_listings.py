@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from turbopocket.export import listings
-from turbopocket.export.targets import TARGETS
+from turbopocket.export.targets.registry import TARGETS
 from turbopocket.quant.formats import FORMATS, parse_format
 
 

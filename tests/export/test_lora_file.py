@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from turbopocket.export.lora_file import LoraFile
+from turbopocket.export.checkpoint.lora.file import LoraFile
 from turbopocket.export.recipe import Recipe, make_recipe, parse_recipe, with_overrides
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 
 
 @pytest.mark.parametrize(

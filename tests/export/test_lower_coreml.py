@@ -14,21 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from turbopocket.export.graph import (
+from turbopocket.export.families.graphs import (
     Component,
     text_encoder_component,
     unet_component,
     vae_decoder_component,
     vae_encoder_component,
 )
-from turbopocket.export.lower import coreml as target
+from turbopocket.export.targets.coreml import program as target
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.runtimes.coreml.chain import run_chain
-from turbopocket.runtimes.coreml.evaluator import Evaluator
+from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
+from turbopocket.runtimes.coreml.file.program import Program
 from turbopocket.runtimes.coreml.interface import layer_value, loop_outputs, loop_spec, package_file, package_inputs
-from turbopocket.runtimes.coreml.program import Program
-from turbopocket.runtimes.errors import TurbopocketError
 
 PARTS = ("text_encoder_2", "unet", "vae_decoder")
 LEAST_SNR_DB = 60.0

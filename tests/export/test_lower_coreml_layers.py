@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from turbopocket.export.graph import Component, ComponentModule
-from turbopocket.export.lower import coreml as target
-from turbopocket.export.lower.coreml_blobs import pack_bits, write_blobs
-from turbopocket.export.lower.coreml_mil import tensor_type
-from turbopocket.export.lower.coreml_precision import Fp32Region
+from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.targets.coreml import program as target
+from turbopocket.export.targets.coreml.blobs import pack_bits, write_blobs
+from turbopocket.export.targets.coreml.mil import tensor_type
+from turbopocket.export.targets.coreml.precision import Fp32Region
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
-from turbopocket.runtimes.coreml.blobs import BlobFile
-from turbopocket.runtimes.coreml.evaluator import Evaluator, Mode
-from turbopocket.runtimes.coreml.program import Program
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator, Mode
+from turbopocket.runtimes.coreml.file.blobs import BlobFile
+from turbopocket.runtimes.coreml.file.program import Program
 
 EXACT_FORMATS = (
     *("fp16", "int8-row", "int8-g16", "int8-row-asym", "int8-g8-asym"),
@@ -328,7 +328,7 @@ def test_group_norm_survives_values_whose_square_is_no_fp16_number(
             expected = component.module(x).numpy()
         for mode, least_db in (("fp32", 70.0), ("fp16", 55.0), ("acc16", 50.0)):
             assert snr_db(run(program, x.numpy(), mode), expected) >= least_db, (largest, mode)
-    from turbopocket.export.lower import coreml_convert
+    from turbopocket.export.targets.coreml import convert as coreml_convert
 
     monkeypatch.delitem(coreml_convert._TRANSLATIONS, "group_norm")
     damaged, _ = lowered(component, tmp_path / "theirs")

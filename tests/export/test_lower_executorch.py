@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from turbopocket.export.graph import Component, ComponentModule, vae_decoder_component
-from turbopocket.export.lower import executorch as target
-from turbopocket.export.lower import executorch_layers
-from turbopocket.export.lower.executorch_gate import require_constants
-from turbopocket.export.lower.executorch_stores import GROUP_SCALE_DIGITS
-from turbopocket.export.parity import torch_runner
+from turbopocket.export.families.graphs import Component, ComponentModule, vae_decoder_component
+from turbopocket.export.targets.executorch import integer as executorch_layers
+from turbopocket.export.targets.executorch import program as target
+from turbopocket.export.targets.executorch.gate import require_constants
+from turbopocket.export.targets.executorch.stores import GROUP_SCALE_DIGITS
+from turbopocket.export.verify.gaps import torch_runner
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
-from turbopocket.runtimes.compare import Call, compare_by_layer, locate_divergence
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.executorch import ExecuTorchRunner
+from turbopocket.runtimes.compare.metrics import relative_error
+from turbopocket.runtimes.compare.replay import Call, compare_by_layer, locate_divergence
+from turbopocket.runtimes.compare.rows import Limits
+from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 from turbopocket.runtimes.manifest import ComponentSpec
-from turbopocket.runtimes.metrics import relative_error
-from turbopocket.runtimes.parity import Limits
 
 pytest.importorskip("executorch")
 
@@ -319,7 +319,7 @@ def with_version(program: bytearray, version: int) -> None:
 def test_a_newer_schema_is_what_upstream_calls_newer() -> None:
     from executorch.exir.version import EXECUTORCH_SCHEMA_VERSION
 
-    from turbopocket.runtimes.executorch_file import SCHEMA_VERSION
+    from turbopocket.runtimes.executorch.file import SCHEMA_VERSION
 
     assert SCHEMA_VERSION == EXECUTORCH_SCHEMA_VERSION
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopocket.export.lower.executorch_gate import require_constants
-from turbopocket.export.target_executorch import ExecuTorch
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.executorch import ExecuTorchRunner
-from turbopocket.runtimes.executorch_native.runner import ExecuTorchNativeRunner
+from turbopocket.export.targets.executorch.gate import require_constants
+from turbopocket.export.targets.executorch.target import ExecuTorch
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.executorch.native.runner import ExecuTorchNativeRunner
+from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
 from .test_lower_executorch import FORMATS, Lowered, OneComponent, component, compressed
 
@@ -35,7 +35,7 @@ def sample() -> dict[str, Any]:
 
 
 def asked(lowered: Lowered, folder: Path | None = None) -> tuple[Path, Any, Any]:
-    from turbopocket.export.lower.executorch import layers_by_key
+    from turbopocket.export.targets.executorch.program import layers_by_key
 
     return folder or lowered.folder, OneComponent({"part": lowered.spec}), layers_by_key(lowered.weights)
 

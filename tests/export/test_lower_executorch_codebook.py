@@ -13,23 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from turbopocket.export.graph import Component, ComponentModule
-from turbopocket.export.lower import executorch as target
-from turbopocket.export.lower.executorch_codebook import Codebooks
-from turbopocket.export.lower.executorch_gate import require_constants
-from turbopocket.export.parity import torch_runner
+from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.targets.executorch import program as target
+from turbopocket.export.targets.executorch.codebook import Codebooks
+from turbopocket.export.targets.executorch.gate import require_constants
+from turbopocket.export.verify.gaps import torch_runner
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
-from turbopocket.runtimes import executorch as bindings
-from turbopocket.runtimes.compare import Call, compare_by_layer
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.executorch import ExecuTorchRunner
-from turbopocket.runtimes.executorch_native.runner import ExecuTorchNativeRunner
+from turbopocket.runtimes.compare.metrics import relative_error
+from turbopocket.runtimes.compare.replay import Call, compare_by_layer
+from turbopocket.runtimes.compare.rows import Limits
+from turbopocket.runtimes.executorch import runner as bindings
+from turbopocket.runtimes.executorch.native.runner import ExecuTorchNativeRunner
+from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 from turbopocket.runtimes.kernels.library import executorch_operators
 from turbopocket.runtimes.manifest import ComponentSpec
-from turbopocket.runtimes.metrics import relative_error
-from turbopocket.runtimes.parity import Limits
 
 pytest.importorskip("executorch")
 

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from turbopocket.export.graph import Component
-from turbopocket.export.lower import executorch as lowering
-from turbopocket.export.lower.executorch_layers import MIN_SNR_DB, Static, Steps
-from turbopocket.export.parity import torch_runner
+from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.target_executorch import FLOAT_ERROR, STATIC_LAYER_ERROR, ExecuTorch
-from turbopocket.export.targets import open_target
+from turbopocket.export.targets.executorch import program as lowering
+from turbopocket.export.targets.executorch.integer import MIN_SNR_DB, Static, Steps
+from turbopocket.export.targets.executorch.target import FLOAT_ERROR, STATIC_LAYER_ERROR, ExecuTorch
+from turbopocket.export.targets.registry import open_target
+from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.quant.calibrate import calibrate, ranges_of
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.ranges import Ranges
-from turbopocket.runtimes.compare import Call, compare_by_layer
-from turbopocket.runtimes.executorch import ExecuTorchRunner
-from turbopocket.runtimes.metrics import relative_error
-from turbopocket.runtimes.parity import Limits
+from turbopocket.runtimes.compare.metrics import relative_error
+from turbopocket.runtimes.compare.replay import Call, compare_by_layer
+from turbopocket.runtimes.compare.rows import Limits
+from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
 from .test_lower_executorch import OneComponent, component, compressed
 

@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from turbopocket.export.graph import (
+from turbopocket.export.families.graphs import (
     Component,
     ComponentModule,
     text_encoder_component,
     unet_component,
     vae_decoder_component,
 )
-from turbopocket.export.lower import onnx as target
+from turbopocket.export.targets.onnx import program as target
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.fit.universal import universal_codebooks
 from turbopocket.quant.formats import Additive, Codebook, CompressedTensor, LayerFormat, parse_format
-from turbopocket.runtimes.errors import TurbopocketError
 
 FORMATS = (
     "fp32",

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.export.graph import Component, ComponentModule
-from turbopocket.export.lower import onnx as target
+from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.targets.onnx import program as target
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import parse_format
-from turbopocket.runtimes.errors import TurbopocketError
 
 
 class Wrapped(ComponentModule):

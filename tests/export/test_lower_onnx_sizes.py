@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.export.components import components_of
-from turbopocket.export.families import load
-from turbopocket.export.graph import Component, unet_component, vae_decoder_component
-from turbopocket.export.lower import onnx as target
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.families.components import components_of
+from turbopocket.export.families.graphs import Component, unet_component, vae_decoder_component
+from turbopocket.export.targets.onnx import program as target
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.kernels.library import onnx_operators
-from turbopocket.runtimes.onnx_session import open_session
+from turbopocket.runtimes.onnx.session import open_session
 
 from .test_lower_onnx import (
     MOST_ERROR,

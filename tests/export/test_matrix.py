@@ -14,23 +14,23 @@ from typing import Any
 import pytest
 from torch import nn
 
-from turbopocket.export.build import build
+from turbopocket.export.build.build import build
 from turbopocket.export.check import check
-from turbopocket.export.components import layers_of
-from turbopocket.export.diffusers_reference import diffusers_picture
-from turbopocket.export.families import FAMILIES, LoadedModel, load
-from turbopocket.export.graph import Component
-from turbopocket.export.kept import RANGES_FILE, WEIGHTS_FILE
+from turbopocket.export.checkpoint.load import FAMILIES, LoadedModel, load
+from turbopocket.export.families.components import layers_of
+from turbopocket.export.families.graphs import Component
+from turbopocket.export.output.kept import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import Recipe, make_recipe
-from turbopocket.export.targets import TARGETS, open_target
+from turbopocket.export.targets.registry import TARGETS, open_target
+from turbopocket.export.verify.diffusers_reference import diffusers_picture
 from turbopocket.quant.compress import decompressed, load_weights
 from turbopocket.quant.ranges import load_ranges
+from turbopocket.runtimes.compare.metrics import relative_error
+from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import Manifest, load_manifest
-from turbopocket.runtimes.metrics import relative_error
 from turbopocket.runtimes.runner import open_runner
-from turbopocket.runtimes.text_to_image import draw, seeded_noise
-from turbopocket.runtimes.tokenizer import open_tokenizers
 
 from ..checkpoints import CHECKPOINTS, REFUSED, Checkpoint, Refused, models_page
 

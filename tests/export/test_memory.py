@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.export.graph import Component, ComponentModule
-from turbopocket.export.lower import onnx as target
+from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.targets.onnx import program as target
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
 
 METER = Path(__file__).with_name("memory_meter.py")

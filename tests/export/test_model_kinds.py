@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopocket.export.diffusers_reference import compare_with_diffusers
-from turbopocket.export.families import load_shapes
-from turbopocket.export.parity import Session
+from turbopocket.export.build.draft import asks_twice, sampler_spec
+from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.spec import asks_twice, sampler_spec
-from turbopocket.runtimes import conditioning
-from turbopocket.runtimes.conditioning import guidance_embedding
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.tokenizer import open_tokenizers
+from turbopocket.export.verify.diffusers_reference import compare_with_diffusers
+from turbopocket.export.verify.gaps import Session
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing import conditioning
+from turbopocket.runtimes.drawing.conditioning import guidance_embedding
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 
 from .drawer import LCM, PROMPT, SDXL, checkpoint, drawer, tiny_vae, unet
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from turbopocket.export.check import Checked
-from turbopocket.export.target_onnx import Onnx
+from turbopocket.export.targets.onnx.target import Onnx
 
 
 @pytest.mark.parametrize("kernels", [None, Path("libcodebook_onnxruntime.so")], ids=["absent", "built"])
@@ -24,7 +24,7 @@ def test_missing_kernels_are_noted_in_one_line_where_codebooks_want_them(
         onnx.save(onnx.helper.make_model(graph, opset_imports=[opset]), tmp_path / name)
     specs = {name: SimpleNamespace(file=name) for name in ("text", "unet")}
     manifest: Any = SimpleNamespace(components=specs, files=[], total_bytes=0)
-    monkeypatch.setattr("turbopocket.export.target_onnx.onnx_operators", lambda: kernels)
+    monkeypatch.setattr("turbopocket.export.targets.onnx.target.onnx_operators", lambda: kernels)
     notes = Onnx().notes(tmp_path, manifest)
     checked, console = Checked(manifest, None, "no weights", (), notes), Console(record=True, width=40)
     checked.show(console)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.owned import checkpoints, refuse_build, refuse_occupied
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.output.owned import checkpoints, refuse_build, refuse_occupied
+from turbopocket.ground.errors import TurbopocketError
 
 from .stand_ins import put_artifact, put_checkpoint, put_report
 
@@ -153,7 +153,7 @@ def test_the_run_of_a_distillation_is_not_a_builds(name: str, tmp_path: Path) ->
 def test_a_refused_build_does_no_work(
     tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turbopocket.export import build as module
+    from turbopocket.export.build.build import build as module
 
     monkeypatch.setattr(module, "load", lambda *_: pytest.fail("a model was loaded"))
     notes, thesis = precious(tmp_path / "mine.report", "notes.txt"), precious(tmp_path / "mine.run")

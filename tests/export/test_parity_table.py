@@ -6,9 +6,9 @@ import io
 import pytest
 from rich.console import Console
 
-from turbopocket.export.parity import Difference, Gaps, Pictures, ToDiffusers
 from turbopocket.export.results import parity_table
-from turbopocket.runtimes.parity import Limits, ParityReport, ParityRow
+from turbopocket.export.verify.gaps import Difference, Gaps, Pictures, ToDiffusers
+from turbopocket.runtimes.compare.rows import Limits, ParityReport, ParityRow
 
 
 def report(error: float) -> ParityReport:

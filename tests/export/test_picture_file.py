@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from turbopocket.export.picture_file import read_picture
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.image_size import ImageSize
 
 SIZE = ImageSize(40, 60)

@@ -7,7 +7,7 @@ import pytest
 
 from turbopocket.export.recipe import Recipe, load_recipe, make_recipe, parse_recipe, shipped_recipes, with_overrides
 from turbopocket.export.units import format_bytes, parse_bytes
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 
 
 def test_printed_recipe_reads_back_the_same() -> None:

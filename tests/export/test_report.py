@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from turbopocket.export.report import (
+from turbopocket.export.output.staging import report_folder
+from turbopocket.export.report.page import (
     DrawnPicture,
     Measurements,
     ReportData,
@@ -18,11 +19,11 @@ from turbopocket.export.report import (
     rewrite_report,
     write_report,
 )
-from turbopocket.export.report_svg import linear_scale, log_scale, scientific
-from turbopocket.export.report_view import block_bars, component_bars, format_classes, page_view
-from turbopocket.export.staging import report_folder
+from turbopocket.export.report.svg import linear_scale, log_scale, scientific
+from turbopocket.export.report.view import block_bars, component_bars, format_classes, page_view
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.plan import Choice, Plan
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.runtimes.compare.rows import Divergence, Limits, ParityReport, ParityRow, PictureRow
 from turbopocket.runtimes.manifest import (
     ComponentSpec,
     FileEntry,
@@ -32,7 +33,6 @@ from turbopocket.runtimes.manifest import (
     write_manifest,
 )
 from turbopocket.runtimes.memory import MemoryFigures
-from turbopocket.runtimes.parity import Divergence, Limits, ParityReport, ParityRow, PictureRow
 from turbopocket.runtimes.schedule import SamplerSpec
 
 PROMPT = 'a red <b>circle</b> & "a star"'

@@ -11,11 +11,11 @@ from typing import Any
 import diffusers
 import pytest
 
-from turbopocket.export.families import FAMILIES, load_shapes
+from turbopocket.export.build.draft import with_sampling
+from turbopocket.export.build.sampling_defaults import PIPELINE_GUIDANCE, Sampling, sampling_of
+from turbopocket.export.checkpoint.load import FAMILIES, load_shapes
 from turbopocket.export.recipe import make_recipe, parse_recipe
-from turbopocket.export.sampling_defaults import PIPELINE_GUIDANCE, Sampling, sampling_of
-from turbopocket.export.spec import with_sampling
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.manifest import load_manifest
 
 Named = Callable[..., Path]

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.distill import DistillRequest, distil
-from turbopocket.export.families import load
+from turbopocket.export.build.draft import sampler_spec
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.distill.distil import DistillRequest, distil
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import SamplerSection
-from turbopocket.export.spec import sampler_spec
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.distill.options import DistillOptions
-from turbopocket.runtimes.errors import TurbopocketError
 
 EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}

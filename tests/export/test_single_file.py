@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turbopocket.export.families import LoadedModel, load, load_shapes
+from turbopocket.export.checkpoint.load import LoadedModel, load, load_shapes
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import load_manifest
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from turbopocket.export.families import hub, load, load_shapes
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.checkpoint import hub
+from turbopocket.export.checkpoint.load import load, load_shapes
+from turbopocket.ground.errors import TurbopocketError
 
 from .single_files import write_single_file
 

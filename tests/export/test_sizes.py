@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.families import load, load_shapes
+from turbopocket.export.checkpoint.load import load, load_shapes
+from turbopocket.export.families.sizes import MAX_LATENT_POSITIONS, drawn_sizes, size_notes
 from turbopocket.export.recipe import make_recipe, parse_recipe
-from turbopocket.export.side_files import write_side_files
-from turbopocket.export.sizes import MAX_LATENT_POSITIONS, drawn_sizes, size_notes
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.targets.side_files import write_side_files
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.image_size import ImageSize, parse_size
 
 Run = Callable[..., Any]

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from turbopocket.export import replacing, staging
-from turbopocket.export.staging import (
+from turbopocket.export.output import replacing, staging
+from turbopocket.export.output.staging import (
     Busy,
     claimed,
     output_path,
@@ -24,7 +24,7 @@ from turbopocket.export.staging import (
     settle_output,
     write_atomically,
 )
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 
 from .crash_states import killed_between
 
@@ -198,7 +198,7 @@ def test_every_new_file_is_on_disk_before_an_old_one_is_replaced(
 HOLDER = """
 import sys
 from pathlib import Path
-from turbopocket.export.staging import claimed
+from turbopocket.export.output.staging import claimed
 with claimed(Path(sys.argv[1]), lambda: None) as claim, claim.staged(Path(sys.argv[1])) as (stage,):
     (stage / "half").write_text("half")
     print("held", flush=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from turbopocket.export import replacing
-from turbopocket.export.owned import checkpoints, refuse_build, refuse_folder, refuse_occupied, write_record
-from turbopocket.export.staging import claimed, report_folder, settle_output
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.export.output import replacing
+from turbopocket.export.output.owned import checkpoints, refuse_build, refuse_folder, refuse_occupied, write_record
+from turbopocket.export.output.staging import claimed, report_folder, settle_output
+from turbopocket.ground.errors import TurbopocketError
 
 from .crash_states import crash_states, killed_before
 from .stand_ins import put_artifact, put_checkpoint, put_report

@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from turbopocket.export.parity import torch_runner
-from turbopocket.runtimes.text_to_image import draw, seeded_noise
+from turbopocket.export.verify.gaps import torch_runner
+from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
 
 from .test_diffusers_reference import PROMPT, Drawing
 

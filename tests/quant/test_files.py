@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from turbopocket.quant.files import write_whole
+from turbopocket.ground.files import write_whole
 
 
 def test_file_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from turbopocket.runtimes.compare.reference import PyTorchRunner, TorchComponent
+from turbopocket.runtimes.drawing.tokenizer import Tokenizer
 from turbopocket.runtimes.manifest import (
     ComponentSpec,
     ImageSpec,
@@ -24,8 +26,6 @@ from turbopocket.runtimes.manifest import (
     load_manifest,
     write_manifest,
 )
-from turbopocket.runtimes.reference import PyTorchRunner, TorchComponent
-from turbopocket.runtimes.tokenizer import Tokenizer
 
 TOKENS, WIDTH, LATENT = 8, 6, 6
 TURBO = {

@@ -12,7 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from turbopocket.runtimes.compare import (
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.compare.reference import PyTorchRunner
+from turbopocket.runtimes.compare.replay import (
     Call,
     Limits,
     ParityReport,
@@ -23,8 +25,6 @@ from turbopocket.runtimes.compare import (
     first_divergence,
     record,
 )
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.reference import PyTorchRunner
 from turbopocket.runtimes.runner import Arrays
 
 from .conftest import TinyModel, tiny_model

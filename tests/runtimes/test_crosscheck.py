@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbopocket.runtimes.compare import Call
-from turbopocket.runtimes.crosscheck import crosscheck
-from turbopocket.runtimes.parity import Limits, ParityReport
+from turbopocket.runtimes.compare.crosscheck import crosscheck
+from turbopocket.runtimes.compare.replay import Call
+from turbopocket.runtimes.compare.rows import Limits, ParityReport
 from turbopocket.runtimes.runner import Arrays
 
 LIMITS = Limits(max_relative_error=0.05)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.arm64.cpus import parse_cpu
 from turbopocket.runtimes.arm64.setup import open_emulator
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.executorch_native import build
-from turbopocket.runtimes.executorch_native.build import arm64_runner, native_runner
-from turbopocket.runtimes.executorch_native.memory import measure_program
+from turbopocket.runtimes.executorch.native import build
+from turbopocket.runtimes.executorch.native.build import arm64_runner, native_runner
+from turbopocket.runtimes.executorch.native.memory import measure_program
 from turbopocket.runtimes.manifest import file_entries, load_manifest, write_manifest
 from turbopocket.runtimes.served import wire
 from turbopocket.runtimes.served.process import ServedProcess

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.image_size import ImageSize, parse_size
 from turbopocket.runtimes.manifest import Manifest, load_manifest, write_manifest
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.latents import from_vae, to_vae
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing.latents import from_vae, to_vae
 from turbopocket.runtimes.manifest import ImageSpec, Manifest, load_manifest
 
 SIZES = {"height": 8, "width": 8, "latent_channels": 4, "latent_height": 4, "latent_width": 4}

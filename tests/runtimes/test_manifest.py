@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.manifest import (
     Manifest,
     file_entries,

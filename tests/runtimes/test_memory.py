@@ -6,8 +6,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes import memory
-from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import (
     ComponentSpec,

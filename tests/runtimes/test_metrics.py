@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.metrics import max_abs_error, psnr_db, relative_error, snr_db, ssim
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.compare.metrics import max_abs_error, psnr_db, relative_error, snr_db, ssim
 
 REFERENCE = np.array([3.0, 4.0], dtype=np.float32)
 CANDIDATE = np.array([3.0, 4.5], dtype=np.float32)

@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.manifest import Manifest
-from turbopocket.runtimes.onnx import OnnxRunner
-from turbopocket.runtimes.onnx_session import session_options
+from turbopocket.runtimes.onnx.runner import OnnxRunner
+from turbopocket.runtimes.onnx.session import session_options
 from turbopocket.runtimes.runner import open_runner
 
 from .conftest import LATENT, TOKENS, WIDTH, toy_graphs
@@ -157,8 +157,8 @@ import sys
 from pathlib import Path
 from turbopocket.runtimes.manifest import load_manifest, verify
 from turbopocket.runtimes.runner import open_runner
-from turbopocket.runtimes.text_to_image import generate
-from turbopocket.runtimes.tokenizer import open_tokenizers
+from turbopocket.runtimes.drawing.text_to_image import generate
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 
 folder = Path(sys.argv[1])
 manifest = load_manifest(folder)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.reference import PyTorchRunner, TorchComponent
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.compare.reference import PyTorchRunner, TorchComponent
 
 
 class Backwards(nn.Module):

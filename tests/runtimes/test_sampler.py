@@ -8,8 +8,8 @@ import diffusers
 import numpy as np
 import pytest
 
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.sampler import Memory, make_sampler
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing.sampler import Memory, make_sampler
 from turbopocket.runtimes.schedule import SamplerSpec, alphas_cumprod, timesteps
 from turbopocket.runtimes.scheduler_classes import SCHEDULER_CLASSES
 

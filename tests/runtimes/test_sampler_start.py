@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
-from turbopocket.runtimes.errors import TurbopocketError
-from turbopocket.runtimes.sampler import Sampler, make_sampler
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing.sampler import Sampler, make_sampler
 from turbopocket.runtimes.schedule import SamplerSpec
 
 from .walks import BETAS, PUBLISHED, SHAPE, assert_walks_like, opened

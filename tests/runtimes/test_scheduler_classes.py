@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.schedule import SamplerSpec
 from turbopocket.runtimes.scheduler_classes import KEYS, SCHEDULER_CLASSES, SamplerKind, config_for
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from turbopocket.runtimes.conditioning import PromptCut, feed, guidance_embedding
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing.conditioning import PromptCut, feed, guidance_embedding
+from turbopocket.runtimes.drawing.text_to_image import NotFinite, draw, generate
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import Manifest
-from turbopocket.runtimes.onnx import OnnxRunner
-from turbopocket.runtimes.text_to_image import NotFinite, draw, generate
-from turbopocket.runtimes.tokenizer import open_tokenizers
+from turbopocket.runtimes.onnx.runner import OnnxRunner
 
 from .conftest import TinyModel, tiny_model
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.drawing.tokenizer import Tokenizer, open_tokenizers
 from turbopocket.runtimes.manifest import Manifest
-from turbopocket.runtimes.tokenizer import Tokenizer, open_tokenizers
 
 from .conftest import write_toy_tokenizer
 

@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import torch
 
-from turbopocket.runtimes.sampler import Memory, make_sampler
+from turbopocket.runtimes.drawing.sampler import Memory, make_sampler
 from turbopocket.runtimes.schedule import SamplerSpec
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.arm64.cpus import parse_cpu
 from turbopocket.runtimes.arm64.runner import EmulatedOnnxRunner
 from turbopocket.runtimes.arm64.setup import open_emulator
-from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import Manifest
-from turbopocket.runtimes.onnx import OnnxRunner
+from turbopocket.runtimes.onnx.runner import OnnxRunner
 
 from ..conftest import LATENT, TOKENS, WIDTH
 

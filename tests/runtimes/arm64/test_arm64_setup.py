@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.arm64 import setup
 from turbopocket.runtimes.arm64.cpus import CPUS, parse_cpu
-from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import FileEntry, sha256_of
 
 

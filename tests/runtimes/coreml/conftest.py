@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from turbopocket.runtimes.coreml.constexpr import KINDS
-from turbopocket.runtimes.coreml.dtypes import DTYPES
-from turbopocket.runtimes.coreml.package import coremltools_module
-from turbopocket.runtimes.coreml.program import Program
+from turbopocket.runtimes.coreml.file.constexpr import KINDS
+from turbopocket.runtimes.coreml.file.dtypes import DTYPES
+from turbopocket.runtimes.coreml.file.package import coremltools_module
+from turbopocket.runtimes.coreml.file.program import Program
 
 MIL = coremltools_module("proto.MIL_pb2")
 Model = coremltools_module("proto.Model_pb2").Model

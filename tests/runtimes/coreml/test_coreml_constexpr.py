@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopocket.runtimes.coreml import constexpr
-from turbopocket.runtimes.coreml.dtypes import DTYPES, TensorType, unpack_bits
-from turbopocket.runtimes.coreml.program import Program
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.coreml.file import constexpr
+from turbopocket.runtimes.coreml.file.dtypes import DTYPES, TensorType, unpack_bits
+from turbopocket.runtimes.coreml.file.program import Program
 
 from .conftest import MODEL_PATH, WEIGHTS_PATH, Written, coremltools_module, pack_bits, weights, written_sum
 

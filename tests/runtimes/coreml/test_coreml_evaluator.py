@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from turbopocket.runtimes.coreml.arithmetic import Arithmetic, to_fp16
-from turbopocket.runtimes.coreml.evaluator import Evaluator
-from turbopocket.runtimes.coreml.program import Program
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.coreml.evaluate.arithmetic import Arithmetic, to_fp16
+from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
+from turbopocket.runtimes.coreml.file.program import Program
 
 from .conftest import Attentive, Written, convert_module, mb, save_built, snr_db
 

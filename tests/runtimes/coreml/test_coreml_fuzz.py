@@ -16,10 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from turbopocket.runtimes.coreml.evaluator import Evaluator
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
+from turbopocket.runtimes.coreml.file.program import Program
 from turbopocket.runtimes.coreml.lint import lint
-from turbopocket.runtimes.coreml.program import Program
-from turbopocket.runtimes.errors import TurbopocketError
 
 from .conftest import MODEL_PATH, WEIGHTS_PATH, Attentive, Model, Written, convert_module, weights
 

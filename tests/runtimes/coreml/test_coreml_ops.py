@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from turbopocket.runtimes.coreml.evaluator import Evaluator
-from turbopocket.runtimes.coreml.program import Program
-from turbopocket.runtimes.coreml.registry import OPS
+from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
+from turbopocket.runtimes.coreml.evaluate.registry import OPS
+from turbopocket.runtimes.coreml.file.program import Program
 
 from .conftest import ct, mb, save_built, types
 from .op_cases import CASES

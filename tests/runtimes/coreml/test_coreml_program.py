@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopocket.runtimes.coreml.evaluator import Evaluator
-from turbopocket.runtimes.coreml.program import Program
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
+from turbopocket.runtimes.coreml.file.program import Program
 from turbopocket.runtimes.manifest import TensorSpec
 
 from .conftest import (
@@ -46,7 +46,7 @@ def test_tensors_operations_and_weights(small: Path) -> None:
 
 def test_open_needs_no_pytorch_of_ours() -> None:
     """The reader itself is numpy and the protobuf: PyTorch is the evaluator's (coremltools imports it where it is)."""
-    code = "import sys, turbopocket.runtimes.coreml.program; assert 'torch' not in sys.modules"
+    code = "import sys, turbopocket.runtimes.coreml.file.program; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

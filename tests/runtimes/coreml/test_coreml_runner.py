@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.coreml.runner import CoreMLRunner
-from turbopocket.runtimes.errors import TurbopocketError
 from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec
 from turbopocket.runtimes.runner import open_runner
 

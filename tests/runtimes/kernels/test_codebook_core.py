@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.kernels.core_library import CodebookWeights, Conv2dLayer, CoreLibrary
 
 Array = NDArray[Any]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 from onnx.numpy_helper import from_array
 
-from turbopocket.export.lower.onnx_trace import DOMAIN
-from turbopocket.runtimes.onnx_session import open_session
+from turbopocket.export.targets.onnx.trace import DOMAIN
+from turbopocket.runtimes.onnx.session import open_session
 
 Array = NDArray[Any]
 HEADERS = Path(__file__).parents[3] / "build" / "kernels" / "headers"

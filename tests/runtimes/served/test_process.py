@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from turbopocket.runtimes.errors import TurbopocketError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.served import process
 from turbopocket.runtimes.served.process import ServedProcess
 

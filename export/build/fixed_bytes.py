@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ships beside the layers' weights, for a plan without a trace: counted where it is there, else estimated."""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...runtimes.image_size import ImageSize
+from ..checkpoint.load import LoadedModel
+from ..checkpoint.tokenizer import has_vocabulary
+from ..families.components import layers_of, parameter_count, shapes_of
+from ..families.graphs import Component
+from ..targets.base import Target
+from ..units import format_bytes
+
+GRAPH_BYTES_PER_LAYER = 1500
+GRAPH_BYTES_PER_COMPONENT = 8_000
+MANIFEST_BYTES = 6_000
+MANIFEST_BYTES_PER_LAYER = 80
+"""From built artifacts; a build counts the real bytes."""
+TOKENIZER_BYTES_PER_ID = {"tokenizer.json": 34.1, "vocab.json": 21.5, "merges.txt": 10.7}
+TOKENIZER_CONFIG_BYTES = 800
+"""CLIP's own files have 1,681,792, 1,059,962 and 524,619 bytes for 49,408 ids, each other file of a tokenizer 855."""
+SCHEDULER_BYTES = 500
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that were not counted, and how they came about instead."""
+
+    what: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class FixedBytes:
+    """Bytes of everything but the layers' weights: `counted`, and `estimates` for what is not there yet."""
+
+    counted: int
+    estimates: tuple[Estimate, ...]
+
+    @property
+    def total(self) -> int:
+        """Counted and estimated bytes together."""
+        return self.counted + sum(each.bytes for each in self.estimates)
+
+
+def fixed_bytes(target: Target, model: LoadedModel, components: Sequence[Component], size: ImageSize) -> FixedBytes:
+    """Returns about how many bytes ship that are not a layer's weight; `size` is the pictures' default.
+
+    Tensors that are no layer's weight count as fp16, configs and tokenizers as the target would write them. Raises
+    TurbopocketError for files that the target cannot do without.
+    """
+    layer_count = len(layers_of(components))
+    graphs = GRAPH_BYTES_PER_LAYER * layer_count + GRAPH_BYTES_PER_COMPONENT * len(components)
+    estimates = [
+        Estimate(
+            "graphs",
+            graphs,
+            f"{GRAPH_BYTES_PER_LAYER:,} bytes for each of {layer_count:,} layers and {GRAPH_BYTES_PER_COMPONENT:,} for "
+            f"each of {len(components)} components, as in built artifacts",
+        ),
+        Estimate(
+            "manifest",
+            MANIFEST_BYTES + MANIFEST_BYTES_PER_LAYER * layer_count,
+            f"{MANIFEST_BYTES:,} bytes, and {MANIFEST_BYTES_PER_LAYER} for each layer, as in built artifacts",
+        ),
+        *_absent(target, model),
+    ]
+    other = sum(_other_parameters(component) for component in components)
+    return FixedBytes(2 * other + _side_files(target, model, components, size), tuple(estimates))
+
+
+def _other_parameters(component: Component) -> int:
+    weights = sum(math.prod(shape) for shape in shapes_of(layers_of([component])).values())
+    return parameter_count(component) - weights
+
+
+def _side_files(target: Target, model: LoadedModel, components: Sequence[Component], size: ImageSize) -> int:
+    """Bytes of the small files that can be written from what the model's folder holds."""
+    there = {encoder: folder for encoder, folder in model.tokenizers.items() if has_vocabulary(folder)}
+    with tempfile.TemporaryDirectory() as scratch:
+        names: Mapping[str, Any] = {component.name: component for component in components}
+        target.write_side_files(replace(model, tokenizers=there), names, size, Path(scratch))
+        return sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
+
+
+def _absent(target: Target, model: LoadedModel) -> list[Estimate]:
+    """What the model's folder lacks, as CLIP's tokenizers and a scheduler's config commonly are."""
+    found = []
+    for index, (encoder, folder) in enumerate(model.tokenizers.items()):
+        if has_vocabulary(folder):
+            continue
+        config: Any = model.modules[encoder].config
+        names = [*target.tokenizer_files, *(target.first_tokenizer_files if index == 0 else ())]
+        per_id = sum(TOKENIZER_BYTES_PER_ID.get(name, 0) for name in names)
+        flat = TOKENIZER_CONFIG_BYTES * sum(name not in TOKENIZER_BYTES_PER_ID for name in names)
+        why = (
+            f"no vocabulary here: {per_id:.1f} bytes for each of {config.vocab_size:,} ids in "
+            f"{', '.join(name for name in names if name in TOKENIZER_BYTES_PER_ID)}, as in CLIP's own"
+        )
+        found.append(Estimate(folder.name, math.ceil(per_id * config.vocab_size) + flat, why))
+    if set(model.scheduler_config) <= {"_class_name"}:
+        found.append(Estimate("scheduler", SCHEDULER_BYTES, "its config is not here; published ones are this long"))
+    return found
+
+
+def show_estimates(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each estimate of a plan's summary."""
+    return [f"  estimated: {each['what']} {format_bytes(each['bytes'])} ({each['why']})" for each in estimates]

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request, one artifact for each of its targets: all of them or none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ...quant.workers import IN_TURN, Workers
+from ..output.owned import refuse_occupied
+from ..output.staging import claimed, output_path
+from ..progress import StageProgress
+from ..recipe import Recipe
+from ..results import Built
+from .build import build
+
+
+def build_targets(recipe: Recipe, out: Path, overwrite: bool, quiet: bool, workers: Workers = IN_TURN) -> list[Built]:
+    """Makes the artifact `out` for the recipe's target, or `out/<target>` for each when there are several.
+
+    An artifact has its report beside it. Raises what `build` raises; then nothing is written.
+    """
+    recipes = recipe.per_target()
+    if len(recipes) == 1:
+        return [build(recipe, out, overwrite, StageProgress(quiet), workers)]
+    out = output_path(out)
+    with claimed(out, lambda: refuse_occupied(out, overwrite)) as claim, claim.staged(out) as (folder,):
+        made = [build(single, folder / name, False, StageProgress(quiet), workers) for name, single in recipes.items()]
+    return [replace(each, folder=out / each.folder.name, report=_moved(each, out)) for each in made]
+
+
+def _moved(built: Built, out: Path) -> Path:
+    return out / built.report.relative_to(built.folder.parent)

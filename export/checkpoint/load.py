@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a checkpoint: which family it is of, its modules, and all that its pipeline says about drawing."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...ground.errors import TurbopocketError
+from ...runtimes.image_size import ImageSize
+from ...runtimes.scheduler_classes import has_no_betas
+from ..families.base import LoadedModel, ModelFamily, ModuleSpec
+from ..families.sd import SD
+from ..families.sdxl import SDXL
+from ..families.student import tell_steps
+from .dry_run import run_on_shapes
+from .header import StoredTensor
+from .index import family_of, modules_of, pipeline_config, read_pipeline_index, scheduler_class
+from .json_object import read_json_object
+from .lora.file import LoraFile
+from .lora.merge import merge_lora
+from .source import Checkpoint, resolve
+from .tokenizer import prompt_rules, tokenizer_json
+from .weights import checked_tensors, empty_module, fill_weights
+
+__all__ = [
+    "FAMILIES",
+    "LoadedModel",
+    "ModelFamily",
+    "ModuleSpec",
+    "load",
+    "load_shapes",
+    "tokenizer_json",
+]
+
+FAMILIES: tuple[ModelFamily, ...] = (SDXL, SD)
+ALL_FOLDERS = frozenset(folder for family in FAMILIES for folder in family.folders)
+SMALLEST_OLD_SAMPLE_SIZE = 64
+
+
+def load(
+    source: str, lora: Sequence[LoraFile] = (), steps: int | None = None, config: str | None = None
+) -> LoadedModel:
+    """Returns the model at `source` with its weights, to which the LoRA files are added in order.
+
+    `source` is a bundled name (`pocket`), a diffusers folder, a single file, a UNet's own folder, or a hub id;
+    `config` completes a file or a UNet (see `source.resolve`). `steps` sets a student that was distilled for several
+    step counts for one of them; by default it is as saved. Raises TurbopocketError when `source` is none of those,
+    or the checkpoint is not whole, not supported, or not finite.
+    """
+    checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=True)
+    model, specs = _described(checkpoint, has_weights=True)
+    stored = {  # every header before any values, so that a broken UNet is known before gigabytes are read
+        component: _stored(checkpoint, component, spec, model.modules[component]) for component, spec in specs.items()
+    }
+    for component, tensors in stored.items():
+        fill_weights(model.modules[component], tensors)
+    if steps is not None:
+        tell_steps(model.modules["unet"], model.weights["unet"], steps)
+    for asked in lora:
+        merge_lora(model, asked)
+    return model
+
+
+def load_shapes(source: str, config: str | None = None) -> LoadedModel:
+    """Returns the model at `source` without weights, all tensors on the meta device.
+
+    Reads only the small files, and the header of a single file. Raises TurbopocketError as `load` does, except about
+    weights, and about tokenizers and schedulers that are absent.
+    """
+    checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=False)
+    model, specs = _described(checkpoint, has_weights=False)
+    for component in checkpoint.file.parts if checkpoint.file else ():
+        _stored(checkpoint, component, specs[component], model.modules[component])
+    for module in model.modules.values():
+        module.to("meta")
+    return model
+
+
+def _stored(checkpoint: Checkpoint, component: str, spec: ModuleSpec, module: nn.Module) -> dict[str, StoredTensor]:
+    found = checkpoint.stored_tensors(component, module, spec)
+    hint = checkpoint.completion.hint if checkpoint.completion else None
+    return checked_tensors(module, found, checkpoint.weights(component), spec, hint)
+
+
+def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, Mapping[str, ModuleSpec]]:
+    folder = checkpoint.folder
+    index = read_pipeline_index(folder)
+    family = family_of(index, folder, FAMILIES, configs_only=not has_weights)
+    specs = modules_of(index, folder, family)
+    modules = {name: empty_module(checkpoint.config_folder(name), spec) for name, spec in specs.items()}
+    configs: dict[str, Any] = {name: module.config for name, module in modules.items()}
+    _check_widths(configs, folder)
+    vae_scale_factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    tokenizers = {f"text_encoder{t.removeprefix('tokenizer')}": folder / t for t in family.tokenizers}
+    rules = prompt_rules(tokenizers, configs, with_files=has_weights)
+    latents = _sample_size(configs["unet"], checkpoint.config_folder("unet"), family)
+    model = LoadedModel(
+        name=checkpoint.name,
+        family=family.name,
+        folder=folder,
+        modules=modules,
+        tokenizers=tokenizers,
+        text_tokens=rules.tokens,
+        prompt_replacements=rules.replacements,
+        scheduler_config=_scheduler_config(checkpoint, index, has_weights),
+        pipeline_config=pipeline_config(index, family),
+        image_size=ImageSize(*(side * vae_scale_factor for side in latents)),
+        vae_scale_factor=vae_scale_factor,
+        has_weights=has_weights,
+        weights={name: checkpoint.weights(name) for name in family.modules},
+        notes=checkpoint.notes,
+    )
+    run_on_shapes(model, checkpoint.config_folder)
+    return model, specs
+
+
+def _check_widths(configs: Mapping[str, Any], folder: Path) -> None:
+    """Raises TurbopocketError when modules that were made for different pipelines lie in one folder."""
+    unet, vae = configs["unet"], configs["vae"]
+    latent_channels = vae["latent_channels"]
+    encoders = [name for name in configs if name.startswith("text_encoder")]
+    text_width = sum(configs[name].hidden_size for name in encoders)
+    if unet["cross_attention_dim"] != text_width:
+        raise TurbopocketError(
+            f"{folder}: the UNet takes text {unet['cross_attention_dim']} wide, "
+            f"{' and '.join(encoders)} give {text_width}"
+        )
+    if unet["in_channels"] != latent_channels:
+        raise TurbopocketError(
+            f"{folder}: the UNet takes {unet['in_channels']} channels, the VAE's latents have "
+            f"{latent_channels}; inpainting and editing models are not supported"
+        )
+    if unet["addition_embed_type"] == "text_time":
+        pooled = (unet["projection_class_embeddings_input_dim"] or 0) - 6 * (unet["addition_time_embed_dim"] or 0)
+        given = configs["text_encoder_2"].projection_dim
+        if pooled != given:
+            raise TurbopocketError(
+                f"{folder}: the UNet takes pooled text {pooled} wide beside six sizes, text_encoder_2 gives {given}"
+            )
+    for key in ("latents_mean", "latents_std"):
+        found = vae.get(key)
+        if found is not None and len(found) != latent_channels:
+            raise TurbopocketError(
+                f"{folder / 'vae' / 'config.json'}: {key} has {len(found)} numbers, one for each of {latent_channels} "
+                "latent channels is needed"
+            )
+
+
+def _scheduler_config(checkpoint: Checkpoint, index: dict[str, Any], required: bool) -> dict[str, Any]:
+    """The scheduler's config, of the class that the pipeline makes of it; that alone where it is absent and may be.
+
+    A class of its own that has no betas stays: the pipeline's would draw from betas that nobody stated.
+    """
+    if required:
+        read_json_object(checkpoint.scheduler_file)
+    config, drawn_by = checkpoint.scheduler_config, scheduler_class(index, checkpoint.folder)
+    return {"_class_name": drawn_by} | config if has_no_betas(config) else config | {"_class_name": drawn_by}
+
+
+def _sample_size(unet: Any, folder: Path, family: ModelFamily) -> ImageSize:
+    """The latents' size that the UNet was trained for.
+
+    Stable Diffusion saved by diffusers before 0.9.0 may say 32, and its pipeline takes 64.
+    """
+    size, saved_by = unet["sample_size"], str(unet.get("_diffusers_version", ""))
+    if isinstance(size, int) and family.name == "sd" and re.match(r"0\.[0-8]\.", saved_by):
+        size = max(size, SMALLEST_OLD_SAMPLE_SIZE)
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides):
+        raise TurbopocketError(
+            f"{folder / 'config.json'}: sample_size is {size!r}; a positive integer, or [height, width] of them, is "
+            "needed"
+        )
+    return ImageSize(*sides)

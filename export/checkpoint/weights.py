@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building a family's modules from their configs, and filling them strictly from safetensors."""
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ...ground.errors import TurbopocketError
+from ..families.base import ModuleSpec
+from .header import StoredTensor
+from .json_object import read_json_object
+from .keys import check_config, constructor_defaults, given_to_class, shown
+from .library_errors import one_sentence
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+# transformers saved this constant buffer in older files; the module computes it.
+HARMLESS_EXTRA = re.compile(r"(.*\.)?embeddings\.position_ids")
+NAMES_SHOWN = 5
+ABOUT_FILE = ("_class_name", "_diffusers_version")
+"""What a diffusers config keeps beside the constructor's parameters."""
+
+
+def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
+    """Returns the module that `config.json` describes, its parameters on the meta device, its buffers real.
+
+    Raises TurbopocketError when the config is absent, of another class, or asks for what our graphs lack.
+    """
+    path = folder / "config.json"
+    config = _own_part(read_json_object(path))
+    if config.get("_class_name", spec.class_name) != spec.class_name:
+        raise TurbopocketError(f"{path} is of class {shown(config['_class_name'])}; supported: {spec.class_name!r}")
+    module_class: Any = getattr(importlib.import_module(spec.library), spec.class_name)
+    config_class = getattr(module_class, "config_class", None)  # transformers: a typed config object
+    defaults = constructor_defaults(config_class or module_class)
+    check_config(config, spec.keys, defaults, path, spec.titled)
+    given = given_to_class(config, spec.keys, defaults)
+    with one_sentence(f"{path} does not describe {spec.titled}"), init_empty_weights(include_buffers=False):
+        if config_class is not None:
+            module = module_class(config_class(**given))
+        else:
+            about = {key: config[key] for key in ABOUT_FILE if key in config}
+            module = module_class.from_config(about | given)
+    empty: nn.Module = module.eval().requires_grad_(False)
+    return empty
+
+
+def _own_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The text encoder's part of a config that was copied from a whole CLIP, as transformers reads it; else all."""
+    part = config.get("text_config")
+    return part if config.get("model_type") == "clip" and isinstance(part, dict) else config
+
+
+def checked_tensors(
+    module: nn.Module, found: Mapping[str, StoredTensor], where: Path, spec: ModuleSpec, hint: str | None = None
+) -> dict[str, StoredTensor]:
+    """Returns where each of the module's tensors is stored, by the module's names, of those `found` in `where`.
+
+    Raises TurbopocketError when a tensor is missing, unexpected, of another shape (then with `hint`) or dtype.
+    """
+    stored = _renamed(found, spec)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    _check_names_and_shapes(expected, stored, where, hint)
+    for tensor in stored.values():
+        if tensor.dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(FLOAT_DTYPES)
+            raise TurbopocketError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; allowed: {allowed}")
+    return stored
+
+
+def fill_weights(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Afterwards the module's parameters are the stored weights in fp32; raises as `read_tensors` does."""
+    module.load_state_dict(read_tensors(stored), strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def _renamed(stored: Mapping[str, StoredTensor], spec: ModuleSpec) -> dict[str, StoredTensor]:
+    renamed: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if HARMLESS_EXTRA.fullmatch(name):
+            continue
+        for pattern, replacement in spec.renames:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise TurbopocketError(f"{tensor.file}: {renamed[name].name} and {tensor.name} are one parameter")
+        renamed[name] = tensor
+    return renamed
+
+
+def _check_names_and_shapes(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], where: Path, hint: str | None
+) -> None:
+    if missing := expected.keys() - stored.keys():
+        raise TurbopocketError(f"{where}: {len(missing)} tensors are missing: {_shown(missing)}", hint)
+    if unexpected := stored.keys() - expected.keys():
+        raise TurbopocketError(
+            f"{where}: {len(unexpected)} tensors are not in the model of config.json: {_shown(unexpected)}", hint
+        )
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name]:
+            raise TurbopocketError(
+                f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(expected[name])}",
+                hint,
+            )
+
+
+def _shown(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:NAMES_SHOWN]) + (" ..." if len(ordered) > NAMES_SHOWN else "")
+
+
+def read_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Returns the values of stored tensors in fp32; raises TurbopocketError when any is NaN or infinite."""
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(_opened(file)) for file in {t.file for t in stored.values()}}
+        return {name: _finite(_taken(files[t.file].get_tensor(t.name), t), t) for name, t in stored.items()}
+
+
+def _taken(values: Tensor, tensor: StoredTensor) -> Tensor:
+    for step in tensor.steps:
+        values = step(values)
+    return values.float()
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise TurbopocketError(f"{file} is not a safetensors file: {error}") from None
+
+
+def _finite(values: Tensor, tensor: StoredTensor) -> Tensor:
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():  # no temporary of the same size
+        bad = int((~values.isfinite()).sum())
+        raise TurbopocketError(
+            f"{tensor.file}: {tensor.name} has {bad} of {values.numel()} values that are NaN or infinite"
+        )
+    return values

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sizes an artifact draws: those that are asked for, as far as the model can draw them."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...ground.errors import TurbopocketError
+from ...runtimes.image_size import ImageSize
+
+if TYPE_CHECKING:  # loading a model runs its graphs, so families import this module
+    from ..checkpoint.load import LoadedModel
+
+PIPELINE_MULTIPLE = 8
+"""diffusers' pipelines take no other sides, and are what an artifact is compared with."""
+
+MAX_LATENT_POSITIONS = 2**15
+"""Of one picture, such as 2048x1024 at 8 pixels a position. The VAE's attention compares every position with every
+other: 4 GiB of fp32 scores at once, which is already more than a phone gives an app."""
+
+
+def drawn_sizes(model: "LoadedModel", asked: Sequence[ImageSize]) -> tuple[ImageSize, ...]:
+    """Returns the sizes that an artifact of the model draws, its default first: those asked for, else the model's own.
+
+    Raises TurbopocketError for a size that the model's pipeline does not take, or that is larger than any phone could
+    draw.
+    """
+    sizes = tuple(asked) or (model.image_size,)
+    for size in sizes:
+        _require_drawable(size, model)
+    return sizes
+
+
+def require_even_levels(model: "LoadedModel", sizes: Sequence[ImageSize], what: str) -> None:
+    """Raises TurbopocketError for a size that the UNet does not halve evenly at every level, as `what` needs it."""
+    unet: Any = model.modules["unet"]
+    for size in sizes:
+        _require_multiple(size, model.vae_scale_factor * 2**unet.num_upsamplers, f"{what} of {model.name}")
+
+
+def latent_size(model: "LoadedModel", size: ImageSize) -> ImageSize:
+    """Returns the latents' size of a picture of that size."""
+    return ImageSize(size.height // model.vae_scale_factor, size.width // model.vae_scale_factor)
+
+
+def size_notes(model: "LoadedModel", sizes: Sequence[ImageSize]) -> tuple[str, ...]:
+    """Returns what to know of sizes that are not the model's own: a line, or none."""
+    others = [str(size) for size in sizes if size != model.image_size]
+    if not others:
+        return ()
+    return (
+        f"{model.name} was trained to draw {model.image_size}: what it draws at {', '.join(others)} is what the float "
+        "model draws there, be it good or bad",
+    )
+
+
+def _require_drawable(size: ImageSize, model: "LoadedModel") -> None:
+    _require_multiple(size, math.lcm(PIPELINE_MULTIPLE, model.vae_scale_factor), model.name)
+    height, width = latent_size(model, size)
+    if height * width > MAX_LATENT_POSITIONS:
+        raise TurbopocketError(
+            f"size {size} has {height * width:,} latent positions, and attention over them "
+            f"{4 * (height * width) ** 2 / 2**30:,.1f} GiB of scores; at most {MAX_LATENT_POSITIONS:,} are taken, "
+            f"{4 * MAX_LATENT_POSITIONS**2 / 2**30:,.1f} GiB"
+        )
+
+
+def _require_multiple(size: ImageSize, step: int, who: str) -> None:
+    if size.height % step or size.width % step:
+        near = ImageSize(*(max(1, round(side / step)) * step for side in size))
+        raise TurbopocketError(f"size {size}: width and height for {who} are multiples of {step}; {near} is near")

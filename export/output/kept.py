@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a build leaves beside its artifact, for `plan --measured` and `check` to read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...quant.compress import save_weights
+from ...quant.formats import CompressedTensor
+from ...quant.plan import LayerChoices
+from ...quant.ranges import Ranges, save_ranges
+from ...quant.sensitivity import save_choices
+
+CHOICES_FILE = "choices.json"
+RANGES_FILE = "ranges.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+def keep(
+    report: Path,
+    choices: Mapping[str, LayerChoices],
+    ranges: Mapping[str, Ranges],
+    stored: Mapping[str, CompressedTensor],
+) -> None:
+    """Writes the measured losses, what every layer saw, and the stored weights as PyTorch reads them."""
+    save_choices(report / CHOICES_FILE, choices)
+    save_ranges(report / RANGES_FILE, ranges)
+    save_weights(report / WEIGHTS_FILE, stored)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands where an output is to go, and whether it may be replaced: never with a file that no command of ours made.
+
+An artifact's manifest lists its files. Reports and students hold a record of theirs. What a killed build goes on from
+is known by its names.
+"""
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ...ground.errors import TurbopocketError
+from ...runtimes.manifest import MANIFEST_NAME
+from .staging import artifacts_in, is_temporary, report_folder, run_folder, write_atomically
+
+RECORD = ".turbopocket.json"
+_ELSEWHERE = "give another --out, or move that away"
+_RUN_HASH = re.compile(r"[0-9a-f]{16}")
+_BLOCK = re.compile(r"\d{3,}-.+\.safetensors(\.partial)?")
+
+
+def write_record(folder: Path) -> None:
+    """Writes into a finished folder which files it is made of; `refuse_folder` then knows them."""
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    write_atomically(folder / RECORD, (json.dumps({"files": files}, indent=1) + "\n").encode())
+
+
+def refuse_build(out: Path, overwrite: bool) -> None:
+    """Raises TurbopocketError when a build can not make the artifact `out` and what goes beside it."""
+    refuse_occupied(out, overwrite)
+    refuse_folder(report_folder(out), overwrite)
+    run = run_folder(out)
+    refuse_run(out, [path for path in sorted(run.rglob("*")) if not _is_checkpoint(path, run)])
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raises TurbopocketError when `out` can not become a new folder of a build.
+
+    An artifact, or a folder of nothing but artifacts and their reports, may be replaced with `overwrite`; anything
+    else in the way never is.
+    """
+    if not _holds_something(out, overwrite):
+        return
+    artifacts = [artifact for artifact in artifacts_in(out) if not artifact.is_symlink()]
+    ours = {path for artifact in artifacts for path in (artifact, report_folder(artifact))}
+    if not artifacts or (out not in artifacts and set(out.iterdir()) - ours):
+        raise TurbopocketError(
+            f"output folder {out} is not empty and has no manifest.json, so it is not an artifact; "
+            "--overwrite replaces artifacts only"
+        )
+    for artifact in artifacts:
+        _refuse_strangers(artifact, _artifact_files(artifact))
+        if artifact != out:
+            refuse_folder(report_folder(artifact), overwrite)
+
+
+def refuse_folder(folder: Path, overwrite: bool) -> None:
+    """Raises TurbopocketError when `folder` is neither free nor, with `overwrite`, as `write_record` left it."""
+    if _holds_something(folder, overwrite):
+        files = _values(folder / RECORD, "files")
+        if files is None:
+            raise TurbopocketError(
+                f"{folder} is not empty and has no {RECORD}, so no command of this version made it; --overwrite "
+                "replaces what is ours and nothing else",
+                hint=_ELSEWHERE,
+            )
+        _refuse_strangers(folder, [RECORD, *map(str, files)])
+
+
+def refuse_run(out: Path, strangers: Sequence[Path]) -> None:
+    """Raises TurbopocketError when the run folder of `out` is none, or for the first of the strangers in it."""
+    run = run_folder(out)
+    if os.path.lexists(run) and not run.is_dir():
+        raise TurbopocketError(f"{run} is not a folder; what a killed command goes on from is kept there")
+    if strangers:
+        raise TurbopocketError(
+            f"{run} holds {strangers[0].relative_to(run)}, which this command did not make; what it goes on from when "
+            "it was killed is kept there",
+            hint=_ELSEWHERE,
+        )
+
+
+@contextmanager
+def checkpoints(out: Path) -> Iterator[Path]:
+    """Yields the folder for what a killed build of `out` goes on from. Its files go when the block ends well."""
+    run = run_folder(out)
+    yield run
+    with suppress(OSError):  # anything else there stays, and so does the folder then
+        for path in sorted(run.rglob("*"), reverse=True):
+            if _is_checkpoint(path, run):
+                path.rmdir() if path.is_dir() else path.unlink()
+        run.rmdir()
+
+
+def _is_checkpoint(path: Path, run: Path) -> bool:
+    if path.parent == run:
+        return bool(_RUN_HASH.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+    return path.parent.parent == run and bool(_BLOCK.fullmatch(path.name)) and path.is_file()
+
+
+def _holds_something(folder: Path, overwrite: bool) -> bool:
+    """Whether what stands there has to be known for ours. Raises TurbopocketError for what is never replaced."""
+    if folder.is_symlink():
+        raise TurbopocketError(f"output {folder} is a symlink to {folder.readlink()}; it must be a new or empty folder")
+    if folder.exists() and not folder.is_dir():
+        raise TurbopocketError(f"output {folder} is a file; it must be a new or empty folder")
+    if folder.is_mount():
+        raise TurbopocketError(f"output {folder} is a mounted file system; no new folder can take its place")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    if not overwrite:
+        raise TurbopocketError(f"output folder {folder} is not empty", hint="give another folder, or --overwrite")
+    return True
+
+
+def _refuse_strangers(folder: Path, ours: Collection[str]) -> None:
+    """Raises TurbopocketError for the first file that is not one of `ours`, and for a write-protected folder."""
+    for path in (folder, *sorted(folder.rglob("*"))):
+        if path.is_dir() and not path.is_symlink():
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise TurbopocketError(f"{path} is write-protected; --overwrite does not change that")
+        elif path.relative_to(folder).as_posix() not in ours and not is_temporary(path):
+            raise TurbopocketError(
+                f"{folder} holds {path.relative_to(folder)}, which no command of ours made; --overwrite replaces what "
+                "is ours and nothing else",
+                hint=_ELSEWHERE,
+            )
+
+
+def _artifact_files(artifact: Path) -> list[str]:
+    files = _values(artifact / MANIFEST_NAME, "files")
+    if files is None or not all(isinstance(entry, dict) and {"path", "sha256"} <= entry.keys() for entry in files):
+        raise TurbopocketError(
+            f"{artifact / MANIFEST_NAME} is not an artifact's manifest, or is damaged; --overwrite replaces artifacts "
+            "only",
+            hint=_ELSEWHERE,
+        )
+    return [MANIFEST_NAME, *(str(entry["path"]) for entry in files)]
+
+
+def _values(path: Path, key: str) -> list[Any] | None:
+    """The list under `key` of a JSON file; None when there is no such file, or none in it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    values = found.get(key) if isinstance(found, dict) else None
+    return values if isinstance(values, list) else None

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target behind one interface: what a build, a plan, a check and a listing need to know of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from ...ground.errors import TurbopocketError
+from ...quant.formats import CompressedTensor, LayerFormat
+from ...quant.ranges import Ranges
+from ...runtimes.arm64.cpus import PREFIX, Cpu
+from ...runtimes.arm64.emulator import Emulator
+from ...runtimes.image_size import ImageSize
+from ...runtimes.manifest import ComponentSpec, Manifest
+from ...runtimes.memory import MemoryFigures
+from ..checkpoint.load import LoadedModel
+from ..families.graphs import Component
+from ..verify.emulated import EmulatedRuntime
+from ..verify.gaps import Runtime
+
+Kind = Literal["linear", "conv2d"]
+
+
+class Traced(Protocol):
+    """A component as its target's graph, weights still dense."""
+
+    @property
+    def component(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """What can be compressed in it, by full layer name."""
+        ...
+
+
+class Target(ABC):
+    """One kind of artifact.
+
+    Attributes:
+        name: as in recipes and manifests; tools: packages whose versions decide what is written.
+        max_lowering_error: largest relative error of a call that counts as right, if the recipe says nothing.
+        group_scale_digits: significant bits of a scale that a group of weights shares; fp16 has 11.
+        tokenizer_files: names of what it ships of each tokenizer; first_tokenizer_files: of the first one beside that.
+    """
+
+    name: ClassVar[str]
+    tools: ClassVar[tuple[str, ...]]
+    max_lowering_error: ClassVar[float]
+    group_scale_digits: ClassVar[int] = 11
+    tokenizer_files: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
+    first_tokenizer_files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def runtime_names(self) -> tuple[str, ...]:
+        """What runs the artifact here; the one that draws what a phone shows first."""
+
+    @abstractmethod
+    def components(
+        self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
+    ) -> list[Component]:
+        """The model's graphs for pictures of these sizes, with the outputs that this target ships.
+
+        `image_to_image` adds the one that reads a first picture.
+        """
+
+    @abstractmethod
+    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
+        """None when a layer of this kind and shape stays compressed in that format, else the reason."""
+
+    @abstractmethod
+    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
+        """The operators that read a weight in a storable format."""
+
+    @abstractmethod
+    def trace(self, component: Component) -> Traced:
+        """The component's graph."""
+
+    @abstractmethod
+    def component_spec(self, traced: Any) -> ComponentSpec:
+        """What a manifest says of it."""
+
+    @abstractmethod
+    def fixed_bytes(self, traced: Any, candidates: Iterable[LayerFormat]) -> int:
+        """Bytes of its files beside the layers' own, at most, when each layer gets one of the candidate formats."""
+
+    @abstractmethod
+    def lowered_bytes(self, traced: Any, formats: Mapping[str, LayerFormat]) -> int:
+        """Bytes of its files with the layers in these formats; never less than they come to."""
+
+    def fitted(self, traced: Any, component: Component, ranges: Mapping[str, Ranges]) -> Traced:
+        """The graph again, for layers that see such numbers (by full name); the same by default."""
+        return traced
+
+    @abstractmethod
+    def lower(self, traced: Any, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
+        """Writes its files under `folder`, and says what they are."""
+
+    def as_run(
+        self, component: Component, weights: Mapping[str, CompressedTensor], ranges: Mapping[str, Ranges]
+    ) -> Component:
+        """The component, given the stored weights, as the runtimes are to compute it: what they are compared with.
+
+        By default itself: all that lowering changes is the program. A target that also rounds activations by design
+        gives a component that does.
+        """
+        return component
+
+    @abstractmethod
+    def write_side_files(
+        self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
+    ) -> None:
+        """Writes configs and tokenizers; `size` is the default of the pictures."""
+
+    @abstractmethod
+    def files(self, spec: ComponentSpec) -> list[str]:
+        """Paths of the files that `lower` writes for a component."""
+
+    def lowering_limit(self, weights: Mapping[str, CompressedTensor]) -> float:
+        """What `max_lowering_error` is for these stored weights."""
+        return self.max_lowering_error
+
+    @abstractmethod
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
+        """One for each of `runtime_names`; `weights` are the stored ones, by which layers may be found again."""
+
+    def kernel_runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
+        """The same with the kernels of `make kernels`, for artifacts that have work for them.
+
+        `check` measures these too; `build` does not, so that an artifact is the same with and without them.
+        """
+        return {}
+
+    def emulated(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
+    ) -> EmulatedRuntime:
+        """The artifact on an emulated CPU. Raises TurbopocketError where that CPU does not run such artifacts."""
+        raise TurbopocketError(
+            f"{self.name} artifacts do not run on {PREFIX}{cpu.name}; those for onnx and executorch do"
+        )
+
+    def inspect(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
+        """What only a device can tell. Raises TurbopocketError for files that no device would accept."""
+        return ()
+
+    def notes(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
+        """What a person should know of how the artifact ran on this machine, a line each."""
+        return ()
+
+    @abstractmethod
+    def memory(self, folder: Path, component: str) -> MemoryFigures | None:
+        """Measured memory of one component, None where only a device can tell."""

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A component as Core ML packages that Apple's Swift package StableDiffusion runs, weights as compressed as planned.
+
+`trace` has coremltools convert the component once, without its layers' weights; all sizes then follow from shapes
+(`fixed_bytes`, `lowered_bytes`), before any weight is compressed, and `lower` writes the same bytes every time.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ....quant.formats import CompressedTensor, LayerFormat
+from ....runtimes.coreml.file.dtypes import TensorType
+from ....runtimes.coreml.file.package import coremltools_module
+from ....runtimes.coreml.interface import CHUNKS, layer_value, package_file, package_names
+from ....runtimes.manifest import ComponentSpec, TensorSpec
+from ...families.graphs import Component
+from .emit import constants_of, geometry_constants, path_of
+from .form import Deployment
+from .interface import wrapped
+from .lowering import Lowering, is_cut, layer_bytes, skeleton_bytes
+from .mil import Message, type_of
+from .package import PACKAGE_PATHS, write_package
+from .stores import DEPLOYMENT, form_of, storable
+from .trace import LAYER, Skeleton, TracedProgram, compressible_paths
+
+__all__ = [
+    "CoreMLOptions",
+    "TracedProgram",
+    "component_spec",
+    "fixed_bytes",
+    "layer_value",
+    "lower",
+    "lowered_bytes",
+    "package_files",
+    "storable",
+    "trace",
+]
+
+
+@dataclass(frozen=True)
+class CoreMLOptions:
+    """`deployment` is the oldest system that reads the packages.
+
+    `unet_batch` is 1 without guidance, 2 with: the Swift package always gives two. `largest` holds the largest
+    magnitude that calibration saw in the output of a layer, by the layer's full name: what fp16 can not hold is
+    computed in fp32. A UNet beyond `max_package_bytes` becomes two packages.
+    """
+
+    deployment: Deployment = DEPLOYMENT
+    unet_batch: int = 1
+    largest: Mapping[str, float] = field(default_factory=dict)
+    max_package_bytes: int = 2**30
+
+
+DEFAULTS = CoreMLOptions()
+
+
+def trace(component: Component, options: CoreMLOptions = DEFAULTS) -> TracedProgram:
+    """Runs PyTorch's tracer and coremltools once. Layer weights are neither copied nor looked at.
+
+    Raises TurbopocketError when coremltools is missing, when two layers share one weight, or when the largest values
+    name a layer that does not run or can not be held by an output of the package.
+    """
+    require_coremltools()
+    from .convert import converted
+    from .precision import Fp32Region
+
+    package = wrapped(component, options.unet_batch)
+    region = Fp32Region(component.name, package.outputs, options.largest)
+    with converted(package, compressible_paths(component), options.deployment, region) as (model, constants):
+        function = model.mlProgram.functions["main"]
+        block = function.block_specializations[function.opset]
+        types = {output.name: type_of(output.type) for op in block.operations for output in op.outputs}
+        outputs = {name: types[name] for name in block.outputs}
+        skeleton = Skeleton(component.name, list(block.operations), outputs)
+        skeleton.take_blobs(constants)
+    skeleton.take_layers()
+    skeleton.add_zero_biases()
+    layers = list(skeleton.layers.values())
+    skeleton.share_constants()
+    skeleton.operations[:0] = geometry_constants(layers)
+    region.require_sound(layers)
+    return TracedProgram(
+        component=component.name,
+        deployment=options.deployment,
+        inputs={value.name: type_of(value.type) for value in function.inputs},
+        outputs=outputs,
+        operations=skeleton.operations,
+        layers={layer.name: layer for layer in layers},
+        rest=skeleton.rest,
+        rest_types=skeleton.rest_types,
+        max_package_bytes=options.max_package_bytes,
+    )
+
+
+def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
+    """Writes the component's package, or its two chunks, under `folder`; returns what a manifest says of it.
+
+    Raises TurbopocketError when `weights` are not exactly the traced layers' or Core ML can not store one of them.
+    """
+    lowering = Lowering(traced, {name: weight.format for name, weight in weights.items()})
+    packages = lowering.packages()
+    for content in packages:
+        write_package(content, folder, lowering.arrays(content.blobs, weights))
+    return component_spec(traced, packages[0].file)
+
+
+def component_spec(traced: TracedProgram, file: str | None = None) -> ComponentSpec:
+    """What the component's (first) package is: its first file, and its own tensors.
+
+    The drawing loop knows them by other names and shapes: see `runtimes.coreml.interface.loop_spec`.
+    """
+    return ComponentSpec(
+        file=f"{file or package_file(traced.component)}/{PACKAGE_PATHS[0]}",
+        inputs=[_tensor_spec(name, tensor) for name, tensor in traced.inputs.items()],
+        outputs=[_tensor_spec(name, tensor) for name, tensor in traced.outputs.items()],
+    )
+
+
+def package_files(spec: ComponentSpec) -> list[str]:
+    """Paths of all files of the package, or of both chunks, whose first file a spec names."""
+    return [f"{package}/{path}" for package in package_names(spec.file) for path in PACKAGE_PATHS]
+
+
+def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
+    """Exact bytes of all files that `lower` would write for layers in these formats."""
+    return sum(content.nbytes for content in Lowering(traced, formats).packages())
+
+
+def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat]) -> int:
+    """Bytes of all files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
+
+    Candidates that a layer can not be stored in count for nothing.
+    """
+    formats = tuple(candidates)
+    uses: dict[str, list[Message]] = {}
+    for op in traced.operations:
+        if op.type == LAYER:
+            uses.setdefault(path_of(op), []).append(op)
+    constants = constants_of(traced.operations)
+    overhead = largest = 0
+    for layer in traced.layers.values():
+        kept = [f for f in formats if storable(f, layer.kind, layer.shape, traced.deployment) is None]
+        totals = [layer_bytes(form_of(layer, f, traced.deployment), uses[layer.path], constants) for f in kept]
+        overhead += max((n - f.nbytes(layer.shape) for n, f in zip(totals, kept, strict=True)), default=0)
+        largest += max(totals, default=0)
+    skeleton = skeleton_bytes(traced)
+    return overhead + skeleton * (CHUNKS if is_cut(traced, skeleton + largest) else 1)
+
+
+def require_coremltools() -> None:
+    """Returns when coremltools can be imported; TurbopocketError says how to get it."""
+    coremltools_module("converters")
+
+
+def _tensor_spec(name: str, tensor: TensorType) -> TensorSpec:
+    return TensorSpec(name=name, dtype=_EDGE_DTYPES[tensor.dtype.name], shape=list(tensor.shape))
+
+
+_EDGE_DTYPES: dict[str, Literal["float16", "float32"]] = {"FLOAT16": "float16", "FLOAT32": "float32"}

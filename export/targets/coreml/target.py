@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Core ML packages, as a target: Apple's names and folder, checked by our evaluator where there is no Mac."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ....ground.errors import TurbopocketError
+from ....quant.formats import CompressedTensor, LayerFormat
+from ....quant.ranges import Ranges
+from ....runtimes.compare.rows import Limits
+from ....runtimes.coreml import apple
+from ....runtimes.coreml.evaluate.evaluator import Mode
+from ....runtimes.coreml.interface import loop_spec
+from ....runtimes.coreml.lint import UNVERIFIED, lint
+from ....runtimes.coreml.runner import CoreMLRunner
+from ....runtimes.drawing.conditioning import TIMESTEP_COND
+from ....runtimes.drawing.latents import LATENT_SAMPLE
+from ....runtimes.drawing.text_to_image import VAE_ENCODER
+from ....runtimes.image_size import ImageSize
+from ....runtimes.manifest import ComponentSpec, Manifest
+from ...checkpoint.load import LoadedModel
+from ...families.components import components_of
+from ...families.graphs import Component
+from ...families.sizes import require_even_levels
+from ...verify.gaps import Runtime
+from ..base import Kind, Target
+from ..side_files import SWIFT_FILES, write_swift_files
+from . import program as coreml
+from .precision import too_large
+from .stores import STORES
+
+FP16_ERROR, ACC16_ERROR = 0.1, 1.0
+"""Where every result is rounded to fp16, as devices do, no figure is right; these only tell rounding from ruin. `acc16`
+is more pessimistic than any device is known to be: small numbers lose their digits in a LayerNorm's squares."""
+
+
+TOLD_GUIDANCE = f"Unet takes {TIMESTEP_COND}, which Apple's Swift package does not give: an app has to"
+
+NO_VARIANCE = (
+    "VAEEncoder gives latents without their variance, which Apple's Swift package looks for: an app has to ask it"
+)
+
+
+@dataclass(frozen=True)
+class CoreML(Target):
+    """Core ML on an Apple device."""
+
+    options: coreml.CoreMLOptions = coreml.DEFAULTS
+
+    name = "coreml"
+    tools = ("coremltools",)
+    max_lowering_error = 1e-3
+    first_tokenizer_files = SWIFT_FILES
+
+    @property
+    def runtime_names(self) -> tuple[str, ...]:
+        return tuple(_runs(self.max_lowering_error))
+
+    def components(
+        self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
+    ) -> list[Component]:
+        require_even_levels(model, sizes, "Core ML packages")  # which enlarge by whole factors only
+        return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
+
+    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
+        return coreml.storable(format, kind, shape, self.options.deployment)
+
+    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
+        return STORES[type(format)].summary
+
+    def trace(self, component: Component) -> coreml.TracedProgram:
+        return coreml.trace(component, self.options)
+
+    def fitted(
+        self, traced: coreml.TracedProgram, component: Component, ranges: Mapping[str, Ranges]
+    ) -> coreml.TracedProgram:
+        """Converted once more when fp16 can not hold what a layer of the component gives."""
+        largest = {name: layer.largest_output for name, layer in ranges.items() if name in traced.layers}
+        if not any(map(too_large, largest.values())):
+            return traced
+        return coreml.trace(component, replace(self.options, largest=largest))
+
+    def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
+        return loop_spec(traced.component, coreml.component_spec(traced))
+
+    def fixed_bytes(self, traced: coreml.TracedProgram, candidates: Iterable[LayerFormat]) -> int:
+        return coreml.fixed_bytes(traced, candidates)
+
+    def lowered_bytes(self, traced: coreml.TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
+        return coreml.lowered_bytes(traced, formats)
+
+    def lower(
+        self, traced: coreml.TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path
+    ) -> ComponentSpec:
+        return loop_spec(traced.component, coreml.lower(traced, weights, folder))
+
+    def write_side_files(
+        self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
+    ) -> None:
+        write_swift_files(model, folder)
+
+    def files(self, spec: ComponentSpec) -> list[str]:
+        return coreml.package_files(spec)
+
+    def runtimes(
+        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+    ) -> dict[str, Runtime]:
+        return {
+            name: Runtime(CoreMLRunner(folder, manifest, mode), Limits(max_relative_error=limit))
+            for name, (mode, limit) in _runs(max_lowering_error).items()
+        }
+
+    def inspect(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
+        packages = {file.path.split("/", 1)[0] for file in manifest.files if ".mlpackage/" in file.path}
+        reports = [lint(folder / package) for package in sorted(packages)]
+        for report in reports:
+            if not report.passed:
+                raise TurbopocketError(f"{report.package.name}: {report.errors[0]}")
+        return UNVERIFIED
+
+    def notes(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
+        names = {component: _tensor_names(spec) for component, spec in manifest.components.items()}
+        return (
+            *([TOLD_GUIDANCE] if TIMESTEP_COND in names["unet"] else []),
+            *([NO_VARIANCE] if LATENT_SAMPLE in names.get(VAE_ENCODER, ()) else []),
+        )
+
+    def memory(self, folder: Path, component: str) -> None:
+        """Only a device can tell."""
+
+
+def _tensor_names(spec: ComponentSpec) -> list[str]:
+    return [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+
+
+def _runs(max_lowering_error: float) -> dict[str, tuple[Mode | None, float]]:
+    """Arithmetic and limit by the runtime's name; the mode is None for Apple's runtime."""
+    rounded = max(FP16_ERROR, max_lowering_error)
+    runs: dict[str, tuple[Mode | None, float]] = {
+        "evaluator fp32": ("fp32", max_lowering_error),
+        "evaluator fp16": ("fp16", rounded),
+        "evaluator acc16": ("acc16", max(ACC16_ERROR, max_lowering_error)),
+    }
+    return runs | ({"Core ML on this Mac": (None, rounded)} if apple.on_a_mac() else {})

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of codebooks in ExecuTorch: as operators of our own, or written with PyTorch's for any runtime.
+
+`turbopocket::codebook_linear` and `codebook_conv2d` read the codes as they are stored; an app links their kernels, see
+docs/kernels.md. In PyTorch's own operators a layer looks its vectors up, which makes its weight dense for the time of
+one product. Nothing of that depends on activations, so XNNPACK's lowering may do it for all layers before the first
+product, and does; therefore a zero that is made of the output of the layer before it is added to a layer's codes.
+
+O outputs, I inputs, K = kh kw I columns, M codebooks, P entries of one, D length of a vector, J = K / D vectors in a
+row, N columns of activations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.library import Library, impl, register_fake
+
+from ....quant.formats import CompressedTensor
+from .stores import constants_of
+
+Codebooks = Literal["portable", "kernel"]
+_LIBRARY = Library("turbopocket", "DEF")
+_WEIGHT = "Tensor x, Tensor codes, Tensor codebooks, Tensor scale, Tensor? bias"
+_GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation"
+
+
+@dataclass
+class Order:
+    """What the codebook layers of one component hand on: the output of the one that ran last, while it is exported."""
+
+    last: Tensor | None = None
+
+
+class CodebookLayer(nn.Module):
+    """y = scale * (x Σ codebooks[m][codes[..., m]]) + bias of a Linear, or of a Conv2d of one group that pads zeros."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: CompressedTensor, form: Codebooks, order: Order) -> None:
+        super().__init__()
+        constants = (nn.Parameter(constant, requires_grad=False) for constant in constants_of(weight))
+        self.codes, self.codebooks, self.scale = constants
+        self.bias = layer.bias
+        self.form, self.order = form, order
+        self.geometry = _geometry(layer) if isinstance(layer, nn.Conv2d) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.codes, self.codebooks, self.scale, self.bias
+        if self.form == "kernel":
+            ops, geometry = torch.ops.turbopocket, self.geometry
+            y: Tensor = (
+                ops.codebook_linear(x, *weight) if geometry is None else ops.codebook_conv2d(x, *weight, *geometry)
+            )
+            return y
+        y = self._linear(x) if self.geometry is None else self._conv2d(x, *self.geometry)
+        self.order.last = y
+        return y
+
+    def _linear(self, x: Tensor) -> Tensor:
+        y_ON = self._product(x, x.reshape(1, -1, x.shape[-1]).transpose(1, 2))
+        return y_ON.transpose(1, 2).reshape(*x.shape[:-1], y_ON.shape[1])
+
+    def _conv2d(
+        self, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> Tensor:
+        """By one product with the pixels under each tap: XNNPACK has no convolution by weights made at run time."""
+        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+        sizes = _output_sizes(x, kernel, stride, padding, dilation)
+        rows, columns = (
+            [
+                slice(tap * dilation[axis], tap * dilation[axis] + (sizes[axis] - 1) * stride[axis] + 1, stride[axis])
+                for tap in range(kernel[axis])
+            ]
+            for axis in range(2)
+        )
+        taps = [padded[:, :, row, column] for row in rows for column in columns]
+        y_1ON = self._product(x, (torch.cat(taps, 1) if len(taps) > 1 else taps[0]).flatten(2))
+        return y_1ON.unflatten(2, sizes)
+
+    def _product(self, x: Tensor, columns_1KN: Tensor) -> Tensor:
+        """[1, O, N]. A batch of one, which programs are made for."""
+        weight_1OK = self._vectors(x).reshape(1, len(self.scale), -1)
+        y_1ON = torch.bmm(weight_1OK, columns_1KN) * self.scale.float().unsqueeze(1)
+        return y_1ON if self.bias is None else y_1ON + self.bias.unsqueeze(1)
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        """[O, J, D], the sums of the vectors in the order of the codebooks, not scaled."""
+        codes_OJM: Tensor = self.codes
+        if torch.compiler.is_exporting():
+            before = x if self.order.last is None else self.order.last
+            first = before.reshape(-1)[:1]
+            codes_OJM = codes_OJM + (first != first).to(torch.uint8)
+        count, entries, length = self.codebooks.shape
+        vectors = self.codebooks.float().reshape(count * entries, length)
+        total = F.embedding(codes_OJM[:, :, 0].to(torch.int32), vectors)
+        for book in range(1, count):
+            total = total + F.embedding(codes_OJM[:, :, book].to(torch.int32) + book * entries, vectors)
+        return total
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[list[int], ...]:
+    """Kernel, stride, padding and dilation, rows first."""
+    assert not isinstance(conv.padding, str)
+    return tuple(list(pair) for pair in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
+
+
+def _output_sizes(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Rows and columns of a convolution's output."""
+    return [
+        (x.shape[2 + axis] + 2 * padding[axis] - (kernel[axis] - 1) * dilation[axis] - 1) // stride[axis] + 1
+        for axis in range(2)
+    ]
+
+
+def _dense(codes: Tensor, codebooks: Tensor, scale: Tensor) -> Tensor:
+    """The weight [O, K], as the kernels decode it."""
+    parts = [codebook[codes[:, :, book].long()] for book, codebook in enumerate(codebooks.float())]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.flatten(1) * scale.float().unsqueeze(1)
+
+
+for _name, _arguments in (("codebook_linear", _WEIGHT), ("codebook_conv2d", f"{_WEIGHT}, {_GEOMETRY}")):
+    _LIBRARY.define(f"{_name}({_arguments}) -> Tensor")
+    _LIBRARY.define(f"{_name}.out({_arguments}, *, Tensor(a!) out) -> Tensor(a!)")
+
+
+@impl(_LIBRARY, "codebook_linear", "CompositeExplicitAutograd")
+def _linear(x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, _dense(codes, codebooks, scale), bias)
+
+
+@impl(_LIBRARY, "codebook_conv2d", "CompositeExplicitAutograd")
+def _conv2d(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, bias: Tensor | None, *geometry: Sequence[int]
+) -> Tensor:
+    kernel, stride, padding, dilation = (list(pair) for pair in geometry)
+    weight_OhwI = _dense(codes, codebooks, scale).unflatten(1, [*kernel, x.shape[1]])
+    return F.conv2d(x, weight_OhwI.permute(0, 3, 1, 2), bias, stride, padding, dilation)
+
+
+@register_fake("turbopocket::codebook_linear", lib=_LIBRARY)
+def _linear_shape(x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@register_fake("turbopocket::codebook_conv2d", lib=_LIBRARY)
+def _conv2d_shape(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, bias: Tensor | None, *geometry: Sequence[int]
+) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0], *_output_sizes(x, *geometry))

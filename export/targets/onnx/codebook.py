@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codebooks in ONNX: operators of our own, each with a body of standard operators in the same file.
+
+A runtime that knows the operator (domain `turbopocket`, version 1) runs its kernel and reads the codes as they are
+stored; any other takes the body, which makes one layer's weight dense for the time of its product.
+
+    CodebookLinear(x [..., K], codes uint8 [O, J, M], codebooks fp16 [M, 256, D], scale fp16 [O], bias fp32 [O]?)
+    CodebookConv2d(the same with x [B, I, H, W]; weight_shape [O, kh, kw, I], strides, pads, dilations)
+
+y = scale * (x * Σ codebooks[m][codes[..., m]]) + bias, the weight in matrix-view order: vector j of a row holds columns
+j D up to (j + 1) D of (kh, kw, I). O outputs, I inputs, K = kh kw I columns, M codebooks, D length of a vector,
+J = K / D vectors per row.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from ....quant.formats import Additive, Codebook, CompressedTensor
+from .data import StoredTensor
+from .form import Array, Form, cast_to_fp32
+from .trace import DOMAIN, OPSET
+
+_BITS = 8
+_GEOMETRY = ("strides", "pads", "dilations")
+_BIASED = "biased"
+
+
+class _CodebookForm(Form):
+    """Codes as graph inputs with a default: what a caller may override is not folded when the graph is loaded."""
+
+    operator: str
+
+    @classmethod
+    def refusal(cls, format: Additive | Codebook, shape: tuple[int, ...]) -> str | None:
+        if format.bits != _BITS:
+            return f"ONNX reads codes of {_BITS} bits, {format} has {format.bits}"
+        if isinstance(format, Codebook) and (format.along_outputs or format.rows is not None):
+            return f"ONNX reads one codebook of vectors along the inputs, not {format}"
+        return None
+
+    @property
+    def _count(self) -> int:
+        return self.format.count if isinstance(self.format, Additive) else 1
+
+    @property
+    def _codebooks(self) -> str:
+        """The initializer's name: shared ones are one initializer for all layers."""
+        return f"{self.format}.codebooks" if self.format.shared_parts else self._value("codebooks")
+
+    def tensors(self) -> list[StoredTensor]:
+        outputs, count, length = self.layer.shape[0], self._count, self.format.length
+        vectors = int(np.prod(self.layer.shape[1:])) // length
+        return [
+            self._tensor("codes", TensorProto.UINT8, (outputs, vectors, count)),
+            StoredTensor(self._codebooks, TensorProto.FLOAT16, (count, 2**_BITS, length)),
+            self._tensor("scale", TensorProto.FLOAT16, (outputs,)),
+        ]
+
+    def shared(self) -> frozenset[str]:
+        return frozenset((self._codebooks,) if self.format.shared_parts else ())
+
+    def arrays(self, weight: CompressedTensor) -> list[Array]:
+        """The codes of a vector lie side by side, so that a kernel reads the file from front to back."""
+        codes, codebooks, scale = (part.numpy() for part in self.format.unpack(weight))
+        codes_MOJ = codes if isinstance(self.format, Additive) else codes[None]
+        return [np.ascontiguousarray(codes_MOJ.transpose(1, 2, 0)), codebooks, scale]
+
+    def overridable_inputs(self) -> list[ValueInfoProto]:
+        codes = self.tensors()[0]
+        return [helper.make_tensor_value_info(codes.name, codes.dtype, codes.shape)]
+
+    def prepare(self) -> list[NodeProto]:
+        return []
+
+    def apply(self, node: NodeProto) -> list[NodeProto]:
+        inputs = [node.input[0], *(tensor.name for tensor in self.tensors()), *node.input[2:]]
+        applied = helper.make_node(self.operator, inputs, node.output, name=node.name, domain=DOMAIN)
+        applied.overload = self._overload(node)
+        applied.attribute.extend(self._attributes(node))
+        return [applied]
+
+    def functions(self, node: NodeProto) -> list[FunctionProto]:
+        """The body of the operator for this number of codebooks, with or without a bias."""
+        biased = len(node.input) > 2
+        inputs = ["x", "codes", "codebooks", "scale", *(["bias"] if biased else [])]
+        attributes = [attribute.name for attribute in self._attributes(node)]
+        nodes = [*_summed_vectors(self._count), *self._product(biased)]
+        opset = [helper.make_opsetid("", OPSET)]
+        function = helper.make_function(DOMAIN, self.operator, inputs, ["y"], nodes, opset, attributes)
+        function.overload = self._overload(node)
+        return [function]
+
+    def _overload(self, node: NodeProto) -> str:
+        return f"{self._count}.{_BIASED}" if len(node.input) > 2 else str(self._count)
+
+    def _attributes(self, node: NodeProto) -> list[AttributeProto]:
+        return []
+
+    @abstractmethod
+    def _product(self, biased: bool) -> list[NodeProto]:
+        """Nodes from the weight's vectors to `y`."""
+
+
+class CodebookLinear(_CodebookForm):
+    """Linear whose weight is a sum of codebook vectors."""
+
+    operator = "CodebookLinear"
+    summary = "CodebookLinear, or Gather, Add, MatMul: codes stay packed in memory, one layer at a time is dense"
+
+    def _product(self, biased: bool) -> list[NodeProto]:
+        return [
+            helper.make_node("Constant", [], ["rows"], value_ints=[0, -1]),
+            helper.make_node("Reshape", ["vectors", "rows"], ["weight"]),
+            helper.make_node("Transpose", ["weight"], ["transposed"], perm=[1, 0]),
+            helper.make_node("MatMul", ["x", "transposed"], ["product"]),
+            cast_to_fp32("scale", "factor"),
+            *_scaled(biased, "factor", "bias"),
+        ]
+
+
+class CodebookConv2d(_CodebookForm):
+    """Conv2d whose weight is a sum of codebook vectors."""
+
+    operator = "CodebookConv2d"
+    summary = "CodebookConv2d, or Gather, Add, Conv: codes stay packed in memory, one layer at a time is dense"
+
+    def _attributes(self, node: NodeProto) -> list[AttributeProto]:
+        outputs, inputs, height, width = self.layer.shape
+        geometry = [attribute for attribute in node.attribute if attribute.name in _GEOMETRY]
+        return [helper.make_attribute("weight_shape", [outputs, height, width, inputs]), *geometry]
+
+    def _product(self, biased: bool) -> list[NodeProto]:
+        shape = helper.make_node("Constant", [], ["taps"])
+        shape.attribute.append(_of_caller("value_ints", "weight_shape"))
+        conv = helper.make_node("Conv", ["x", "weight"], ["product"])
+        conv.attribute.extend(_of_caller(name, name) for name in _GEOMETRY)
+        return [
+            shape,
+            helper.make_node("Reshape", ["vectors", "taps"], ["channels_last"]),
+            helper.make_node("Transpose", ["channels_last"], ["weight"], perm=[0, 3, 1, 2]),
+            conv,
+            helper.make_node("Constant", [], ["per_channel"], value_ints=[-1, 1, 1]),
+            cast_to_fp32("scale", "scale32"),
+            helper.make_node("Reshape", ["scale32", "per_channel"], ["factor"]),
+            *([helper.make_node("Reshape", ["bias", "per_channel"], ["offset"])] if biased else []),
+            *_scaled(biased, "factor", "offset"),
+        ]
+
+
+def _summed_vectors(count: int) -> list[NodeProto]:
+    """Nodes from codes and codebooks to `vectors` [O, J, 1, D].
+
+    ONNX Runtime runs what leads to an input the sooner the later it stands in the list. So the sums stand last: two
+    parts are alive at a time, however many codebooks there are. And the codes are reshaped to their own shape plus no
+    times the batch of x: it would else decode all layers first, and their dense weights would wait in memory.
+    """
+    planes = [f"codes{book}" for book in range(count)] if count > 1 else ["ready"]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["batch"], start=0, end=1),
+        helper.make_node("Constant", [], ["no"], value_ints=[0]),
+        helper.make_node("Mul", ["batch", "no"], ["none"]),
+        helper.make_node("Constant", [], ["same"], value_ints=[0, 0, -1]),
+        helper.make_node("Add", ["same", "none"], ["same_later"]),
+        helper.make_node("Reshape", ["codes", "same_later"], ["ready"]),
+        cast_to_fp32("codebooks", "codebooks32"),
+    ]
+    if count > 1:
+        nodes.append(helper.make_node("Split", ["ready"], planes, axis=2, num_outputs=count))
+    for book in reversed(range(count)):
+        nodes += [
+            helper.make_node("Constant", [], [f"book{book}"], value_int=book),
+            helper.make_node("Gather", ["codebooks32", f"book{book}"], [f"codebook{book}"], axis=0),
+            helper.make_node("Cast", [planes[book]], [f"indices{book}"], to=TensorProto.INT32),
+            helper.make_node("Gather", [f"codebook{book}", f"indices{book}"], [f"part{book}"], axis=0),
+        ]
+    total = "part0"
+    for book in range(1, count):
+        nodes.append(helper.make_node("Add", [total, f"part{book}"], [f"sum{book}"]))
+        total = f"sum{book}"
+    nodes[-1].output[0] = "vectors"
+    return nodes
+
+
+def _scaled(biased: bool, factor: str, bias: str) -> list[NodeProto]:
+    scaled = "scaled" if biased else "y"
+    nodes = [helper.make_node("Mul", ["product", factor], [scaled])]
+    return [*nodes, helper.make_node("Add", [scaled, bias], ["y"])] if biased else nodes
+
+
+def _of_caller(name: str, attribute: str) -> AttributeProto:
+    """Attribute `name` of a node in a body, with the value of the caller's `attribute`."""
+    return AttributeProto(name=name, ref_attr_name=attribute, type=AttributeProto.INTS)
+
+
+def distinct(functions: Sequence[FunctionProto]) -> list[FunctionProto]:
+    """One of each operator and overload, in the order of first use."""
+    return list({(function.name, function.overload): function for function in functions}.values())

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer's weight becomes in an ONNX graph: initializers and nodes, which follow from its shape and format.
+
+ONNX Runtime folds operators whose inputs are all constant, which would turn a compressed weight into a dense one
+in memory. Three things are never folded, and every form rests on one of them: the kernel MatMulNBits (reads codes),
+DequantizeLinear (kept by ONNX Runtime for its quantised patterns), and initializers that a caller may override.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from numpy.typing import NDArray
+from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from ....quant.formats import CompressedTensor
+from .data import StoredTensor, data_bytes, external_initializers
+
+Kind = Literal["linear", "conv2d"]
+Array = NDArray[Any]
+
+_LARGE_OFFSET = 10**9
+"""Has as many digits as any offset in a file that a phone can hold."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Linear or Conv2d of a traced graph: `path` is its module path, `name` has the component in front."""
+
+    name: str
+    path: str
+    kind: Kind
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Form(ABC):
+    """One layer in one format, as initializers and nodes; all but `arrays` follows from the shape alone."""
+
+    layer: Layer
+    format: Any
+    accuracy_level: int
+
+    summary: ClassVar[str]
+    """What a phone reads and computes, for tables."""
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, format: Any, shape: tuple[int, ...]) -> str | None:
+        """None when a weight of this shape can be stored in this form, else the reason with its numbers."""
+
+    @abstractmethod
+    def tensors(self) -> list[StoredTensor]:
+        """The initializers, in the order in which `arrays` gives their values."""
+
+    def shared(self) -> frozenset[str]:
+        """Names of initializers that other layers of the format have too."""
+        return frozenset()
+
+    @abstractmethod
+    def arrays(self, weight: CompressedTensor) -> list[Array]:
+        """The initializers' values."""
+
+    @abstractmethod
+    def prepare(self) -> list[NodeProto]:
+        """Nodes that read initializers only, once per layer."""
+
+    @abstractmethod
+    def apply(self, node: NodeProto) -> list[NodeProto]:
+        """Nodes in the place of a traced one, bias included; the last has the traced one's name and output."""
+
+    def overridable_inputs(self) -> list[ValueInfoProto]:
+        """Initializers that a caller may override, as graph inputs: ONNX Runtime does not fold what reads them."""
+        return []
+
+    def functions(self, node: NodeProto) -> list[FunctionProto]:
+        """Bodies of operators of our own that `apply` uses for this traced node; the same for every layer alike."""
+        return []
+
+    def overhead_bytes(self, node: NodeProto) -> int:
+        """Bytes that the traced `node` takes in both files beside `format.nbytes(shape)`; within a few digits.
+
+        What it shares with other layers is not counted.
+        """
+        tensors = [tensor for tensor in self.tensors() if tensor.name not in self.shared()]
+        graph = GraphProto(
+            node=[*self.prepare(), *self.apply(node)],
+            initializer=external_initializers(tensors, offset=_LARGE_OFFSET),
+            input=self.overridable_inputs(),
+        )
+        return graph.ByteSize() + data_bytes(tensors) - self.format.nbytes(self.layer.shape)
+
+    def _value(self, part: str) -> str:
+        return f"{self.layer.path}.{part}"
+
+    def _tensor(self, part: str, dtype: int, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor(self._value(part), dtype, shape)
+
+
+def cast_to_fp32(source: str, target: str, name: str | None = None) -> NodeProto:
+    """A Cast from value `source` to fp32 value `target`."""
+    return helper.make_node("Cast", [source], [target], name=name, to=TensorProto.FLOAT)
+
+
+def conv_of(node: NodeProto, weight: str) -> NodeProto:
+    """The traced node as an ONNX Conv of that weight."""
+    conv = helper.make_node("Conv", [node.input[0], weight, *node.input[2:]], node.output, name=node.name)
+    conv.attribute.extend(node.attribute)
+    return conv

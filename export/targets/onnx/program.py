@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A component as `model.onnx` and `model.onnx.data` for ONNX Runtime, weights as compressed on disk as in the plan.
+
+`trace` runs PyTorch's exporter once; all sizes then follow from shapes (`fixed_bytes`, `lowered_bytes`), before any
+weight is compressed, and `lower` writes the same bytes every time.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from ....ground.errors import TurbopocketError
+from ....quant.formats import CompressedTensor, LayerFormat
+from ....runtimes.manifest import ComponentSpec, TensorSpec
+from .codebook import distinct
+from .data import DATA_FILE, MODEL_FILE, StoredTensor, data_bytes, external_initializers, write_data
+from .form import Array, Form, Layer
+from .integer import MICROSOFT
+from .names import layer_path
+from .prepack import prepack
+from .rest import RestParameter, looked_up, rest_parameters, widened
+from .stores import form_of, storable
+from .trace import DOMAIN, OPSET, TracedGraph, trace
+
+__all__ = [
+    "OnnxOptions",
+    "TracedGraph",
+    "component_spec",
+    "fixed_bytes",
+    "graph_bytes",
+    "lower",
+    "lowered_bytes",
+    "rest_bytes",
+    "storable",
+    "trace",
+]
+
+IR_VERSION = 10
+_DTYPES: dict[int, Literal["float32", "int64"]] = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """`accuracy_level` of MatMulNBits: 1 computes in fp32, 4 rounds activations to int8, which phones do faster.
+
+    `prepacked` trades twice the file for hardly any private memory, on CPUs like this one only: see `prepack`.
+    """
+
+    accuracy_level: int = 1
+    prepacked: bool = False
+
+
+DEFAULTS = OnnxOptions()
+
+
+def lower(
+    traced: TracedGraph,
+    weights: Mapping[str, CompressedTensor],
+    folder: Path,
+    options: OnnxOptions = DEFAULTS,
+) -> ComponentSpec:
+    """Writes `<component>/model.onnx` and its data file under `folder`, and returns what a manifest says of them.
+
+    Raises TurbopocketError when `weights` are not exactly the traced layers' or ONNX can not store one of them.
+    """
+    forms = _forms(traced, {layer: weight.format for layer, weight in weights.items()}, options)
+    graph = _Graph(traced, forms)
+    target = folder / traced.component
+    target.mkdir(parents=True, exist_ok=True)
+    (target / MODEL_FILE).write_bytes(graph.model().SerializeToString(deterministic=True))
+    write_data(target / DATA_FILE, graph.arrays(weights))
+    if options.prepacked:
+        prepack(target)
+    return component_spec(traced)
+
+
+def component_spec(traced: TracedGraph) -> ComponentSpec:
+    """What a manifest says of the component: its file, and the tensors that go in and come out."""
+    return ComponentSpec(
+        file=f"{traced.component}/{MODEL_FILE}",
+        inputs=[_tensor_spec(value) for value in traced.skeleton.graph.input],
+        outputs=[_tensor_spec(value) for value in traced.skeleton.graph.output],
+    )
+
+
+def lowered_bytes(traced: TracedGraph, formats: Mapping[str, LayerFormat], options: OnnxOptions = DEFAULTS) -> int:
+    """Exact bytes of both files that `lower` would write for layers in these formats, not prepacked."""
+    graph = _Graph(traced, _forms(traced, formats, options))
+    return graph.model().ByteSize() + data_bytes(graph.tensors())
+
+
+def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
+    """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
+
+    Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
+    """
+    return graph_bytes(traced, candidates) + rest_bytes(traced)
+
+
+def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
+    """Bytes of `model.onnx` and of gaps in the data file, at most: each layer in its wordiest candidate format.
+
+    Candidates that a layer can not be stored in count for nothing; so does a layer without any.
+    """
+    formats = tuple(candidates)
+    skeleton_bytes = _Graph(traced, {}).model().ByteSize()
+    by_path = {layer.path: layer for layer in traced.layers.values()}
+    uses = [node for node in traced.skeleton.graph.node if node.domain == DOMAIN]
+    forms = [(node, _storable_forms(by_path[layer_path(node)], formats)) for node in uses]
+    in_nodes = sum(max((form.overhead_bytes(node) for form in options), default=0) for node, options in forms)
+    bodies = distinct([body for node, options in forms for form in options for body in form.functions(node)])
+    return skeleton_bytes + in_nodes + _function_bytes(bodies)
+
+
+def _storable_forms(layer: Layer, candidates: Iterable[LayerFormat]) -> list[Form]:
+    return [
+        form_of(layer, format, accuracy_level=1)
+        for format in candidates
+        if storable(format, layer.kind, layer.shape) is None
+    ]
+
+
+def _function_bytes(functions: Sequence[FunctionProto]) -> int:
+    """Bytes of the functions, and of the version of their domain, in a model."""
+    opsets = [helper.make_opsetid(DOMAIN, 1)] if functions else []
+    return ModelProto(functions=functions, opset_import=opsets).ByteSize()
+
+
+def rest_bytes(traced: TracedGraph) -> int:
+    """Exact bytes in the data file of everything that is not a layer's weight."""
+    return data_bytes(parameter.stored() for parameter in _rest(traced))
+
+
+class _Graph:
+    """The finished graph of a component, whose layers have the given forms (by module path)."""
+
+    def __init__(self, traced: TracedGraph, forms: Mapping[str, Form]) -> None:
+        self.traced = traced
+        self.forms = forms
+        self.rest = _rest(traced)
+
+    def tensors(self) -> list[StoredTensor]:
+        """What the data file holds, in order; what several layers share, once."""
+        layers = [tensor for form in self.forms.values() for tensor in form.tensors()]
+        return list(dict.fromkeys([*(parameter.stored() for parameter in self.rest), *layers]))
+
+    def arrays(self, weights: Mapping[str, CompressedTensor]) -> Iterator[tuple[StoredTensor, Array]]:
+        """Values of `tensors`, one layer at a time. Raises TurbopocketError when what layers share is not equal."""
+        for parameter in self.rest:
+            yield parameter.stored(), parameter.array()
+        shared: dict[str, Array] = {}
+        for form in self.forms.values():
+            for tensor, array in zip(form.tensors(), form.arrays(weights[form.layer.name]), strict=True):
+                if tensor.name not in form.shared():
+                    yield tensor, array
+                elif tensor.name not in shared:
+                    shared[tensor.name] = array
+                    yield tensor, array
+                elif not np.array_equal(shared[tensor.name], array):
+                    raise TurbopocketError(f"{form.layer.name}: its {tensor.name} are not those of other layers")
+
+    def model(self) -> ModelProto:
+        """The graph with all tensors outside."""
+        model = ModelProto(ir_version=IR_VERSION, producer_name="turbopocket")
+        model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)])
+        model.graph.CopyFrom(self.traced.skeleton.graph)
+        del model.graph.node[:]
+        model.graph.name = self.traced.component
+        model.graph.node.extend(self._nodes())
+        model.graph.initializer.extend(external_initializers(self.tensors()))
+        for form in self.forms.values():
+            model.graph.input.extend(form.overridable_inputs())
+        model.functions.extend(distinct([function for use in self._uses() for function in use]))
+        if model.functions:
+            model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+        return model
+
+    def _uses(self) -> Iterator[list[FunctionProto]]:
+        for node in self.traced.skeleton.graph.node:
+            if node.domain == DOMAIN and layer_path(node) in self.forms:
+                yield self.forms[layer_path(node)].functions(node)
+
+    def _nodes(self) -> list[NodeProto]:
+        """Nodes that read initializers only come first, though ONNX Runtime then runs them last.
+
+        It orders nodes by depth-first search from the outputs, later ones first: a DequantizeLinear that stands just
+        before its Conv would run before all that leads to the Conv's input, and its dense weight would wait in memory.
+        """
+        half_tables = {p.name for p in self.rest if p.is_table and p.is_half}
+        nodes = widened(self.rest)
+        for form in self.forms.values():
+            nodes += form.prepare()
+        for node in self.traced.skeleton.graph.node:
+            if node.domain == DOMAIN:
+                form_here = self.forms.get(layer_path(node))
+                nodes += form_here.apply(node) if form_here is not None else []
+            elif node.op_type == "Gather" and node.input[0] in half_tables:
+                nodes += looked_up(node)
+            else:
+                nodes.append(node)
+        return nodes
+
+
+def _rest(traced: TracedGraph) -> list[RestParameter]:
+    return rest_parameters(traced.rest, traced.skeleton.graph.node)
+
+
+def _forms(traced: TracedGraph, formats: Mapping[str, LayerFormat], options: OnnxOptions) -> dict[str, Form]:
+    missing, unknown = sorted(traced.layers.keys() - formats), sorted(formats.keys() - traced.layers)
+    for problem, layers in (("no format for", missing), ("the graph has no", unknown)):
+        if layers:
+            raise TurbopocketError(f"{traced.component}: {problem} {layers[0]} and {len(layers) - 1} other layers")
+    return {layer.path: form_of(layer, formats[name], options.accuracy_level) for name, layer in traced.layers.items()}
+
+
+def _tensor_spec(value: ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = [dimension.dim_param or dimension.dim_value for dimension in tensor.shape.dim]
+    return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=shape)

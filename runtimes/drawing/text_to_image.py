@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SDXL and Stable Diffusion in numpy over any runner: the loop a phone has to repeat."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...ground.errors import TurbopocketError
+from ..manifest import Manifest
+from ..runner import Arrays, Runner, component_spec
+from .conditioning import condition, feed, guidance_condition, unconditional
+from .latents import encoded, from_vae, to_vae
+from .sampler import Memory, NoiseSource, Sampler, make_sampler
+from .tokenizer import Tokenizer
+
+Array = NDArray[np.float32]
+VAE_ENCODER = "vae_encoder"
+"""The component that an artifact has when drawing can begin with a picture."""
+
+
+class NotFinite(TurbopocketError):
+    """A runtime's picture holds NaN: the artifact overflows, or was damaged."""
+
+
+@dataclass(frozen=True)
+class FirstPicture:
+    """What a walk begins with in the place of noise: pixels uint8 [H, W, 3] of the artifact's size, and the share of
+    the walk's steps that change them, in (0, 1]."""
+
+    pixels: NDArray[np.uint8]
+    strength: float
+
+
+def generate(
+    runner: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompt: str,
+    seed: int,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    first: FirstPicture | None = None,
+) -> NDArray[np.uint8]:
+    """The picture [H, W, 3], the same for every runtime that computes right: noise comes from numpy's PCG64.
+
+    `steps` and `guidance` default to the manifest's. Raises TurbopocketError for an empty prompt, for steps that a
+    student's artifact was not built for, and for a first picture that does not fit; `NotFinite` when the runtime
+    computes nonsense. Warns `PromptCut` for a prompt that is too long.
+    """
+    noise = seeded_noise(seed)
+    picture = draw(runner, manifest, tokenizers, prompt, noise, steps, guidance, negative_prompt, first)
+    if odd := int(picture.size - np.isfinite(picture).sum()):
+        raise NotFinite(f"{manifest.name}: {odd} of {picture.size} values of the picture are not finite")
+    return np.round(picture * 255).astype(np.uint8)
+
+
+def draw(
+    runner: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompt: str,
+    noise: NoiseSource,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    first: FirstPicture | None = None,
+) -> Array:
+    """The picture [H, W, 3] in 0..1; `noise` gives the initial latents, then what single steps need.
+
+    With a first picture it gives what the encoder's distribution needs, then what makes its latents noisy.
+    """
+    if not prompt.strip():
+        raise TurbopocketError("the prompt is empty: say what the picture should show")
+    built_for = manifest.sampler.steps
+    if manifest.only_these_steps and steps not in (None, built_for):
+        raise TurbopocketError(
+            f"{manifest.name} was distilled, and this artifact built for {built_for} steps; {steps} were asked",
+            hint=f"build another with --steps {steps}",
+        )
+    scale = manifest.sampler.guidance_scale if guidance is None else guidance
+    sampler = make_sampler(manifest.sampler, steps)
+    start = 0 if first is None else _start(manifest, sampler, first)
+    told = guidance_condition(manifest, scale)
+    if told and negative_prompt is not None:
+        raise TurbopocketError(
+            f"a negative prompt has no effect on {manifest.name}: its UNet is told the guidance, and asked once"
+        )
+    conditions = [condition(runner, manifest, tokenizers, prompt) | told]
+    if scale > 1 and not told:
+        conditions.append(unconditional(runner, manifest, tokenizers, negative_prompt, conditions[0]))
+    elif negative_prompt is not None:
+        raise TurbopocketError(f"a negative prompt has no effect at guidance {scale:g}: it needs more than 1")
+    if first is None:
+        image = manifest.image
+        x_t = noise((1, image.latent_channels, image.latent_height, image.latent_width))
+        x_t = x_t * np.float32(sampler.init_noise_sigma)
+    else:
+        x_0 = encode(runner, manifest, first.pixels, noise)
+        x_t = sampler.add_noise(x_0, noise(x_0.shape), start)
+    return decode(runner, manifest, _denoise(runner, manifest, sampler, conditions, scale, x_t, start, noise))
+
+
+def exercise(
+    runner: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompt: str,
+    seed: int,
+    steps: int | None = None,
+) -> NDArray[np.uint8]:
+    """`generate`, with a call of every component: the encoder, which text needs not, reads the finished picture."""
+    picture = generate(runner, manifest, tokenizers, prompt, seed, steps)
+    if VAE_ENCODER in manifest.components:
+        _ask_encoder(runner, manifest, picture)
+    return picture
+
+
+def seeded_noise(seed: int) -> NoiseSource:
+    """Standard normal float32 numbers from `numpy.random.default_rng(seed)`, in the order of asking."""
+    rng = np.random.default_rng(seed)
+    return lambda shape: rng.standard_normal(shape, dtype=np.float32)
+
+
+def require_encoder(manifest: Manifest) -> None:
+    """Raises TurbopocketError when the artifact can not begin with a picture."""
+    if VAE_ENCODER not in manifest.components:
+        raise TurbopocketError(
+            f"{manifest.name} can not begin with a picture: this artifact was built without the VAE's encoder",
+            hint="build another with image_to_image = true under [sampler] of its recipe",
+        )
+
+
+def encode(runner: Runner, manifest: Manifest, pixels: NDArray[np.uint8], noise: NoiseSource) -> Array:
+    """Clean latents [1, C, h, w] of a picture uint8 [H, W, 3], drawn from what the encoder takes for possible."""
+    return from_vae(manifest.image, encoded(_ask_encoder(runner, manifest, pixels), noise))
+
+
+def _ask_encoder(runner: Runner, manifest: Manifest, pixels: NDArray[np.uint8]) -> Arrays:
+    sample_HWC = pixels.astype(np.float32) / np.float32(255) * np.float32(2) - np.float32(1)
+    return runner.run(VAE_ENCODER, feed(manifest, VAE_ENCODER, {"sample": sample_HWC.transpose(2, 0, 1)[None]}))
+
+
+def _start(manifest: Manifest, sampler: Sampler, first: FirstPicture) -> int:
+    """The call at which a walk from this picture begins."""
+    require_encoder(manifest)
+    wanted = (*manifest.image.size, 3)
+    if first.pixels.shape != wanted or first.pixels.dtype != np.uint8:
+        raise TurbopocketError(
+            f"the first picture is {first.pixels.dtype} {list(first.pixels.shape)}, uint8 {list(wanted)} is needed"
+        )
+    return sampler.start_index(first.strength)
+
+
+def decode(runner: Runner, manifest: Manifest, latents: Array) -> Array:
+    """The picture [H, W, 3] in 0..1 that clean latents [1, C, h, w] stand for."""
+    z = {"latent_sample": to_vae(manifest.image, latents)}
+    sample = runner.run("vae_decoder", feed(manifest, "vae_decoder", z))["sample"].astype(np.float32)
+    return np.clip(sample[0] / 2 + 0.5, 0, 1).transpose(1, 2, 0)
+
+
+def _denoise(
+    runner: Runner,
+    manifest: Manifest,
+    sampler: Sampler,
+    conditions: list[dict[str, NDArray[np.float32]]],
+    scale: float,
+    x_t: Array,
+    start: int,
+    noise: NoiseSource,
+) -> Array:
+    """Clean latents, from those that are as noisy as the model expects them at call `start`."""
+    memory = Memory()
+    for index in range(start, len(sampler.timesteps)):
+        asked = {
+            "sample": sampler.scale_model_input(x_t, index),
+            "timestep": _shaped_timestep(manifest, sampler.timesteps[index]),
+        }
+        outputs = [_ask_unet(runner, manifest, asked | conditioned) for conditioned in conditions]
+        x_t, memory = sampler.step(index, x_t, _guided(outputs, scale), memory, noise)
+    return x_t
+
+
+def _ask_unet(runner: Runner, manifest: Manifest, values: dict[str, NDArray[Any]]) -> Array:
+    return runner.run("unet", feed(manifest, "unet", values))["out_sample"].astype(np.float32)
+
+
+def _guided(outputs: list[Array], scale: float) -> Array:
+    """Classifier-free guidance of [conditional, unconditional] (Ho and Salimans 2022, arXiv 2207.12598)."""
+    if len(outputs) == 1:
+        return outputs[0]
+    conditional, away_from = outputs
+    return away_from + np.float32(scale) * (conditional - away_from)
+
+
+def _shaped_timestep(manifest: Manifest, timestep: np.float32) -> Array:
+    """A scalar or [1], as the UNet's `timestep` input has it."""
+    for spec in component_spec(manifest, "unet").inputs:
+        if spec.name == "timestep":
+            return np.full([1] * len(spec.shape), timestep, dtype=np.float32)
+    raise TurbopocketError("unet has no input `timestep`")
