@@ -31,7 +31,8 @@ from turbopocket.runtimes.drawing.text_to_image import seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 from turbopocket.runtimes.manifest import Manifest, load_manifest
-from turbopocket.runtimes.runner import Runner, open_runner
+from turbopocket.runtimes.open import open_runner
+from turbopocket.runtimes.runner import Runner
 
 BATCH = 50
 Pictures = NDArray[np.uint8]

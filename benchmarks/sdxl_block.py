@@ -24,10 +24,11 @@ from torch import Tensor
 from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.targets.onnx import program as onnx
 from turbopocket.pocket.evaluate import write_json
-from turbopocket.quant.calibrate import calibrate, compressible_layers
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import parse_format
+from turbopocket.quant.layers import compressible_layers
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.kernels.library import onnx_operators
 from turbopocket.runtimes.manifest import Manifest

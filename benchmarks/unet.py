@@ -28,7 +28,7 @@ from turbopocket.export.recipe import ExecuTorchSection, TargetSection, make_rec
 from turbopocket.export.targets.registry import open_target
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.manifest import load_manifest
-from turbopocket.runtimes.runner import open_runner
+from turbopocket.runtimes.open import open_runner
 
 ONNX, EXECUTORCH = TargetSection(name="onnx"), TargetSection(name="executorch")
 STATIC = TargetSection(name="executorch", executorch=ExecuTorchSection(activations="static"))

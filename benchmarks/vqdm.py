@@ -31,11 +31,12 @@ from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import Recipe
 from turbopocket.export.targets.side_files import write_side_files
 from turbopocket.export.verify.gaps import Session, torch_runner
-from turbopocket.quant.calibrate import LayerStats, calibrate, weight_of
+from turbopocket.quant.calibrate import LayerStats, calibrate
 from turbopocket.quant.fit import GPTQ, MSE, VQDM, AdditiveGrid, Fit
 from turbopocket.quant.fit.residual import residual_kmeans
 from turbopocket.quant.fit.vqdm import Refinement, Search
 from turbopocket.quant.formats import Additive, matrix_view, parse_format
+from turbopocket.quant.layers import weight_of
 from turbopocket.quant.sensitivity import hessian_loss
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import ComponentSpec, TensorSpec

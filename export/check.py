@@ -24,11 +24,11 @@ from .output.kept import RANGES_FILE, WEIGHTS_FILE
 from .output.staging import report_folder, settle_output
 from .progress import StageProgress
 from .recipe import parse_recipe
-from .results import parity_summary, show_parity, show_remarks
 from .targets.registry import open_target
 from .verify.diffusers_reference import compare_with_diffusers
 from .verify.emulated import Emulated, measure_emulated
 from .verify.gaps import Gaps, Session, gap_steps, measure_gaps, torch_runner
+from .verify.table import parity_summary, show_parity, show_remarks
 
 
 @dataclass(frozen=True)

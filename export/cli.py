@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 
 from ..ground.errors import ParityFailed, TurbopocketError
-from ..quant.errors import QuantError
 from .signals import Stopped, stopped_by_signals
 
 app = typer.Typer(
@@ -110,8 +109,8 @@ def build(
 ) -> None:
     """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
     from ..quant.workers import Workers
+    from .build.outcome import show_built
     from .build.targets import build_targets
-    from .results import show_built
 
     overrides = {
         "model.source": source,
@@ -170,7 +169,7 @@ def distill(
     from ..quant.distill.options import DistillOptions
     from .distill.distil import DistillRequest, devices_without, distil
     from .progress import StageProgress
-    from .results import show_remarks
+    from .verify.table import show_remarks
 
     options = DistillOptions(
         iterations=iterations, batch=batch, student_lr=student_lr, fake_lr=fake_lr,
@@ -322,7 +321,7 @@ def main() -> None:
     try:
         with stopped_by_signals():
             code = app(standalone_mode=False)
-    except (TurbopocketError, QuantError) as error:
+    except TurbopocketError as error:
         _fail(str(error), error.hint, error.exit_code)
     except OSError as error:
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}", None, 1)

@@ -15,7 +15,7 @@ from ..runtimes.drawing.text_to_image import FirstPicture, generate, require_enc
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.image_size import parse_size
 from ..runtimes.manifest import Manifest, load_manifest, verify
-from ..runtimes.runner import open_runner
+from ..runtimes.open import open_runner
 from .output.staging import refuse_file, settle_output, write_atomically
 from .picture_file import read_picture
 

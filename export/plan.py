@@ -5,7 +5,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from rich.table import Table
 
 from ..ground.errors import TurbopocketError
 from ..quant.account import account
-from ..quant.formats import LayerFormat, parse_format
-from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
+from ..quant.formats import LayerFormat
+from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes
 from ..quant.sensitivity import estimate_from_shapes, load_choices
+from .build.candidates import candidate_formats
 from .build.draft import with_sampling
 from .build.fixed_bytes import fixed_bytes, show_estimates
 from .build.sampling_defaults import SamplingUnknown
@@ -24,31 +24,8 @@ from .checkpoint.load import LoadedModel, load_shapes
 from .families.components import component_name, group_name, layers_of, parameter_count, shapes_of
 from .families.sizes import drawn_sizes
 from .recipe import Recipe
-from .targets.base import Kind, Target
 from .targets.registry import open_target
 from .units import format_bytes
-
-CURVE_POINTS = 17
-
-
-def candidate_formats(
-    target: Target, shapes: Mapping[str, tuple[int, ...]], formats: Sequence[str], pins: Mapping[str, str]
-) -> dict[str, list[LayerFormat]]:
-    """Returns, for each layer, the wanted formats, and those it is pinned to, that the target can store for its shape.
-
-    Raises TurbopocketError with every reason when a layer is left without any.
-    """
-    kept: dict[str, list[LayerFormat]] = {}
-    for name, shape in shapes.items():
-        pinned = [text for glob, text in pins.items() if fnmatchcase(name, glob)]
-        wanted = [parse_format(text) for text in dict.fromkeys([*formats, *pinned])]
-        kind: Kind = "conv2d" if len(shape) == 4 else "linear"
-        reasons = {each: target.storable(each, kind, shape) for each in wanted}
-        kept[name] = [each for each, reason in reasons.items() if reason is None]
-        if not kept[name]:
-            why = "; ".join(str(reason) for reason in reasons.values())
-            raise TurbopocketError(f"{name}: no format left for shape {list(shape)}: {why}", hint="allow fp16 as well")
-    return kept
 
 
 def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
@@ -116,15 +93,6 @@ def _measured(
             raise TurbopocketError(f"{path}: {name} was measured in {known} only")
         narrowed[name] = LayerChoices(layer.layer, layer.shape, kept)
     return narrowed
-
-
-def curve(layers: Sequence[LayerChoices], fixed_bytes: int, pins: Mapping[str, str]) -> list[Plan]:
-    """Returns plans from the smallest possible to the best possible, evenly spaced in bytes."""
-    smallest = smallest_total_bytes(layers, fixed_bytes, pins)
-    largest = plan(layers, None, fixed_bytes, pins).total_bytes
-    step = (largest - smallest) / (CURVE_POINTS - 1)
-    budgets = [math.ceil(smallest + step * index) for index in range(CURVE_POINTS)]
-    return tradeoff(layers, budgets, fixed_bytes, pins)
 
 
 def _by(decided: Plan, key: Callable[[str], str]) -> dict[str, dict[str, int]]:

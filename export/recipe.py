@@ -23,7 +23,6 @@ from pydantic import (
 )
 
 from ..ground.errors import TurbopocketError
-from ..quant.errors import QuantError
 from ..quant.fit import parse_fit
 from ..quant.formats import parse_format
 from ..runtimes.image_size import ImageSize, parse_size
@@ -284,7 +283,7 @@ def make_recipe(values: Mapping[str, Any], name: str) -> Recipe:
         for text in (*recipe.compress.formats, *recipe.compress.pin.values()):
             parse_format(text)
         parse_fit(recipe.compress.fit)
-    except QuantError as error:
+    except TurbopocketError as error:
         raise TurbopocketError(f"{name}: {error}", error.hint) from error
     return recipe
 

@@ -2,11 +2,16 @@
 """Where a plan's bytes go: per kind of stored part, and as the average bits per weight that papers quote."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .formats import Dense, parse_format
+from torch import nn
+
+from .calibrate import LayerStats
+from .formats import CompressedTensor, Dense, parse_format
+from .layers import weight_of
 from .plan import Choice
+from .sensitivity import hessian_loss
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,16 @@ def account(choices: Iterable[Choice]) -> Account:
                 counted.add(shared)
             part_bytes[part] = part_bytes.get(part, 0) + spec.nbytes
     return Account(weights, part_bytes, tuple(kept))
+
+
+def layer_snr_db(
+    weights: Mapping[str, CompressedTensor], layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
+) -> dict[str, float | None]:
+    """Returns 10 log10(tr[W H Wᵀ] / tr[E H Eᵀ]) of each layer's stored weight, None when it is stored without error."""
+    found: dict[str, float | None] = {}
+    for name, layer in layers.items():
+        stored, weight = weights[name], weight_of(name, layer).detach().float()
+        noise = hessian_loss(stored.format.decompress(stored) - weight, stats[name].hessian_KK)
+        signal = hessian_loss(weight, stats[name].hessian_KK)
+        found[name] = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+    return found

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import QuantError
+from ..ground.errors import TurbopocketError
+from .layers import compressible_layers, weight_of
 from .ranges import Ranges
 
 # Floats of input vectors in one pass: a 512 x 512 convolution unfolded whole would be gigabytes.
@@ -37,22 +38,6 @@ def ranges_of(stats: Mapping[str, LayerStats]) -> dict[str, Ranges]:
     return {name: layer.ranges for name, layer in stats.items()}
 
 
-def compressible_layers(component: str, module: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear and every Conv2d with groups = 1, by name: `<component>.<module path>`."""
-    return {
-        f"{component}.{path}" if path else component: layer
-        for path, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    }
-
-
-def weight_of(name: str, layer: nn.Module) -> Tensor:
-    """The weight of a compressible layer; QuantError naming any other module."""
-    if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
-        return layer.weight
-    raise QuantError(f"{name}: {type(layer).__name__} is not a Linear or a Conv2d with groups=1")
-
-
 def calibrate(
     modules: Mapping[str, nn.Module], run: Callable[[], object], only: Collection[str] | None = None
 ) -> dict[str, LayerStats]:
@@ -60,7 +45,7 @@ def calibrate(
 
     Sums are kept in float64, K² * 8 bytes per layer. A layer that did not run, or is not among `only`, is not in the
     result.
-    QuantError naming the layer when an input is NaN or infinite.
+    TurbopocketError naming the layer when an input is NaN or infinite.
     """
     moments = {
         name: _Moments(name, layer)
@@ -103,7 +88,7 @@ class _Moments:
         x = inputs[0].detach().to(device="cpu", dtype=torch.float32)
         for what, values in (("input", x), ("output", output)):
             if not torch.isfinite(values).all():
-                raise QuantError(f"{self.name}: an {what} is NaN or infinite while calibrating")
+                raise TurbopocketError(f"{self.name}: an {what} is NaN or infinite while calibrating")
         self.input_range, self.output_range = _widened(self.input_range, x), _widened(self.output_range, output)
         if output.numel():
             power = float(output.detach().float().flatten(1).square().mean(1).min())

@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
-from .calibrate import LayerStats, compressible_layers, weight_of
-from .errors import QuantError, of_layer
+from .calibrate import LayerStats
 from .fit import Fit
 from .formats import CompressedTensor, parse_format
+from .layers import compressible_layers, weight_of
 from .plan import Choice, Plan
 from .workers import Spread, in_turn
 
@@ -30,7 +31,7 @@ def compress(
 ) -> dict[str, CompressedTensor]:
     """Every layer stored in the format the plan chose, in the plan's order; same input, same bytes.
 
-    QuantError naming the layer when plan and model list different layers, shapes or sizes, when a weight is
+    TurbopocketError naming the layer when plan and model list different layers, shapes or sizes, when a weight is
     NaN or infinite, or when the fit needs statistics that are not there.
     """
     planned = {choice.layer for choice in plan.choices}
@@ -51,7 +52,7 @@ def _job(layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mappi
     weight = weight_of(choice.layer, layers[choice.layer]).detach()
     if tuple(weight.shape) != choice.shape:
         found, planned = list(weight.shape), list(choice.shape)
-        raise QuantError(f"{choice.layer}: weight of shape {found}, planned for shape {planned}")
+        raise TurbopocketError(f"{choice.layer}: weight of shape {found}, planned for shape {planned}")
     return _Job(choice, weight, fit, stats[choice.layer].hessian_KK if choice.layer in stats else None)
 
 
@@ -60,7 +61,7 @@ def _stored(job: _Job) -> CompressedTensor:
     with of_layer(choice.layer):
         stored = parse_format(choice.format).compress(job.weight, job.fit, job.hessian_KK)
     if stored.nbytes != choice.nbytes:
-        raise QuantError(
+        raise TurbopocketError(
             f"{choice.layer}: {stored.nbytes:,} bytes in {choice.format}, the plan counts {choice.nbytes:,}"
         )
     return stored
@@ -72,7 +73,7 @@ def _require_same_layers(planned: set[str], found: set[str]) -> None:
         (found - planned, "not in the plan"),
     ):
         if names:
-            raise QuantError(f"{len(names)} layers are {where}, the first is {min(names)}")
+            raise TurbopocketError(f"{len(names)} layers are {where}, the first is {min(names)}")
 
 
 @contextmanager
@@ -81,8 +82,8 @@ def decompressed(
 ) -> Iterator[None]:
     """While the block runs, the model has the stored weights; afterwards its own, also after an error.
 
-    Names are those of layers, and of parameters for the norms and biases that fine-tuning changed. QuantError naming a
-    stored layer that the model lacks or has in another shape.
+    Names are those of layers, and of parameters for the norms and biases that fine-tuning changed. TurbopocketError
+    naming a stored layer that the model lacks or has in another shape.
     """
     found = {
         name: parameter
@@ -91,12 +92,12 @@ def decompressed(
     }
     missing = set(weights) - set(found)
     if missing:
-        raise QuantError(f"{len(missing)} stored layers are not in the model, the first is {min(missing)}")
+        raise TurbopocketError(f"{len(missing)} stored layers are not in the model, the first is {min(missing)}")
     with ExitStack() as originals:
         for name, stored in weights.items():
             weight = found[name]
             if tuple(weight.shape) != stored.shape:
-                raise QuantError(f"{name}: stored shape {list(stored.shape)}, the model has {list(weight.shape)}")
+                raise TurbopocketError(f"{name}: stored shape {list(stored.shape)}, the model has {list(weight.shape)}")
             originals.callback(_assign, weight, weight.detach().clone())
             _assign(weight, stored.format.decompress(stored))
         yield
@@ -130,13 +131,13 @@ def save_weights(path: Path, weights: Mapping[str, CompressedTensor]) -> None:
 
 
 def load_weights(path: Path) -> dict[str, CompressedTensor]:
-    """The weights saved at `path`; QuantError naming the file, and the layer whose parts are wrong."""
+    """The weights saved at `path`; TurbopocketError naming the file, and the layer whose parts are wrong."""
     try:
         with safe_open(path, framework="pt") as file:
             layers = json.loads((file.metadata() or {})["compressed"])
             return {name: _load_layer(file, name, **entry) for name, entry in layers.items()}
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, QuantError) as error:
-        raise QuantError(f"{path}: not a file of compressed weights: {error}") from error
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, TurbopocketError) as error:
+        raise TurbopocketError(f"{path}: not a file of compressed weights: {error}") from error
 
 
 def _load_layer(file: safe_open, name: str, format: str, shape: list[int]) -> CompressedTensor:

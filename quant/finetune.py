@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .errors import QuantError
+from ..ground.errors import TurbopocketError
 from .fit.base import FP16_DIGITS
 from .formats import Affine, CompressedTensor, Dense
 from .formats.base import LayerFormat
@@ -90,10 +90,10 @@ def fine_tune(
     """Trains what belongs to `module`, whose parameters are called `<layer>.weight` for the layers in `weights`.
 
     The module keeps its own parameters. Same arguments, same result. `advance` is called after each iteration.
-    QuantError for fewer calls than two, or when the loss is no longer finite.
+    TurbopocketError for fewer calls than two, or when the loss is no longer finite.
     """
     if len(calls) < 2:
-        raise QuantError(f"fine-tuning needs 2 calls or more, one of them held out, not {len(calls)}")
+        raise TurbopocketError(f"fine-tuning needs 2 calls or more, one of them held out, not {len(calls)}")
     order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(options.seed))
     held_out = calls.some(order[: max(1, len(calls) // HELD_OUT)])
     shown = calls.some(order[len(held_out) :])
@@ -118,7 +118,7 @@ def fine_tune(
             group["lr"] = options.learning_rate * (1 - iteration / options.iterations)
         step_loss = loss(shown.some(next(batches)))
         if not torch.isfinite(step_loss):
-            raise QuantError(
+            raise TurbopocketError(
                 f"fine-tuning: the loss is {float(step_loss.detach())} in iteration {iteration + 1}",
                 hint=f"a lower learning rate than {options.learning_rate:g} may help",
             )

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from .errors import QuantError
+from ..ground.errors import TurbopocketError
 
 # A limit of nodes and not of seconds, so that a slow machine finds the same plan as a fast one. A smaller gap costs
 # minutes on models whose layers lose alike per byte, and no measured loss is good to four digits.
@@ -104,7 +104,9 @@ def _milp(kinds: Sequence[Kind], extra_units: Sequence[int], limit_units: int) -
             options=SOLVER_OPTIONS,
         )
     if result.x is None:
-        raise QuantError(f"the solver found no plan within its {SOLVER_OPTIONS['node_limit']} nodes: {result.message}")
+        raise TurbopocketError(
+            f"the solver found no plan within its {SOLVER_OPTIONS['node_limit']} nodes: {result.message}"
+        )
     flat = [round(count) for count in result.x]
     return [flat[start:stop] for start, stop in pairwise(np.cumsum([0, *sizes]))]
 

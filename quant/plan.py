@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
+from ..ground.errors import OverBudget, TurbopocketError
 from ..ground.files import write_whole
-from .errors import OverBudget, QuantError
 from .knapsack import Kind, least_loss
 
 SCHEMA_VERSION = 1
@@ -73,16 +73,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The plan that `to_json` wrote; QuantError when it is of another version or a field is missing."""
+        """The plan that `to_json` wrote; TurbopocketError when it is of another version or a field is missing."""
         if data.get("schema_version") != SCHEMA_VERSION:
-            raise QuantError(
+            raise TurbopocketError(
                 f"plan has schema_version {data.get('schema_version')}, this version reads {SCHEMA_VERSION}"
             )
         try:
             choices = tuple(Choice(**entry | {"shape": tuple(entry["shape"])}) for entry in data["choices"])
             return cls(choices, data["fixed_bytes"], data["budget_bytes"])
         except (KeyError, TypeError) as error:
-            raise QuantError(f"plan is not readable: {error}") from error
+            raise TurbopocketError(f"plan is not readable: {error}") from error
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON, whole or not at all."""
@@ -91,11 +91,11 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """The plan saved at `path`; QuantError naming the file when it is not a plan."""
+        """The plan saved at `path`; TurbopocketError naming the file when it is not a plan."""
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (QuantError, json.JSONDecodeError, AttributeError) as error:
-            raise QuantError(f"{path}: {error}") from error
+        except (TurbopocketError, json.JSONDecodeError, AttributeError) as error:
+            raise TurbopocketError(f"{path}: {error}") from error
 
 
 def plan(
@@ -110,7 +110,7 @@ def plan(
 
     `pins` maps a glob over layer names to a format; where two globs match, the later one holds.
     Deterministic: among equal layers the earlier get the larger formats, a tie in loss goes to fewer bytes.
-    Raises OverBudget with the smallest possible total, QuantError for a pin that matches no layer or names a
+    Raises OverBudget with the smallest possible total, TurbopocketError for a pin that matches no layer or names a
     format the layer cannot have.
     """
     allowed = apply_pins(layers, pins or {})
@@ -155,12 +155,12 @@ def smallest_total_bytes(
 
 
 def apply_pins(layers: Sequence[LayerChoices], pins: Mapping[str, str]) -> list[LayerChoices]:
-    """The layers with only the pinned candidate left where a glob matches; QuantError for a pin in vain."""
+    """The layers with only the pinned candidate left where a glob matches; TurbopocketError for a pin in vain."""
     names = [layer.layer for layer in layers]
     _require_sound(layers)
     for glob in pins:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise QuantError(f"pin `{glob}` = {pins[glob]} matches none of the {len(names)} layers")
+            raise TurbopocketError(f"pin `{glob}` = {pins[glob]} matches none of the {len(names)} layers")
     return [_pinned(layer, pins) for layer in layers]
 
 
@@ -171,7 +171,7 @@ def _pinned(layer: LayerChoices, pins: Mapping[str, str]) -> LayerChoices:
     kept = tuple(candidate for candidate in layer.candidates if candidate.format == formats[-1])
     if not kept:
         known = ", ".join(candidate.format for candidate in layer.candidates)
-        raise QuantError(f"{layer.layer}: pinned to {formats[-1]}, its candidates are {known}")
+        raise TurbopocketError(f"{layer.layer}: pinned to {formats[-1]}, its candidates are {known}")
     return replace(layer, candidates=kept)
 
 
@@ -179,13 +179,15 @@ def _require_sound(layers: Sequence[LayerChoices]) -> None:
     seen: set[str] = set()
     for layer in layers:
         if layer.layer in seen:
-            raise QuantError(f"{layer.layer}: listed twice")
+            raise TurbopocketError(f"{layer.layer}: listed twice")
         seen.add(layer.layer)
         if not layer.candidates:
-            raise QuantError(f"{layer.layer}: no candidate format for shape {list(layer.shape)}")
+            raise TurbopocketError(f"{layer.layer}: no candidate format for shape {list(layer.shape)}")
         for candidate in layer.candidates:
             if not 0 <= candidate.loss < float("inf"):
-                raise QuantError(f"{layer.layer}: {candidate.format} has loss {candidate.loss}, not a number >= 0")
+                raise TurbopocketError(
+                    f"{layer.layer}: {candidate.format} has loss {candidate.loss}, not a number >= 0"
+                )
 
 
 def _smallest_bytes(layers: Sequence[LayerChoices]) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..ground.errors import TurbopocketError
 from ..ground.files import write_whole
-from .errors import QuantError
 
 SCHEMA_VERSION = 1
 
@@ -41,14 +41,14 @@ def save_ranges(path: Path, ranges: Mapping[str, Ranges]) -> None:
 
 
 def load_ranges(path: Path) -> dict[str, Ranges]:
-    """The ranges saved at `path`; QuantError naming the file when it is missing or holds something else."""
+    """The ranges saved at `path`; TurbopocketError naming the file when it is missing or holds something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema_version"] != SCHEMA_VERSION:
-            raise QuantError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
+            raise TurbopocketError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
         return {name: _from_json(**entry) for name, entry in data["layers"].items()}
-    except (OSError, QuantError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QuantError(f"{path}: not a file of ranges: {error}") from error
+    except (OSError, TurbopocketError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TurbopocketError(f"{path}: not a file of ranges: {error}") from error
 
 
 def _from_json(input: list[float], output: list[float], input_power: float, quietest_output_power: float) -> Ranges:

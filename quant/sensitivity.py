@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
-from .calibrate import LayerStats, weight_of
-from .errors import QuantError, of_layer
+from .calibrate import LayerStats
 from .fit import Fit
 from .formats import LayerFormat, matrix_view
+from .layers import weight_of
 from .plan import Candidate, LayerChoices
 from .workers import Spread, in_turn
 
@@ -27,12 +28,12 @@ SCHEMA_VERSION = 1
 
 
 def fitting(shapes: Mapping[str, tuple[int, ...]], formats: Sequence[LayerFormat]) -> dict[str, list[LayerFormat]]:
-    """For each layer the formats that can store its shape; QuantError with all reasons when none can."""
+    """For each layer the formats that can store its shape; TurbopocketError with all reasons when none can."""
     candidates = {name: [each for each in formats if each.fits(shape) is None] for name, shape in shapes.items()}
     for name, kept in candidates.items():
         if not kept:
             reasons = "; ".join(str(each.fits(shapes[name])) for each in formats) or "no formats were given"
-            raise QuantError(f"{name}: no format fits: {reasons}")
+            raise TurbopocketError(f"{name}: no format fits: {reasons}")
     return candidates
 
 
@@ -51,7 +52,7 @@ def measure(
     turns it into error of the model: the layer alone is put in its smallest candidate, `outputs()` runs, and
     the mean relative squared error of what it returns is divided by that candidate's Hessian loss. Weights
     are as before when this returns. `advance` is called after each layer.
-    QuantError naming the layer that has no statistics, no candidate, or one that does not fit.
+    TurbopocketError naming the layer that has no statistics, no candidate, or one that does not fit.
     """
     jobs = (_job(name, layers[name], stats, formats, fit) for name, formats in candidates.items())
     choices = {}
@@ -80,7 +81,7 @@ class _Probe:
         self.energies = [float(output.square().sum()) for output in self.reference]
         for index, energy in enumerate(self.energies):
             if not 0 < energy < float("inf"):
-                raise QuantError(f"output {index} of the uncompressed model has energy {energy}, expected over 0")
+                raise TurbopocketError(f"output {index} of the uncompressed model has energy {energy}, expected over 0")
 
     def relative_squared_error(self) -> float:
         """Mean over the outputs of ||y - y₀||² / ||y₀||²: every tensor counts alike, whatever its scale."""
@@ -114,9 +115,9 @@ def _job(
 ) -> _Job:
     weight = weight_of(name, layer).detach()
     if name not in stats:
-        raise QuantError(f"{name}: no statistics, the layer did not run while calibrating")
+        raise TurbopocketError(f"{name}: no statistics, the layer did not run while calibrating")
     if not formats:
-        raise QuantError(f"{name}: no candidate format")
+        raise TurbopocketError(f"{name}: no candidate format")
     return _Job(name, weight, tuple(formats), fit, stats[name].hessian_KK)
 
 
@@ -179,14 +180,14 @@ def save_choices(path: Path, choices: Mapping[str, LayerChoices]) -> None:
 
 
 def load_choices(path: Path) -> dict[str, LayerChoices]:
-    """The choices saved at `path`; QuantError naming the file when it holds something else."""
+    """The choices saved at `path`; TurbopocketError naming the file when it holds something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema_version"] != SCHEMA_VERSION:
-            raise QuantError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
+            raise TurbopocketError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
         layers = [_layer_from_json(entry) for entry in data["layers"]]
-    except (QuantError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise QuantError(f"{path}: not a file of choices: {error}") from error
+    except (TurbopocketError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise TurbopocketError(f"{path}: not a file of choices: {error}") from error
     return {layer.layer: layer for layer in layers}
 
 

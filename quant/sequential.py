@@ -36,7 +36,7 @@ def compress_in_blocks(
     Blocks are the layers of one `block_of` name, in the order in which `stats` has the first of them (that in which
     they run). Each finished block is a file in `checkpoints`; a later call with the same arguments reads those that
     are there, and gives the same bytes as a call that was never cut short. The modules hold their own weights
-    afterwards. Raises QuantError as `compress` does, and for a damaged checkpoint.
+    afterwards. Raises TurbopocketError as `compress` does, and for a damaged checkpoint.
     """
     choices = {choice.layer: choice for choice in plan.choices}
     blocks: dict[str, list[Choice]] = {}

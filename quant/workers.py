@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from .errors import QuantError
+from ..ground.errors import TurbopocketError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -30,7 +30,7 @@ class Spread(Protocol):
     """Like `map`: results in the order of the jobs. Work and jobs must pickle."""
 
     def __call__(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """Raises the QuantError of the first job that raises one."""
+        """Raises the TurbopocketError of the first job that raises one."""
         ...
 
 
@@ -53,11 +53,14 @@ class Workers:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise QuantError(f"workers: at least 1, not {self.count}")
+            raise TurbopocketError(f"workers: at least 1, not {self.count}")
 
     @contextmanager
     def open(self) -> Iterator[Spread]:
-        """The workers while the block runs. QuantError when Ray is asked for and is not installed or not reached."""
+        """The workers while the block runs.
+
+        Raises TurbopocketError when Ray is asked for and is not installed or not reached.
+        """
         if self.ray_address is not None:
             with _ray_pool(self.count, self.ray_address) as pool:
                 yield partial(_spread, pool.imap)
@@ -76,20 +79,20 @@ def _spread(
 ) -> Iterator[Result]:
     try:
         for outcome in pool_map(partial(_outcome, work), jobs):
-            if isinstance(outcome, QuantError):
+            if isinstance(outcome, TurbopocketError):
                 raise outcome
             yield outcome
     except BrokenProcessPool:
-        raise QuantError(
+        raise TurbopocketError(
             "a worker process was killed", hint="the system may be out of memory: fewer workers need less"
         ) from None
 
 
-def _outcome(work: Callable[[Job], Result], job: Job) -> Result | QuantError:
-    """A QuantError is a value on its way back, since Ray would make another error of it."""
+def _outcome(work: Callable[[Job], Result], job: Job) -> Result | TurbopocketError:
+    """A TurbopocketError is a value on its way back, since Ray would make another error of it."""
     try:
         return work(job)
-    except QuantError as error:
+    except TurbopocketError as error:
         return error
 
 
@@ -153,13 +156,13 @@ def _ray_pool(count: int, address: str) -> Iterator[Any]:
         import ray
         from ray.util.multiprocessing import Pool
     except ImportError as error:
-        raise QuantError("ray is not installed", hint="pip install 'turbopocket[ray]'") from error
+        raise TurbopocketError("ray is not installed", hint="pip install 'turbopocket[ray]'") from error
     if address not in ("auto", "local"):
         _require_listener(address)
     try:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise QuantError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
+        raise TurbopocketError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
     try:
         with Pool(count, torch.set_num_threads, (1,)) as pool:
             yield pool
@@ -168,11 +171,11 @@ def _ray_pool(count: int, address: str) -> Iterator[Any]:
 
 
 def _require_listener(address: str) -> None:
-    """QuantError when nothing listens there: Ray itself would go on trying for minutes."""
+    """TurbopocketError when nothing listens there: Ray itself would go on trying for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise QuantError(f"Ray address {address!r}: allowed are auto, local and host:port")
+        raise TurbopocketError(f"Ray address {address!r}: allowed are auto, local and host:port")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise QuantError(f"no Ray cluster answers at {address}: {error}") from error
+        raise TurbopocketError(f"no Ray cluster answers at {address}: {error}") from error

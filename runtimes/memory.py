@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ..ground.arrays import Arrays
 from ..ground.errors import TurbopocketError
 from .manifest import ComponentSpec, ImageSpec, Manifest, TensorSpec, load_manifest
-from .runner import Arrays, component_spec
+from .runner import component_spec
 
 _STATUS = Path("/proc/self/status")
 _TIMEOUT_SECONDS = 900

@@ -2,15 +2,13 @@
 """What every runtime looks like from outside: named arrays in, named arrays out."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from ..ground.arrays import Arrays, check_names
 from ..ground.errors import TurbopocketError
 from .manifest import ComponentSpec, Manifest, TensorSpec
-
-Arrays = dict[str, NDArray[Any]]
 
 
 class Runner(Protocol):
@@ -27,25 +25,6 @@ class LayerRunner(Runner, Protocol):
     def run_layers(self, component: str, inputs: Mapping[str, NDArray[Any]], layers: Sequence[str]) -> Arrays:
         """Outputs of layers by PyTorch module path, in execution order; layers it cannot see are left out."""
         ...
-
-
-def open_runner(folder: Path, manifest: Manifest) -> LayerRunner:
-    """The runner for the manifest's target, our kernels included where built; the runtime is imported only now."""
-    match manifest.target:
-        case "onnx":
-            from .kernels.library import onnx_operators
-            from .onnx.runner import OnnxRunner
-
-            return OnnxRunner(folder, manifest, operators=onnx_operators())
-        case "coreml":
-            from .coreml.apple import on_a_mac
-            from .coreml.runner import CoreMLRunner
-
-            return CoreMLRunner(folder, manifest, None if on_a_mac() else "fp32")
-        case "executorch":
-            from .executorch.runner import ExecuTorchRunner
-
-            return ExecuTorchRunner(folder, manifest)
 
 
 def component_spec(manifest: Manifest, component: str) -> ComponentSpec:
@@ -73,12 +52,3 @@ def check_inputs(component: str, specs: Sequence[TensorSpec], inputs: Mapping[st
             wanted = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
             if size != wanted:
                 raise TurbopocketError(f"{expected}, found {list(found.shape)}: {dimension} is {wanted}, not {size}")
-
-
-def check_names(component: str, kind: str, expected: Sequence[str], found: Sequence[str]) -> None:
-    """Returns when both hold the same names in any order; TurbopocketError names the difference."""
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        parts = [f"missing {', '.join(missing)}"] if missing else []
-        parts += [f"unknown {', '.join(unknown)}"] if unknown else []
-        raise TurbopocketError(f"{component}: {kind} are {'; '.join(parts)}; expected {', '.join(expected)}")

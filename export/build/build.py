@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...ground.arrays import Arrays
 from ...ground.errors import ParityFailed
+from ...quant.account import layer_snr_db
 from ...quant.calibrate import LayerStats, calibrate, ranges_of
 from ...quant.compress import compress, decompressed
 from ...quant.finetune import Calls, FineTuneOptions, fine_tune, stand_ins
@@ -28,7 +30,7 @@ from ...runtimes.compare.replay import Recorder
 from ...runtimes.drawing.tokenizer import open_tokenizers
 from ...runtimes.manifest import Manifest, write_manifest
 from ...runtimes.memory import MemoryFigures
-from ...runtimes.runner import Arrays, Runner
+from ...runtimes.runner import Runner
 from ..checkpoint.load import LoadedModel, load, load_shapes
 from ..evidence import Evidence, evidence_for, read_prompts
 from ..families.components import component_name, group_name, layers_of, parameter_count, shapes_of
@@ -37,25 +39,18 @@ from ..families.sizes import drawn_sizes, size_notes
 from ..output.kept import keep
 from ..output.owned import checkpoints, refuse_build, write_record
 from ..output.staging import claimed, output_path, report_folder
-from ..plan import candidate_formats, curve
 from ..progress import StageProgress
 from ..recipe import Recipe
+from ..report.collect import drawn_pictures, tradeoff_points
 from ..report.page import HeldOutLoss, LoweringCost, Measurements, ReportData, write_report
-from ..results import (
-    Built,
-    drawn_pictures,
-    expected_manifest_bytes,
-    final_manifest,
-    folder_bytes,
-    layer_snr_db,
-    require_budget,
-    tradeoff_points,
-)
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
 from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
+from .candidates import candidate_formats, curve
 from .draft import asks_twice, pipeline_manifest, sampler_spec, with_sampling
+from .manifest import expected_manifest_bytes, final_manifest, folder_bytes, require_budget
+from .outcome import Built
 from .probe import make_probe
 
 PROBE_PROMPTS = 3
@@ -94,7 +89,7 @@ class Workbench:
 def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, workers: Workers = IN_TURN) -> Built:
     """Makes the artifact `out` and `<out>.report/` beside it, both or neither; `workers` fit its layers.
 
-    Raises TurbopocketError or QuantError for bad input, OverBudget when nothing allowed fits, and ParityFailed
+    Raises TurbopocketError for bad input, OverBudget when nothing allowed fits, and ParityFailed
     when the runtime does not compute what PyTorch computes; then nothing is written.
     """
     out = output_path(out)

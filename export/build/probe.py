@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ...runtimes.compare.replay import Call, Recorder
 from ...runtimes.drawing.conditioning import condition
 from ...runtimes.drawing.latents import encoded_mean
 from ...runtimes.drawing.text_to_image import VAE_ENCODER
-from ...runtimes.runner import Arrays, Runner
+from ...runtimes.runner import Runner
 from ..verify.gaps import Session
 
 

@@ -9,8 +9,8 @@ from ..output.owned import refuse_occupied
 from ..output.staging import claimed, output_path
 from ..progress import StageProgress
 from ..recipe import Recipe
-from ..results import Built
 from .build import build
+from .outcome import Built
 
 
 def build_targets(recipe: Recipe, out: Path, overwrite: bool, quiet: bool, workers: Workers = IN_TURN) -> list[Built]:

@@ -105,7 +105,7 @@ def fastest_precision() -> Precision:
 def distil(request: DistillRequest, out: Path, overwrite: bool, progress: StageProgress) -> dict[str, Any]:
     """Makes the model folder `out`, going on from `<out>.run` where an earlier start of the same run was stopped.
 
-    Returns a JSON-ready summary. Raises TurbopocketError or QuantError for bad input; `out` then does not change.
+    Returns a JSON-ready summary. Raises TurbopocketError for bad input; `out` then does not change.
     """
     out = output_path(out)
     _require_writer()

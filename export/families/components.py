@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...quant.calibrate import compressible_layers, weight_of
+from ...quant.layers import compressible_layers, weight_of
 from ...runtimes.image_size import ImageSize
 from .graphs import Component, text_encoder_component, unet_component, vae_decoder_component, vae_encoder_component
 from .sizes import latent_size

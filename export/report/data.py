@@ -11,7 +11,6 @@ from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...ground.errors import TurbopocketError
-from ...quant.errors import QuantError
 from ...quant.plan import Plan
 from ...runtimes.compare.rows import ParityReport
 from ...runtimes.manifest import Manifest
@@ -171,7 +170,7 @@ def _load_plan(path: Path) -> Plan:
     _read(path)
     try:
         plan = Plan.load(path)
-    except QuantError as error:
+    except TurbopocketError as error:
         raise TurbopocketError(str(error), hint="build again") from error
     except UnicodeDecodeError:
         raise TurbopocketError(f"{path} is damaged: it is not text", hint="build again") from None

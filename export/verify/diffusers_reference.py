@@ -18,13 +18,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ...runtimes.compare.metrics import relative_error
 from ...runtimes.drawing.conditioning import TIMESTEP_COND
 from ...runtimes.drawing.sampler import NoiseSource
 from ...runtimes.drawing.text_to_image import VAE_ENCODER, FirstPicture, draw, seeded_noise
 from ...runtimes.manifest import Manifest
-from ...runtimes.runner import Arrays, Runner
+from ...runtimes.runner import Runner
 from ...runtimes.scheduler_classes import SamplerKind
 from ..build.draft import scheduler_config
 from ..checkpoint.load import FAMILIES, LoadedModel

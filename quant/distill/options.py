@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, fields
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DistillOptions:
     def __post_init__(self) -> None:
         for name in ("iterations", "batch"):
             if getattr(self, name) < 1:
-                raise QuantError(f"{name} = {getattr(self, name)}: 1 or more is needed")
+                raise TurbopocketError(f"{name} = {getattr(self, name)}: 1 or more is needed")
         for name in ("student_lr", "fake_lr"):
             if not 0 < getattr(self, name) < 1:
-                raise QuantError(f"{name} = {getattr(self, name)}: a learning rate lies between 0 and 1")
+                raise TurbopocketError(f"{name} = {getattr(self, name)}: a learning rate lies between 0 and 1")

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 
 CLEAN = -1
 """The timestep after the last step: no noise left."""
@@ -44,12 +44,12 @@ class FixedIntervals:
 
     Timesteps are those of diffusers' DDIM with trailing spacing, so the shipped scheduler config says them whole
     (counts that do not divide them end a little short of clean, as they do there).
-    QuantError for a count outside 1 to 8.
+    TurbopocketError for a count outside 1 to 8.
     """
 
     def __init__(self, train_timesteps: int, counts: Sequence[int]) -> None:
         if not counts or not all(1 <= count <= MAX_STEPS for count in counts):
-            raise QuantError(f"step counts {list(counts)}: allowed are 1 to {MAX_STEPS}")
+            raise TurbopocketError(f"step counts {list(counts)}: allowed are 1 to {MAX_STEPS}")
         self.train_timesteps, self.counts = train_timesteps, tuple(counts)
         shares = [count**-0.25 for count in self.counts]
         self.odds = tuple(share / sum(shares) for share in shares)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from .denoiser import Conditions, Denoiser
 from .diffusion import Diffusion
 from .options import DistillOptions
@@ -216,14 +216,17 @@ def _restore(accelerator: Accelerator, checkpoint: Path) -> None:
         raise _damaged(checkpoint, first_line) from error
 
 
-def _damaged(checkpoint: Path, why: str) -> QuantError:
-    return QuantError(
+def _damaged(checkpoint: Path, why: str) -> TurbopocketError:
+    return TurbopocketError(
         f"checkpoint {checkpoint} is damaged: {why}", hint=f"remove {checkpoint.parent}; the run then starts again"
     )
 
 
 def restored_iteration(folder: Path) -> int:
-    """The iteration that a run in this folder goes on from: 0 without a checkpoint. QuantError for a damaged one."""
+    """The iteration that a run in this folder goes on from: 0 without a checkpoint.
+
+    Raises TurbopocketError for a damaged one.
+    """
     final, old = folder / CHECKPOINT, folder / f"{CHECKPOINT}.old"
     if not final.exists() and old.exists():
         old.replace(final)

@@ -2,7 +2,7 @@
 """Ways to choose codes for a grid: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward),
 `vqdm` (as gptq for integers; sums of codebook vectors by beam search, where the others take residual k-means)."""
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from .absmax import absmax_codes
 from .base import AdditiveCodes, AdditiveGrid, Fit, Grid, GridCodes
 from .gptq import gptq_codes
@@ -34,11 +34,11 @@ __all__ = [
 
 
 def parse_fit(text: str) -> Fit:
-    """The fit of that name; QuantError listing the legal names."""
+    """The fit of that name; TurbopocketError listing the legal names."""
     for fit in FITS:
         if fit.name == text:
             return fit
-    raise QuantError(f"`{text}` is not a fit: known are {', '.join(map(str, FITS))}")
+    raise TurbopocketError(f"`{text}` is not a fit: known are {', '.join(map(str, FITS))}")
 
 
 def measuring_fit(fit: Fit) -> Fit:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 
 LARGEST_SCALE = torch.finfo(torch.float16).max
 FP16_DIGITS = 11
@@ -110,11 +110,11 @@ class Fit:
 
 
 def checked_hessian(hessian_KK: Tensor, columns: int) -> Tensor:
-    """The Hessian itself; QuantError when it is not [columns, columns] or not finite."""
+    """The Hessian itself; TurbopocketError when it is not [columns, columns] or not finite."""
     if tuple(hessian_KK.shape) != (columns, columns):
-        raise QuantError(f"Hessian of shape {list(hessian_KK.shape)} for a weight of {columns} columns")
+        raise TurbopocketError(f"Hessian of shape {list(hessian_KK.shape)} for a weight of {columns} columns")
     if not torch.isfinite(hessian_KK).all():
-        raise QuantError("the Hessian has NaN or infinite values")
+        raise TurbopocketError("the Hessian has NaN or infinite values")
     return hessian_KK
 
 
@@ -141,12 +141,12 @@ def storable_scale(scale: Tensor, digits: int = FP16_DIGITS) -> Tensor:
     """float32 copies of the smallest fp16 numbers of so many significant bits that are not under `scale`; 1 for zeros.
 
     Upwards, so that the largest weight of a group never falls off the grid, and so that a scale under fp16's
-    smallest subnormal (6e-8) becomes that number and not a division by zero. QuantError over 65,504.
+    smallest subnormal (6e-8) becomes that number and not a division by zero. TurbopocketError over 65,504.
     """
     largest = float(scale.max()) if scale.numel() else 0.0
     end = LARGEST_SCALE // 2 ** (16 - digits) * 2 ** (16 - digits)
     if largest > end:
-        raise QuantError(f"a group needs scale {largest:.6g}, and fp16 scales end at {end:.0f}")
+        raise TurbopocketError(f"a group needs scale {largest:.6g}, and fp16 scales end at {end:.0f}")
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     nearest = scale.to(torch.float16)
     # Positive floats are ordered like their bits: adding one to the bits is the next fp16 number.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from .base import Grid, GridCodes, as_codes, checked_hessian, nearest_steps
 from .mse import best_scale
 
@@ -24,10 +24,10 @@ def gptq_codes(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) 
     """Codes of low tr[(Ŵ - W) H (Ŵ - W)ᵀ]; the scale of a group is searched when its first column is reached.
 
     Columns that were never driven (H[k, k] = 0) neither send nor receive error: they round to nearest.
-    QuantError without a Hessian, with one of another size, or with one that is not positive semidefinite.
+    TurbopocketError without a Hessian, with one of another size, or with one that is not positive semidefinite.
     """
     if hessian_KK is None:
-        raise QuantError("gptq needs the layer's Hessian", hint="calibrate first, or choose the fit `mse`")
+        raise TurbopocketError("gptq needs the layer's Hessian", hint="calibrate first, or choose the fit `mse`")
     outputs, columns = weight_OK.shape
     groups = columns // grid.group
     sweep = _Sweep(
@@ -55,7 +55,7 @@ def error_feedback(hessian_KK: Tensor) -> Tensor:
     damped_KK.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     lower_KK, failed_at = torch.linalg.cholesky_ex(damped_KK.flip(0, 1))
     if int(failed_at):
-        raise QuantError(f"gptq: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)")
+        raise TurbopocketError(f"gptq: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)")
     identity_KK = torch.eye(len(damped_KK), dtype=torch.float64)
     return torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True).to(torch.float32)
 

@@ -36,7 +36,7 @@ DENSITY_SEGMENTS = 256
 
 
 def kmeans_importance(hessian_KK: Tensor, columns: int) -> Tensor:
-    """[K], mean 1: how much each column's squared error counts; QuantError for a Hessian of another size."""
+    """[K], mean 1: how much each column's squared error counts; TurbopocketError for a Hessian of another size."""
     importance_K = column_importance(checked_hessian(hessian_KK, columns))
     return importance_K / importance_K.mean()
 

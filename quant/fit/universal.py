@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from .kmeans import nearest_vectors, vector_kmeans
 
 FILE = "universal.safetensors"
@@ -29,10 +29,10 @@ SAMPLES = 200_000
 def universal_codebooks(length: int) -> Tensor:
     """fp16 [4, 256, D] of vectors of that length, each codebook for what those before it leave over.
 
-    Raises QuantError for a length that has none.
+    Raises TurbopocketError for a length that has none.
     """
     if length not in LENGTHS:
-        raise QuantError(f"there are universal codebooks for vectors of {LENGTHS}, not of {length}")
+        raise TurbopocketError(f"there are universal codebooks for vectors of {LENGTHS}, not of {length}")
     return load(resources.files(__package__).joinpath(FILE).read_bytes())[f"d{length}"]
 
 

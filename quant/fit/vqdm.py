@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from .base import LARGEST_SCALE, AdditiveCodes, AdditiveGrid, checked_hessian, summed_vectors
 from .beam import best_codes
 from .codebook_solve import solved_codebooks
@@ -37,7 +37,7 @@ class Search:
 
     def __post_init__(self) -> None:
         if self.beam < 1:
-            raise QuantError(f"a beam keeps at least 1 hypothesis, not {self.beam}")
+            raise TurbopocketError(f"a beam keeps at least 1 hypothesis, not {self.beam}")
 
 
 QUICK = Search(beam=2, rounds=1)
@@ -48,11 +48,11 @@ def vqdm_codes(
 ) -> AdditiveCodes:
     """Codes, codebooks and scales; the loss that counts is the one with fp16 codebooks and scales, as stored.
 
-    Runs on the GPU if there is one. QuantError without a Hessian, with one of another size, or with one that is not
-    positive semidefinite.
+    Runs on the GPU if there is one. TurbopocketError without a Hessian, with one of another size, or with one that
+    is not positive semidefinite.
     """
     if hessian_KK is None:
-        raise QuantError("vqdm needs the layer's Hessian", hint="calibrate first, or choose the fit `mse`")
+        raise TurbopocketError("vqdm needs the layer's Hessian", hint="calibrate first, or choose the fit `mse`")
     checked_hessian(hessian_KK, weight_OK.shape[1])
     start = residual_kmeans(weight_OK, grid, hessian_KK)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,8 +207,8 @@ def damped_hessian(hessian_KK: Tensor) -> Tensor:
 
 
 def lower_factor(hessian_CC: Tensor) -> Tensor:
-    """Lower triangular L in float64 with L Lᵀ = H; QuantError when H has a negative direction."""
+    """Lower triangular L in float64 with L Lᵀ = H; TurbopocketError when H has a negative direction."""
     lower_CC, failed_at = torch.linalg.cholesky_ex(hessian_CC.to(torch.float64))
     if int(failed_at):
-        raise QuantError(f"vqdm: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)")
+        raise TurbopocketError(f"vqdm: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)")
     return lower_CC

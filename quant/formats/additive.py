@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from ..fit.base import AdditiveCodes, AdditiveGrid, Fit
 from ..fit.universal import LENGTHS
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
@@ -43,11 +43,13 @@ class Additive(LayerFormat):
     def __post_init__(self) -> None:
         require_codes(self.bits, None)
         if not 2 <= self.count <= _MOST_CODEBOOKS:
-            raise QuantError(f"a sum has 2 to {_MOST_CODEBOOKS} codebooks, not {self.count}; vq is for one")
+            raise TurbopocketError(f"a sum has 2 to {_MOST_CODEBOOKS} codebooks, not {self.count}; vq is for one")
         if self.length not in _LENGTHS:
-            raise QuantError(f"a vector has 2, 4 or 8 weights, not {self.length}")
+            raise TurbopocketError(f"a vector has 2, 4 or 8 weights, not {self.length}")
         if self.shared and (self.bits != _SHARED_BITS or self.length not in LENGTHS):
-            raise QuantError(f"shared codebooks have codes of {_SHARED_BITS} bits and vectors of 4 or 8, not {self}")
+            raise TurbopocketError(
+                f"shared codebooks have codes of {_SHARED_BITS} bits and vectors of 4 or 8, not {self}"
+            )
 
     def __str__(self) -> str:
         return f"avq{self.count}x{self.bits}-d{self.length}" + ("-shared" if self.shared else "")

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from ..fit.base import FP16_DIGITS, Fit, Grid, grid_values
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, packed_columns, unpack
@@ -35,9 +35,9 @@ class Affine(LayerFormat):
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise QuantError(f"an integer weight has 4 or 8 bits, not {self.bits}")
+            raise TurbopocketError(f"an integer weight has 4 or 8 bits, not {self.bits}")
         if self.group is not None and self.group < 1:
-            raise QuantError(f"a group has at least 1 column, not {self.group}")
+            raise TurbopocketError(f"a group has at least 1 column, not {self.group}")
 
     def __str__(self) -> str:
         spread = "row" if self.group is None else f"g{self.group}"

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 
 Shape = tuple[int, ...]
@@ -44,11 +44,11 @@ class CompressedTensor:
         return sum(part.numel() * part.element_size() for part in own)
 
     def require_promised_parts(self) -> None:
-        """QuantError when the parts are not those its format stores for its shape."""
+        """TurbopocketError when the parts are not those its format stores for its shape."""
         promised = self.format.part_specs(self.shape)
         found = {name: PartSpec(part.dtype, tuple(part.shape)) for name, part in self.parts.items()}
         if found != promised:
-            raise QuantError(f"{self.format} of shape {list(self.shape)} stores {promised}, found {found}")
+            raise TurbopocketError(f"{self.format} of shape {list(self.shape)} stores {promised}, found {found}")
 
 
 class LayerFormat(ABC):
@@ -93,25 +93,25 @@ class LayerFormat(ABC):
         """The stored weight as float32 in its original shape."""
 
     def nbytes(self, shape: Shape) -> int:
-        """Exact stored bytes of a weight of this shape, shared parts aside; QuantError when it does not fit."""
+        """Exact stored bytes of a weight of this shape, shared parts aside; TurbopocketError when it does not fit."""
         self._require_fit(shape)
         return sum(spec.nbytes for name, spec in self.part_specs(shape).items() if name not in self.shared_parts)
 
     def compress(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None = None) -> CompressedTensor:
         """The weight in this format, values chosen by `fit` (with H = E[x xᵀ] in matrix-view order, [K, K]).
 
-        QuantError when the shape does not fit, when a value is not finite, or when the fit lacks its Hessian.
+        TurbopocketError when the shape does not fit, when a value is not finite, or when the fit lacks its Hessian.
         """
         shape = tuple(weight.shape)
         self._require_fit(shape)
         bad_values = int((~torch.isfinite(weight)).sum())
         if bad_values:
-            raise QuantError(f"{bad_values:,} of {weight.numel():,} weights are NaN or infinite")
+            raise TurbopocketError(f"{bad_values:,} of {weight.numel():,} weights are NaN or infinite")
         plain = weight.detach().to(device="cpu", dtype=torch.float32)
         return CompressedTensor(self, shape, self.encode(plain, fit, hessian_KK))
 
     def decompress(self, compressed: CompressedTensor) -> Tensor:
-        """float32 in the original shape; QuantError when the parts are not those of this format and shape."""
+        """float32 in the original shape; TurbopocketError when the parts are not those of this format and shape."""
         self._require_fit(compressed.shape)
         compressed.require_promised_parts()
         return self.decode(compressed)
@@ -119,7 +119,7 @@ class LayerFormat(ABC):
     def _require_fit(self, shape: Shape) -> None:
         reason = self.fits(shape)
         if reason is not None:
-            raise QuantError(reason)
+            raise TurbopocketError(reason)
 
 
 def matrix_shape(shape: Shape) -> tuple[int, int]:

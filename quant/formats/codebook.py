@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.kmeans import kmeans_importance, nearest_vectors, vector_kmeans
 from ..fit.residual import least_squares_scale, row_scale
@@ -45,7 +45,7 @@ class Codebook(LayerFormat):
     def __post_init__(self) -> None:
         require_codes(self.bits, self.rows)
         if self.length not in _LENGTHS:
-            raise QuantError(f"a vector has 2, 4 or 8 weights, not {self.length}")
+            raise TurbopocketError(f"a vector has 2, 4 or 8 weights, not {self.length}")
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f"-r{self.rows}"

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape
 
@@ -24,7 +24,7 @@ class Dense(LayerFormat):
 
     def __post_init__(self) -> None:
         if self.bits not in _DTYPES:
-            raise QuantError(f"a dense weight has 16 or 32 bits, not {self.bits}")
+            raise TurbopocketError(f"a dense weight has 16 or 32 bits, not {self.bits}")
 
     def __str__(self) -> str:
         return f"fp{self.bits}"
@@ -47,7 +47,7 @@ class Dense(LayerFormat):
         stored = weight.to(_DTYPES[self.bits], copy=True).contiguous()
         if not torch.isfinite(stored).all():
             largest = float(weight.abs().max())
-            raise QuantError(f"the largest weight is {largest:.6g}, and fp16 ends at 65504")
+            raise TurbopocketError(f"the largest weight is {largest:.6g}, and fp16 ends at 65504")
         return {"weight": stored}
 
     def decode(self, compressed: CompressedTensor) -> Tensor:

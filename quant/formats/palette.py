@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.kmeans import LARGEST_VALUE, kmeans_importance, nearest_values, value_kmeans
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
@@ -66,7 +66,7 @@ class Palette(LayerFormat):
         weight_OK = matrix_view(weight)
         largest = float(weight_OK.abs().max())
         if largest > LARGEST_VALUE:
-            raise QuantError(f"the largest weight is {largest:.6g}, and fp16 tables end at {LARGEST_VALUE:.0f}")
+            raise TurbopocketError(f"the largest weight is {largest:.6g}, and fp16 tables end at {LARGEST_VALUE:.0f}")
         outputs, columns = weight_OK.shape
         values_GN = weight_OK.reshape(outputs // (self.rows or outputs), -1)
         importance_K = None if hessian_KK is None else kmeans_importance(hessian_KK, columns)
@@ -86,11 +86,11 @@ class Palette(LayerFormat):
 
 
 def require_codes(bits: int, rows: int | None) -> None:
-    """QuantError when codes of that width, or tables for that many outputs, do not exist."""
+    """TurbopocketError when codes of that width, or tables for that many outputs, do not exist."""
     if bits not in WIDTHS:
-        raise QuantError(f"a code has {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]} bits, not {bits}")
+        raise TurbopocketError(f"a code has {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]} bits, not {bits}")
     if rows is not None and rows < 1:
-        raise QuantError(f"a table serves at least 1 output channel, not {rows}")
+        raise TurbopocketError(f"a table serves at least 1 output channel, not {rows}")
 
 
 def refused_rows(format: LayerFormat, shape: Shape, rows: int | None) -> str | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ..manifest import Manifest
 from ..onnx.runner import with_layer_outputs
-from ..runner import Arrays, component_spec
+from ..runner import component_spec
 from ..served.runner import ServedRunner
 from .cpus import PREFIX, Cpu
 from .emulator import Emulator

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...ground.arrays import Arrays, check_names
 from ...ground.errors import TurbopocketError
-from ..runner import Arrays, check_names
 
 
 @dataclass(frozen=True)

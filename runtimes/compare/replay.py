@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays, check_names
 from ..drawing.text_to_image import NotFinite, exercise, generate
 from ..drawing.tokenizer import Tokenizer
 from ..manifest import Manifest
-from ..runner import Arrays, LayerRunner, Runner, check_names
+from ..runner import LayerRunner, Runner
 from .metrics import max_abs_error, psnr_db, relative_error, snr_db, ssim
 from .rows import Divergence, Limits, ParityReport, ParityRow, PictureRow
 

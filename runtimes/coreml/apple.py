@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
-from ..runner import Arrays
 from .file.package import coremltools_module
 from .file.program import Program
 

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..manifest import TensorSpec
-from ..runner import Arrays
 
 
 class Engine(Protocol):

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..drawing.latents import LATENT_PARAMETERS, LATENT_SAMPLE
 from ..manifest import ComponentSpec, TensorSpec
-from ..runner import Arrays
 
 PACKAGE_NAMES = {
     "text_encoder": "TextEncoder",

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays, check_names
 from ..manifest import Manifest
-from ..runner import Arrays, check_inputs, check_names, component_spec
+from ..runner import check_inputs, component_spec
 from .apple import AppleEngine
 from .chain import Engine, run_chain
 from .evaluate.evaluator import Evaluator, Mode

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..manifest import Manifest
-from ..runner import Arrays, Runner, component_spec
+from ..runner import Runner, component_spec
 from .tokenizer import Tokenizer
 
 _HIDDEN_STATES = "hidden_states."

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..manifest import Manifest
-from ..runner import Arrays, Runner, component_spec
+from ..runner import Runner, component_spec
 from .conditioning import condition, feed, guidance_condition, unconditional
 from .latents import encoded, from_vae, to_vae
 from .sampler import Memory, NoiseSource, Sampler, make_sampler

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..kernels.library import executorch_operators
 from ..manifest import ComponentSpec, Manifest, TensorSpec
-from ..runner import Arrays, check_inputs, component_spec
+from ..runner import check_inputs, component_spec
 from .file import Layout, data_file, read_layout
 from .imported import executorch_module
 from .shown_layers import LayerName, Shown, with_layer_outputs

@@ -8,9 +8,10 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays, check_names
 from ...ground.errors import TurbopocketError
 from ..manifest import ComponentSpec, Manifest, TensorSpec
-from ..runner import Arrays, check_inputs, check_names, component_spec
+from ..runner import check_inputs, component_spec
 from .session import open_session
 
 _DTYPES = {

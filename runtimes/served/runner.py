@@ -10,9 +10,10 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..manifest import ComponentSpec, Manifest
-from ..runner import Arrays, check_inputs, component_spec
+from ..runner import check_inputs, component_spec
 from .process import ServedProcess
 
 

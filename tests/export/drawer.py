@@ -20,12 +20,14 @@ from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.registry import open_target
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
 from turbopocket.export.verify.gaps import torch_runner
+from turbopocket.ground.arrays import Arrays
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec
-from turbopocket.runtimes.runner import Arrays, Runner, open_runner
+from turbopocket.runtimes.open import open_runner
+from turbopocket.runtimes.runner import Runner
 
 SDXL: dict[str, Any] = {
     "cross_attention_dim": 96,

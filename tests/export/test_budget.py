@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from turbopocket.export.build.candidates import candidate_formats
 from turbopocket.export.build.fixed_bytes import fixed_bytes
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.components import layers_of, parameter_count, shapes_of
-from turbopocket.export.plan import candidate_formats, plan_source
+from turbopocket.export.plan import plan_source
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.export.targets.registry import open_target

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from turbopocket.export.build.build import build
+from turbopocket.export.build.manifest import expected_manifest_bytes
+from turbopocket.export.build.outcome import Built
 from turbopocket.export.output.owned import refuse_build
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.results import Built, expected_manifest_bytes
 from turbopocket.ground.errors import ParityFailed, TurbopocketError
 from turbopocket.quant.plan import Candidate, LayerChoices
 from turbopocket.runtimes.manifest import load_manifest, verify

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from turbopocket.export.build.build import build
+from turbopocket.export.build.outcome import Built
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.results import Built
 from turbopocket.export.targets.coreml.target import CoreML
 from turbopocket.ground.errors import ParityFailed
 from turbopocket.runtimes.coreml.file.program import Program

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from turbopocket.export.build.build import build
+from turbopocket.export.build.outcome import Built
 from turbopocket.export.output.kept import RANGES_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.results import Built
 
 pytest.importorskip("executorch")
 

@@ -76,7 +76,7 @@ def test_the_exported_pipeline_asks_at_exactly_the_distilled_timesteps(artifact:
     from turbopocket.runtimes.drawing.text_to_image import generate
     from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
     from turbopocket.runtimes.manifest import load_manifest
-    from turbopocket.runtimes.runner import open_runner
+    from turbopocket.runtimes.open import open_runner
 
     manifest = load_manifest(artifact)
     wanted = [float(step.start) for step in FixedIntervals(800, [4]).walk(4)]

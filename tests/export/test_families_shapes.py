@@ -12,8 +12,8 @@ from turbopocket.export.checkpoint.load import LoadedModel, load, load_shapes
 from turbopocket.export.families.components import shapes_of
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.account import account
-from turbopocket.quant.calibrate import compressible_layers
 from turbopocket.quant.formats import parse_format
+from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.plan import plan, smallest_total_bytes
 from turbopocket.quant.sensitivity import estimate_from_shapes, fitting
 

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from turbopocket.export.build.build import build
+from turbopocket.export.build.outcome import Built
 from turbopocket.export.checkpoint.load import load, load_shapes
 from turbopocket.export.families.components import layers_of
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.results import Built
 from turbopocket.export.targets.registry import TARGETS
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.text_to_image import FirstPicture

@@ -30,7 +30,7 @@ from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import Manifest, load_manifest
-from turbopocket.runtimes.runner import open_runner
+from turbopocket.runtimes.open import open_runner
 
 from ..checkpoints import CHECKPOINTS, REFUSED, Checkpoint, Refused, models_page
 

@@ -6,8 +6,8 @@ import io
 import pytest
 from rich.console import Console
 
-from turbopocket.export.results import parity_table
 from turbopocket.export.verify.gaps import Difference, Gaps, Pictures, ToDiffusers
+from turbopocket.export.verify.table import parity_table
 from turbopocket.runtimes.compare.rows import Limits, ParityReport, ParityRow
 
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.quant.calibrate import calibrate, compressible_layers
-from turbopocket.quant.errors import QuantError
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.formats import matrix_view
+from turbopocket.quant.layers import compressible_layers
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(3, 5, 3, bias=False),
@@ -76,7 +77,7 @@ def test_layer_that_did_not_run_has_no_statistics(denoiser: nn.Module, latents: 
 
 def test_hooks_are_gone_afterwards_even_after_an_error(denoiser: nn.Module, latents: Tensor) -> None:
     latents[1, 2, 3, 4] = float("nan")
-    with pytest.raises(QuantError, match=r"unet\.conv_in: an input is NaN or infinite"):
+    with pytest.raises(TurbopocketError, match=r"unet\.conv_in: an input is NaN or infinite"):
         calibrate({"unet": denoiser}, lambda: denoiser(latents))
     assert not any(layer._forward_hooks for layer in denoiser.modules())
 

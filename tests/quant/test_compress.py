@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.quant.calibrate import LayerStats, calibrate, compressible_layers
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.calibrate import LayerStats, calibrate
 from turbopocket.quant.compress import compress, decompressed, load_weights, save_weights
-from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import GPTQ, MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.plan import Choice, Plan
 
 PLANNED = {
@@ -81,22 +82,22 @@ def test_weight_that_is_not_finite_is_refused_with_the_layers_name(
 ) -> None:
     with torch.no_grad():
         layers["unet.down"].get_parameter("weight")[3, 2, 1, 0] = bad
-    with pytest.raises(QuantError, match=r"unet\.down: 1 of 1,152 weights are NaN or infinite"):
+    with pytest.raises(TurbopocketError, match=r"unet\.down: 1 of 1,152 weights are NaN or infinite"):
         compress(layers, plan, MSE, stats)
 
 
 def test_fit_without_its_statistics_names_the_layer(layers: dict[str, nn.Module], plan: Plan) -> None:
-    with pytest.raises(QuantError, match=r"unet\.conv_in: gptq needs the layer's Hessian") as refusal:
+    with pytest.raises(TurbopocketError, match=r"unet\.conv_in: gptq needs the layer's Hessian") as refusal:
         compress(layers, plan, GPTQ)
     assert refusal.value.hint
 
 
 def test_plan_of_another_model_is_refused(layers: dict[str, nn.Module], plan: Plan) -> None:
     shorter = Plan(plan.choices[:-1], 0, None)
-    with pytest.raises(QuantError, match=r"1 layers are not in the plan, the first is unet\.unused"):
+    with pytest.raises(TurbopocketError, match=r"1 layers are not in the plan, the first is unet\.unused"):
         compress(layers, shorter, MSE)
     del layers["unet.down"]
-    with pytest.raises(QuantError, match=r"1 layers are in the plan, not in the model.*unet\.down"):
+    with pytest.raises(TurbopocketError, match=r"1 layers are in the plan, not in the model.*unet\.down"):
         compress(layers, plan, MSE)
 
 
@@ -113,7 +114,7 @@ def test_plan_of_another_model_is_refused(layers: dict[str, nn.Module], plan: Pl
 def test_plan_that_does_not_match_the_layer_is_refused(
     layers: dict[str, nn.Module], choice: Choice, message: str
 ) -> None:
-    with pytest.raises(QuantError, match=rf"unet\.conv_in: .*{message}"):
+    with pytest.raises(TurbopocketError, match=rf"unet\.conv_in: .*{message}"):
         compress({"unet.conv_in": layers["unet.conv_in"]}, Plan((choice,), 0, None), MSE)
 
 
@@ -139,7 +140,7 @@ def test_model_has_its_own_weights_again_after_an_error(
 
 def test_stored_layer_the_model_lacks_is_refused(denoiser: nn.Module, weights: dict[str, CompressedTensor]) -> None:
     with (
-        pytest.raises(QuantError, match=r"4 stored layers are not in the model.*unet\.conv_in"),
+        pytest.raises(TurbopocketError, match=r"4 stored layers are not in the model.*unet\.conv_in"),
         decompressed({"vae_decoder": denoiser}, weights),
     ):
         pass
@@ -151,7 +152,7 @@ def test_layer_of_another_shape_is_refused_and_the_others_are_restored(
     before = denoiser.get_parameter("conv_in.weight").clone()
     weights["unet.unused"] = parse_format("fp16").compress(torch.zeros(2, 2), MSE)
     with (
-        pytest.raises(QuantError, match=r"unet\.unused: stored shape \[2, 2\], the model has \[4, 4\]"),
+        pytest.raises(TurbopocketError, match=r"unet\.unused: stored shape \[2, 2\], the model has \[4, 4\]"),
         decompressed({"unet": denoiser}, weights),
     ):
         pass
@@ -161,7 +162,7 @@ def test_layer_of_another_shape_is_refused_and_the_others_are_restored(
 def test_file_that_holds_no_weights_is_named(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
-    with pytest.raises(QuantError, match=r"weights\.safetensors: not a file of compressed weights"):
+    with pytest.raises(TurbopocketError, match=r"weights\.safetensors: not a file of compressed weights"):
         load_weights(path)
 
 
@@ -170,5 +171,5 @@ def test_file_whose_parts_are_wrong_names_file_and_layer(weights: dict[str, Comp
     stored = weights["unet.to_out"]
     parts = stored.parts | {"scale": stored.parts["scale"].float()}
     save_weights(path, weights | {"unet.to_out": CompressedTensor(stored.format, stored.shape, parts)})
-    with pytest.raises(QuantError, match=r"weights\.safetensors: .*unet\.to_out: int4-row of shape"):
+    with pytest.raises(TurbopocketError, match=r"weights\.safetensors: .*unet\.to_out: int4-row of shape"):
         load_weights(path)

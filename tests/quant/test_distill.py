@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.distill.diffusion import Diffusion
 from turbopocket.quant.distill.options import Devices, DistillOptions
 from turbopocket.quant.distill.steps import FixedIntervals
 from turbopocket.quant.distill.tdm import Point, draw_tau, drawn, fake_loss, importance, student_loss, student_point
 from turbopocket.quant.distill.trainer import Networks, Task, distill, mse_update, tdm_update
-from turbopocket.quant.errors import QuantError
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -48,7 +48,7 @@ def test_a_walk_goes_where_diffusers_ddim_goes(count: int) -> None:
 
 @pytest.mark.parametrize("counts", [[0], [9], []])
 def test_step_counts_outside_1_to_8_are_refused(counts: list[int]) -> None:
-    with pytest.raises(QuantError, match="allowed are 1 to 8"):
+    with pytest.raises(TurbopocketError, match="allowed are 1 to 8"):
         FixedIntervals(1000, counts)
 
 

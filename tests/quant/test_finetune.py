@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.quant.calibrate import compressible_layers
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import decompressed
-from turbopocket.quant.errors import QuantError
 from turbopocket.quant.finetune import Calls, FineTuned, FineTuneOptions, fine_tune, rounded_to_digits
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.layers import compressible_layers
 
 OPTIONS = FineTuneOptions(iterations=100, batch=32, learning_rate=1e-2)
 FORMATS = {"unet.first": "avq2x3-d8", "unet.second": "int4-g32", "unet.third": "fp16"}
@@ -145,10 +145,10 @@ def test_rounding_to_digits_is_to_the_nearest() -> None:
 
 def test_too_few_calls_and_a_loss_that_is_not_finite_are_refused(module: Wrapped) -> None:
     calls = recorded(module, seed=1)
-    with pytest.raises(QuantError, match="needs 2 calls or more, one of them held out, not 1"):
+    with pytest.raises(TurbopocketError, match="needs 2 calls or more, one of them held out, not 1"):
         fine_tune(module, stored(module), calls.some(torch.tensor([0])), OPTIONS)
     broken = Calls((calls.inputs[0] * torch.inf, calls.inputs[1]), calls.outputs)
-    with pytest.raises(QuantError, match="loss is nan in iteration 1") as raised:
+    with pytest.raises(TurbopocketError, match="loss is nan in iteration 1") as raised:
         fine_tune(module, stored(module), broken, OPTIONS)
     assert raised.value.hint is not None
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turbopocket.quant.errors import QuantError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX, FITS, GPTQ, MSE, Fit, Grid, parse_fit
 from turbopocket.quant.fit.base import storable_scale
 from turbopocket.quant.fit.gptq import DAMPING, error_feedback
@@ -120,7 +120,7 @@ def test_hessian_of_zeros_gives_nearest_codes() -> None:
 
 
 def test_gptq_without_a_hessian_is_refused_with_a_hint() -> None:
-    with pytest.raises(QuantError, match="needs the layer's Hessian") as refusal:
+    with pytest.raises(TurbopocketError, match="needs the layer's Hessian") as refusal:
         GPTQ.choose(torch.randn(4, 8), Grid(4, True, 8), None)
     assert "mse" in str(refusal.value.hint)
 
@@ -135,18 +135,18 @@ def test_gptq_without_a_hessian_is_refused_with_a_hint() -> None:
     ids=["another size", "nan"],
 )
 def test_hessian_that_is_not_the_layers_is_refused(fit: Fit, hessian_KK: Tensor, message: str) -> None:
-    with pytest.raises(QuantError, match=message):
+    with pytest.raises(TurbopocketError, match=message):
         fit.choose(torch.randn(4, 8), Grid(4, True, 8), hessian_KK)
 
 
 def test_hessian_with_a_negative_direction_is_refused() -> None:
-    with pytest.raises(QuantError, match="not positive semidefinite"):
+    with pytest.raises(TurbopocketError, match="not positive semidefinite"):
         GPTQ.choose(torch.randn(4, 8), Grid(4, True, 8), torch.eye(8) - 0.5 * torch.ones(8, 8))
 
 
 def test_fit_names_parse_back_and_others_are_refused() -> None:
     assert [parse_fit(str(fit)) for fit in FITS] == list(FITS)
-    with pytest.raises(QuantError, match="`hqq` is not a fit: known are absmax, mse, gptq"):
+    with pytest.raises(TurbopocketError, match="`hqq` is not a fit: known are absmax, mse, gptq"):
         parse_fit("hqq")
 
 
@@ -168,5 +168,5 @@ def test_a_short_scale_is_never_under_the_one_that_is_needed() -> None:
     short = storable_scale(needed, 8)
     assert (short >= needed).all()
     assert (short <= needed * (1 + 2**-7) * (1 + 2**-10) + 2**-21).all()
-    with pytest.raises(QuantError, match="fp16 scales end at 65280"):
+    with pytest.raises(TurbopocketError, match="fp16 scales end at 65280"):
         storable_scale(torch.tensor([65_400.0]), 8)

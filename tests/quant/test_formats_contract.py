@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turbopocket.quant.errors import QuantError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX, FITS, Fit
 from turbopocket.quant.formats import (
     FORMATS,
@@ -65,7 +65,7 @@ def test_name_parses_back_to_the_same_value(value: LayerFormat) -> None:
     ],
 )
 def test_unknown_name_is_refused_with_the_legal_names(text: str) -> None:
-    with pytest.raises(QuantError, match=r"is not a weight format: known are fp16, fp32, int4-row"):
+    with pytest.raises(TurbopocketError, match=r"is not a weight format: known are fp16, fp32, int4-row"):
         parse_format(text)
 
 
@@ -128,7 +128,7 @@ def test_zeros_come_back_as_zeros(value: LayerFormat, fit: Fit) -> None:
 def test_weight_that_is_not_finite_is_refused(value: LayerFormat, bad: float) -> None:
     weight = torch.zeros(4, 160)
     weight[1, 2:4] = bad
-    with pytest.raises(QuantError, match=r"2 of 640 weights are NaN or infinite"):
+    with pytest.raises(TurbopocketError, match=r"2 of 640 weights are NaN or infinite"):
         value.compress(weight, ABSMAX)
 
 
@@ -136,7 +136,7 @@ def test_weight_that_is_not_finite_is_refused(value: LayerFormat, bad: float) ->
     "value", [Dense(16), Affine(4), Affine(8, 5, False), Palette(4), Codebook(4, 2), Additive(2, 4, 2)], ids=str
 )
 def test_weight_beyond_fp16_is_refused_with_its_size(value: LayerFormat) -> None:
-    with pytest.raises(QuantError, match=r"1e\+08|[0-9]{6}.*65504|65504"):
+    with pytest.raises(TurbopocketError, match=r"1e\+08|[0-9]{6}.*65504|65504"):
         value.compress(torch.full((2, 10), 1e8), ABSMAX)
 
 
@@ -144,9 +144,9 @@ def test_group_that_does_not_divide_is_refused_with_both_numbers() -> None:
     reason = "320 input channels are not a multiple of group 64"
     value = Affine(4, 96)
     assert value.fits((8, 320, 3, 3)) == "320 input channels are not a multiple of group 96 in int4-g96"
-    with pytest.raises(QuantError, match=reason.replace("64", "96")):
+    with pytest.raises(TurbopocketError, match=reason.replace("64", "96")):
         value.nbytes((8, 320))
-    with pytest.raises(QuantError, match=reason.replace("64", "96")):
+    with pytest.raises(TurbopocketError, match=reason.replace("64", "96")):
         value.compress(torch.zeros(8, 320), ABSMAX)
 
 
@@ -185,7 +185,7 @@ def test_shape_that_tables_do_not_fit_is_refused_with_numbers(name: str, shape: 
 )
 def test_table_that_does_not_exist_is_refused(make: Callable[[], LayerFormat]) -> None:
     with pytest.raises(
-        QuantError,
+        TurbopocketError,
         match=r"a code has 1, 2, 3, 4, 6 or 8 bits|at least 1 output|2, 4 or 8 weights|2 to 4 codebooks, not 1",
     ):
         make()
@@ -279,5 +279,5 @@ def test_symmetric_codes_use_their_whole_range_and_no_more(value: Affine, low: i
 
 def test_parts_of_another_shape_are_refused() -> None:
     compressed = Affine(4).compress(torch.randn(4, 6), ABSMAX)
-    with pytest.raises(QuantError, match=r"int4-row of shape \[4, 8\] stores"):
+    with pytest.raises(TurbopocketError, match=r"int4-row of shape \[4, 8\] stores"):
         Affine(4).decompress(CompressedTensor(Affine(4), (4, 8), compressed.parts))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turbopocket.quant.errors import QuantError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.fit.kmeans import (
     MOST_COMPARED,
@@ -228,7 +228,7 @@ def test_fewer_weights_than_entries_keep_all_their_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lut4", "vq8-d2"])
 def test_a_hessian_of_another_size_is_refused(name: str) -> None:
-    with pytest.raises(QuantError, match=r"Hessian of shape \[8, 8\] for a weight of 16 columns"):
+    with pytest.raises(TurbopocketError, match=r"Hessian of shape \[8, 8\] for a weight of 16 columns"):
         parse_format(name).compress(torch.randn(4, 16), MSE, torch.eye(8))
 
 

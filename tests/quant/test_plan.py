@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import milp
 
+from turbopocket.ground.errors import OverBudget, TurbopocketError
 from turbopocket.quant import knapsack
 from turbopocket.quant.account import account
-from turbopocket.quant.errors import OverBudget, QuantError
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.plan import Candidate, Choice, LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
 from turbopocket.quant.sensitivity import estimate_from_shapes, fitting
@@ -150,7 +150,7 @@ def test_glob_pins_every_layer_it_matches_and_a_later_pin_overrides() -> None:
     ids=["no layer", "no such format"],
 )
 def test_pin_in_vain_is_refused(pins: dict[str, str], message: str) -> None:
-    with pytest.raises(QuantError, match=message):
+    with pytest.raises(TurbopocketError, match=message):
         plan(three_layers(), None, 0, pins)
 
 
@@ -165,7 +165,7 @@ def test_pin_in_vain_is_refused(pins: dict[str, str], message: str) -> None:
     ids=["no candidates", "twice", "nan", "negative"],
 )
 def test_choices_that_make_no_sense_are_refused(layers: list[LayerChoices], message: str) -> None:
-    with pytest.raises(QuantError, match=message):
+    with pytest.raises(TurbopocketError, match=message):
         plan(layers, None, 0)
 
 
@@ -223,7 +223,7 @@ def test_saved_plan_loads_as_the_same_plan(tmp_path: Path) -> None:
 def test_file_that_is_no_plan_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(QuantError, match=r"plan\.json"):
+    with pytest.raises(TurbopocketError, match=r"plan\.json"):
         Plan.load(path)
 
 

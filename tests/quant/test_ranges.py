@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.calibrate import calibrate, ranges_of
-from turbopocket.quant.errors import QuantError
 from turbopocket.quant.ranges import Ranges, load_ranges, save_ranges
 
 
@@ -47,10 +47,10 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 )
 def test_other_files_are_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "ranges.json").write_text(text)
-    with pytest.raises(QuantError, match=r"ranges\.json: not a file of ranges"):
+    with pytest.raises(TurbopocketError, match=r"ranges\.json: not a file of ranges"):
         load_ranges(tmp_path / "ranges.json")
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(QuantError, match=r"ranges\.json: not a file of ranges: .*No such file"):
+    with pytest.raises(TurbopocketError, match=r"ranges\.json: not a file of ranges: .*No such file"):
         load_ranges(tmp_path / "ranges.json")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.quant.calibrate import calibrate, compressible_layers
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import compress, decompressed
-from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import ABSMAX, GPTQ, MSE
 from turbopocket.quant.formats import LayerFormat, parse_format
+from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.plan import LayerChoices, plan
 from turbopocket.quant.sensitivity import (
     estimate_from_shapes,
@@ -105,7 +106,7 @@ def test_hessian_loss_is_the_mean_squared_change_of_the_output() -> None:
 
 
 def test_layer_without_statistics_is_named(layers: dict[str, nn.Module], outputs: Callable[[], list[Tensor]]) -> None:
-    with pytest.raises(QuantError, match=r"unet\.conv_in: no statistics, the layer did not run"):
+    with pytest.raises(TurbopocketError, match=r"unet\.conv_in: no statistics, the layer did not run"):
         measure(layers, {}, fitting(shapes_of(layers), FORMATS), outputs, MSE)
 
 
@@ -113,20 +114,20 @@ def test_candidate_that_does_not_fit_is_refused_with_the_layers_name(
     denoiser: nn.Module, layers: dict[str, nn.Module], outputs: Callable[[], list[Tensor]]
 ) -> None:
     stats = calibrate({"unet": denoiser}, outputs)
-    with pytest.raises(QuantError, match=r"unet\.conv_in: 4 input channels are not a multiple of group 8"):
+    with pytest.raises(TurbopocketError, match=r"unet\.conv_in: 4 input channels are not a multiple of group 8"):
         measure(layers, stats, {"unet.conv_in": [parse_format("int4-g8")]}, outputs, MSE)
 
 
 def test_model_that_returns_zeros_is_refused(layers: dict[str, nn.Module], denoiser: nn.Module) -> None:
     stats = calibrate({"unet": denoiser}, lambda: denoiser(torch.ones(1, 4, 8, 8)))
-    with pytest.raises(QuantError, match=r"output 0 of the uncompressed model has energy 0"):
+    with pytest.raises(TurbopocketError, match=r"output 0 of the uncompressed model has energy 0"):
         measure(layers, stats, fitting(shapes_of(layers), FORMATS), lambda: [torch.zeros(3)], MSE)
 
 
 def test_formats_that_fit_are_kept_and_none_at_all_is_refused_with_the_reasons() -> None:
     formats = [parse_format("int4-g8"), parse_format("int4-g4")]
     assert fitting({"unet.a": (8, 4)}, formats) == {"unet.a": [formats[1]]}
-    with pytest.raises(QuantError, match=r"unet\.a: no format fits: 3 input .* group 8 .*; 3 input .* group 4"):
+    with pytest.raises(TurbopocketError, match=r"unet\.a: no format fits: 3 input .* group 8 .*; 3 input .* group 4"):
         fitting({"unet.a": (8, 3)}, formats)
 
 
@@ -147,5 +148,5 @@ def test_saved_choices_load_as_the_same(choices: dict[str, LayerChoices], tmp_pa
 def test_file_that_holds_no_choices_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "choices.json"
     path.write_text(text)
-    with pytest.raises(QuantError, match=r"choices\.json: not a file of choices"):
+    with pytest.raises(TurbopocketError, match=r"choices\.json: not a file of choices"):
         load_choices(path)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from turbopocket.quant.calibrate import LayerStats, calibrate, compressible_layers
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.calibrate import LayerStats, calibrate
 from turbopocket.quant.compress import compress, decompressed, save_weights
-from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.plan import Choice, Plan
 from turbopocket.quant.sensitivity import hessian_loss
 from turbopocket.quant.sequential import compress_in_blocks
@@ -106,5 +107,5 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     compressed(Chain(), tmp_path)
     file = sorted(tmp_path.iterdir())[1]
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(QuantError, match=r"001-unet\.b\.safetensors"):
+    with pytest.raises(TurbopocketError, match=r"001-unet\.b\.safetensors"):
         compressed(Chain(), tmp_path)

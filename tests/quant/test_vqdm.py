@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turbopocket.quant.errors import QuantError
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import GPTQ, MSE, VQDM, AdditiveCodes, AdditiveGrid, measuring_fit
 from turbopocket.quant.fit.base import summed_vectors
 from turbopocket.quant.fit.beam import _least, best_codes
@@ -159,7 +159,7 @@ def test_a_hessian_of_zeros_counts_all_columns_alike() -> None:
 
 
 def test_vqdm_without_a_hessian_is_refused_with_a_hint() -> None:
-    with pytest.raises(QuantError, match="vqdm needs the layer's Hessian") as refusal:
+    with pytest.raises(TurbopocketError, match="vqdm needs the layer's Hessian") as refusal:
         VQDM.choose_vectors(torch.randn(4, 8), GRID, None)
     assert "mse" in str(refusal.value.hint)
 
@@ -174,12 +174,12 @@ def test_vqdm_without_a_hessian_is_refused_with_a_hint() -> None:
     ids=["another size", "nan", "indefinite"],
 )
 def test_hessian_that_is_not_the_layers_is_refused(hessian_KK: Tensor, message: str) -> None:
-    with pytest.raises(QuantError, match=message):
+    with pytest.raises(TurbopocketError, match=message):
         VQDM.choose_vectors(torch.randn(4, 8), GRID, hessian_KK)
 
 
 def test_a_beam_without_hypotheses_is_refused() -> None:
-    with pytest.raises(QuantError, match="a beam keeps at least 1 hypothesis, not 0"):
+    with pytest.raises(TurbopocketError, match="a beam keeps at least 1 hypothesis, not 0"):
         Search(beam=0)
 
 
@@ -207,7 +207,7 @@ def test_universal_codebooks_are_as_good_for_normal_numbers_as_fitted_ones(
 
 
 def test_lengths_without_universal_codebooks_are_refused() -> None:
-    with pytest.raises(QuantError, match=r"vectors of \(4, 8\), not of 2"):
+    with pytest.raises(TurbopocketError, match=r"vectors of \(4, 8\), not of 2"):
         universal_codebooks(2)
 
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import compress
-from turbopocket.quant.errors import QuantError
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.sensitivity import measure
@@ -31,7 +31,7 @@ def slow_first(job: int) -> tuple[int, int]:
 
 def refuse(job: int) -> int:
     if job == 2:
-        raise QuantError("layer 2 is not for us", hint="take another")
+        raise TurbopocketError("layer 2 is not for us", hint="take another")
     return job
 
 
@@ -78,27 +78,27 @@ def test_losses_measured_by_workers_are_the_same(two: Spread) -> None:
 def test_an_error_of_a_worker_arrives_whole(two: Spread) -> None:
     found = two(refuse, range(4))
     assert [next(found), next(found)] == [0, 1]
-    with pytest.raises(QuantError, match="layer 2 is not for us") as raised:
+    with pytest.raises(TurbopocketError, match="layer 2 is not for us") as raised:
         next(found)
     assert raised.value.hint == "take another"
 
 
 def test_a_killed_worker_is_an_error_and_not_a_wait() -> None:
-    with pytest.raises(QuantError, match="a worker process was killed"), Workers(2).open() as spread:
+    with pytest.raises(TurbopocketError, match="a worker process was killed"), Workers(2).open() as spread:
         list(spread(die, range(3)))
 
 
 def test_one_worker_is_this_process_and_none_is_refused() -> None:
     with Workers().open() as spread:
         assert spread is in_turn
-    with pytest.raises(QuantError, match="at least 1, not 0"):
+    with pytest.raises(TurbopocketError, match="at least 1, not 0"):
         Workers(0)
 
 
 def test_absent_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(QuantError, match="ray is not installed") as raised,
+        pytest.raises(TurbopocketError, match="ray is not installed") as raised,
         Workers(1, "auto").open(),
     ):
         pass
@@ -114,7 +114,7 @@ def test_absent_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_a_cluster_that_is_not_there_is_said_at_once(address: str, complaint: str) -> None:
     pytest.importorskip("ray")
-    with pytest.raises(QuantError, match=complaint), Workers(1, address).open():
+    with pytest.raises(TurbopocketError, match=complaint), Workers(1, address).open():
         pass
 
 
@@ -127,7 +127,7 @@ def test_ray_gives_the_same_bytes_and_the_same_errors(monkeypatch: pytest.Monkey
     here = compress(*asked)
     with Workers(2, "local").open() as spread:
         there = compress(*asked, spread)
-        with pytest.raises(QuantError, match="layer 2 is not for us") as raised:
+        with pytest.raises(TurbopocketError, match="layer 2 is not for us") as raised:
             list(spread(refuse, range(4)))
     assert raised.value.hint == "take another"
     for name, stored in here.items():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from turbopocket.ground.arrays import Arrays
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.compare.reference import PyTorchRunner
 from turbopocket.runtimes.compare.replay import (
@@ -25,7 +26,6 @@ from turbopocket.runtimes.compare.replay import (
     first_divergence,
     record,
 )
-from turbopocket.runtimes.runner import Arrays
 
 from .conftest import TinyModel, tiny_model
 

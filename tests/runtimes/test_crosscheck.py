@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from turbopocket.ground.arrays import Arrays
 from turbopocket.runtimes.compare.crosscheck import crosscheck
 from turbopocket.runtimes.compare.replay import Call
 from turbopocket.runtimes.compare.rows import Limits, ParityReport
-from turbopocket.runtimes.runner import Arrays
 
 LIMITS = Limits(max_relative_error=0.05)
 X = np.ones((1, 4), dtype=np.float32)

@@ -14,7 +14,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.manifest import Manifest
 from turbopocket.runtimes.onnx.runner import OnnxRunner
 from turbopocket.runtimes.onnx.session import session_options
-from turbopocket.runtimes.runner import open_runner
+from turbopocket.runtimes.open import open_runner
 
 from .conftest import LATENT, TOKENS, WIDTH, toy_graphs
 

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....ground.arrays import Arrays
 from ....ground.errors import TurbopocketError
 from ...manifest import TensorSpec
-from ...runner import Arrays, check_inputs
+from ...runner import check_inputs
 from ..file.dtypes import LARGEST_FP16, SMALLEST_NORMAL_FP16, TensorType
 from ..file.mil import Constant, Operation
 from ..file.program import Program

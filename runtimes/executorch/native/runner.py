@@ -7,11 +7,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ....ground.arrays import Arrays
 from ...arm64.cpus import PREFIX, Cpu
 from ...arm64.emulator import Emulator
 from ...arm64.kernels import kernels_in
 from ...manifest import ComponentSpec, Manifest
-from ...runner import Arrays, component_spec
+from ...runner import component_spec
 from ...served.runner import ServedRunner
 from ..file import data_file
 from ..shown_layers import LayerName, with_layer_outputs

@@ -10,7 +10,7 @@ import pytest
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.coreml.runner import CoreMLRunner
 from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec
-from turbopocket.runtimes.runner import open_runner
+from turbopocket.runtimes.open import open_runner
 
 from .conftest import mb, save_built
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The finished manifest, and how many bytes it will have."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...ground.errors import OverBudget
+from ...quant.plan import LayerChoices, Plan
+from ...runtimes.manifest import FileEntry, Manifest, file_entries
+from ..verify.gaps import Gaps
+from ..verify.table import parity_summary
+
+_WORST_NUMBER = -1.2345678901234567e-100
+
+
+def final_manifest(draft: Manifest, artifact: Path, plan: Plan, gaps: Gaps) -> Manifest:
+    """Returns the draft with what is known now: the files as they lie in `artifact`, the plan and the parity."""
+    values = draft.model_dump() | {
+        "files": [entry.model_dump() for entry in file_entries(artifact)],
+        "plan": _plan_summary(plan),
+        "parity": parity_summary(gaps),
+    }
+    return Manifest.model_validate(values)
+
+
+def expected_manifest_bytes(
+    draft: Manifest,
+    choices: Mapping[str, LayerChoices],
+    files_to_come: Sequence[str],
+    runtimes: Sequence[str],
+    artifact: Path,
+) -> int:
+    """Returns the bytes of the finished manifest.json, at most: names as long and numbers as wide as they get."""
+    formats = [candidate.format for layer in choices.values() for candidate in layer.candidates]
+    files = file_entries(artifact) + [FileEntry(path=path, bytes=10**10, sha256="0" * 64) for path in files_to_come]
+    numbers = dict.fromkeys(draft.components, _WORST_NUMBER)
+    kinds = dict.fromkeys(("float_model", "stored", "artifact"), _WORST_NUMBER)
+    values = draft.model_dump() | {
+        "files": [entry.model_dump() for entry in files],
+        "plan": {
+            "budget_bytes": 10**10,
+            "total_bytes": 10**10,
+            "predicted_loss": _WORST_NUMBER,
+            "formats": dict.fromkeys(choices, max(formats, key=len)),
+        },
+        "parity": {
+            "passed": False,
+            "max_lowering_error": dict.fromkeys(runtimes, _WORST_NUMBER),
+            "lowering": dict.fromkeys(runtimes, numbers),
+            "compression": numbers,
+            "to_diffusers": _WORST_NUMBER,
+            "pictures": 1000,
+            "picture_psnr_db": _WORST_NUMBER,
+            "picture_ssim": _WORST_NUMBER,
+            "alignment": kinds,
+        },
+    }
+    return len(Manifest.model_validate(values).model_dump_json(indent=2)) + 1
+
+
+def _plan_summary(plan: Plan) -> dict[str, Any]:
+    return {
+        "budget_bytes": plan.budget_bytes,
+        "total_bytes": plan.total_bytes,
+        "predicted_loss": plan.predicted_loss,
+        "formats": {choice.layer: choice.format for choice in plan.choices},
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def require_budget(built_bytes: int, decided: Plan, prepacked: bool) -> None:
+    """Raises OverBudget when the files came out larger than planned for: the budget holds on disk too."""
+    if decided.budget_bytes is not None and built_bytes > decided.budget_bytes:
+        raise OverBudget(
+            f"the files came to {built_bytes:,} bytes, {built_bytes - decided.budget_bytes:,} over the budget of "
+            f"{decided.budget_bytes:,} bytes; planned were {decided.total_bytes:,}",
+            hint="prepacked weights are not in the plan: switch target.onnx.prepacked off" if prepacked else None,
+        )
