@@ -31,7 +31,7 @@ from onnx.numpy_helper import from_array
 from turbopocket.export.targets.onnx.trace import DOMAIN
 from turbopocket.runtimes.kernels.core_library import CodebookWeights, Conv2dLayer, CoreLibrary
 from turbopocket.runtimes.kernels.library import onnx_operators
-from turbopocket.runtimes.memory import resident_bytes
+from turbopocket.runtimes.onnx.memory import resident_bytes
 from turbopocket.runtimes.onnx.session import open_session
 
 Array = NDArray[Any]

@@ -118,7 +118,7 @@ def plan(
         capacity = sum(max(candidate.nbytes for candidate in layer.candidates) for layer in allowed)
     else:
         capacity = budget_bytes - fixed_bytes
-        _require_budget(allowed, budget_bytes, fixed_bytes)
+        refuse_over_budget(fixed_bytes + _smallest_bytes(allowed), fixed_bytes, budget_bytes)
     chosen = _solve(allowed, capacity)
     choices = tuple(
         Choice(layer.layer, layer.shape, candidate.format, candidate.nbytes, candidate.loss)
@@ -194,12 +194,12 @@ def _smallest_bytes(layers: Sequence[LayerChoices]) -> int:
     return sum(min(candidate.nbytes for candidate in layer.candidates) for layer in layers)
 
 
-def _require_budget(layers: Sequence[LayerChoices], budget_bytes: int, fixed_bytes: int) -> None:
-    smallest = fixed_bytes + _smallest_bytes(layers)
-    if smallest > budget_bytes:
+def refuse_over_budget(smallest_bytes: int, fixed_bytes: int, budget_bytes: int) -> None:
+    """Raises OverBudget when the smallest plan, `fixed_bytes` included, is larger than the budget."""
+    if smallest_bytes > budget_bytes:
         raise OverBudget(
-            f"smallest plan is {smallest:,} bytes ({fixed_bytes:,} of them not in compressible layers), "
-            f"{smallest - budget_bytes:,} over the budget of {budget_bytes:,} bytes",
+            f"smallest plan is {smallest_bytes:,} bytes ({fixed_bytes:,} of them not in compressible layers), "
+            f"{smallest_bytes - budget_bytes:,} over the budget of {budget_bytes:,} bytes",
             hint="allow a smaller format, loosen a pin, or raise the budget",
         )
 

@@ -5,37 +5,32 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...ground.arrays import Arrays
 from ...ground.errors import ParityFailed
 from ...quant.account import layer_snr_db
-from ...quant.calibrate import LayerStats, calibrate, ranges_of
+from ...quant.calibrate import LayerStats, ranges_of
 from ...quant.compress import compress, decompressed
-from ...quant.finetune import Calls, FineTuneOptions, fine_tune, stand_ins
-from ...quant.fit import Fit, measuring_fit, parse_fit
-from ...quant.formats import CompressedTensor, LayerFormat, parse_format
-from ...quant.plan import LayerChoices, Plan, plan
+from ...quant.finetune import Calls, FineTuneOptions, fine_tune
+from ...quant.fit import measuring_fit, parse_fit
+from ...quant.formats import CompressedTensor
+from ...quant.plan import LayerChoices, Plan
 from ...quant.ranges import Ranges
 from ...quant.sensitivity import measure
 from ...quant.sequential import compress_in_blocks
-from ...quant.workers import IN_TURN, Spread, Workers
+from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
-from ...runtimes.drawing.tokenizer import open_tokenizers
-from ...runtimes.manifest import Manifest, write_manifest
+from ...runtimes.manifest import write_manifest
 from ...runtimes.memory import MemoryFigures
-from ...runtimes.runner import Runner
-from ..checkpoint.load import LoadedModel, load, load_shapes
-from ..evidence import Evidence, evidence_for, read_prompts
-from ..families.components import component_name, group_name, layers_of, parameter_count, shapes_of
-from ..families.graphs import Component
-from ..families.sizes import drawn_sizes, size_notes
+from ..families.components import component_name, group_name, parameter_count
+from ..families.sizes import size_notes
 from ..output.kept import keep
 from ..output.owned import checkpoints, refuse_build, write_record
 from ..output.staging import claimed, output_path, report_folder
@@ -43,47 +38,19 @@ from ..progress import StageProgress
 from ..recipe import Recipe
 from ..report.collect import drawn_pictures, tradeoff_points
 from ..report.page import HeldOutLoss, LoweringCost, Measurements, ReportData, write_report
-from ..targets.base import Target, Traced
-from ..targets.registry import open_target
 from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
-from .candidates import candidate_formats, curve
-from .draft import asks_twice, pipeline_manifest, sampler_spec, with_sampling
-from .manifest import expected_manifest_bytes, final_manifest, folder_bytes, require_budget
+from .bench import Workbench, calibrated, calibration_drawing, make_workbench, parity_session, traced, with_ranges
+from .candidates import curve
+from .manifest import final_manifest, folder_bytes, require_budget
 from .outcome import Built
+from .planning import planned
 from .probe import make_probe
 
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
-PLANNING_PASSES = 3
 RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in the unit of `ru_maxrss`."""
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """What all stages of one build share: the float model as graphs, and what it draws with."""
-
-    recipe: Recipe
-    target: Target
-    model: LoadedModel
-    evidence: Evidence
-    components: Sequence[Component]
-    traced: Mapping[str, Traced]
-    layers: Mapping[str, nn.Module]
-    formats: Mapping[str, Sequence[LayerFormat]]
-    draft: Manifest
-    progress: StageProgress
-    spread: Spread
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """Each component's model, which holds the float weights between stages."""
-        return {component.name: component.module.model for component in self.components}
-
-    def fit(self, fit: Fit) -> Fit:
-        """The fit, with scales as exact as the target keeps them."""
-        return replace(fit, group_scale_digits=self.target.group_scale_digits)
 
 
 def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, workers: Workers = IN_TURN) -> Built:
@@ -99,14 +66,14 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
         claim.staged(out, report_folder(out)) as (artifact, report),
         workers.open() as spread,
     ):
-        bench = _workbench(recipe, progress, spread)
+        bench = make_workbench(recipe, progress, spread)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
-        session = _session(bench, artifact)
+        session = parity_session(bench, artifact)
         to_diffusers = _compare_with_diffusers(bench, session)
-        stats = _calibrate(bench, session)
-        bench = _fitted(bench, stats)
+        stats = calibrated(bench, session)
+        bench = with_ranges(bench, stats)
         choices = _measure(bench, session, stats)
-        decided = _plan(bench, stats, choices, artifact)
+        decided = planned(bench, stats, choices, artifact)
         weights = _compress(bench, session, stats, decided, run)
         stored, tuned = _fine_tune(bench, session, weights)
         weights = {name: stored[name] for name in weights}
@@ -147,76 +114,12 @@ def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, w
     )
 
 
-def _workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workbench:
-    with progress.stage("load"):
-        # From the configs, so that what nobody can tell is asked for before gigabytes are fetched and read.
-        recipe, assumed = with_sampling(recipe, load_shapes(recipe.model.source, recipe.model.config))
-        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
-        target = open_target(recipe.target, asks_twice(model, sampler_spec(model, recipe.sampler)))
-        components = target.components(
-            model, drawn_sizes(model, recipe.image.image_sizes), recipe.sampler.image_to_image
-        )
-    for note in (*model.notes, *assumed):
-        progress.remark(f"note: {note}")
-    traced = _traced(target, components, progress, "trace")
-    # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
-    used = {name for graph in traced.values() for name in graph.layers}
-    layers = {name: layer for name, layer in layers_of(components).items() if name in used}
-    formats = candidate_formats(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
-    specs = {name: target.component_spec(graph) for name, graph in traced.items()}
-    draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
-    evidence = evidence_for(model)
-    return Workbench(recipe, target, model, evidence, components, traced, layers, formats, draft, progress, spread)
-
-
-def _traced(target: Target, components: Sequence[Component], progress: StageProgress, stage: str) -> dict[str, Traced]:
-    """Graphs of what the modules hold now; norms and biases are part of them."""
-    traced = {}
-    with progress.stage(stage, len(components)) as advance:
-        for component in components:
-            traced[component.name] = target.trace(component)
-            advance()
-    return traced
-
-
-def _session(bench: Workbench, artifact: Path) -> Session:
-    """The pictures of the parity check: prompts that neither calibration nor planning has seen."""
-    asked = open_tokenizers(artifact, bench.draft), bench.evidence, bench.recipe.parity.pictures, bench.recipe.seed
-    return Session.of_report(bench.draft, *asked)
-
-
 def _compare_with_diffusers(bench: Workbench, session: Session) -> ToDiffusers:
     """How far our loop is from diffusers' pipeline; raises ParityFailed before hours are spent on a wrong loop."""
     with bench.progress.stage("reference"):
         found = compare_with_diffusers(bench.model, torch_runner(bench.components), session)
         found.require()
     return found
-
-
-def _calibrate(bench: Workbench, session: Session) -> dict[str, LayerStats]:
-    """Statistics of every layer while the float model draws at the shipped steps and guidance."""
-    runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
-    with bench.progress.stage("calibrate", pictures) as advance:
-        return calibrate(bench.modules, _calibration_drawing(bench, session, runner, pictures, advance))
-
-
-def _calibration_drawing(
-    bench: Workbench, session: Session, runner: Runner, wanted: int, advance: Callable[[], None] = lambda: None
-) -> Callable[[], None]:
-    """What draws so many pictures of calibration prompts in the runner."""
-    file = bench.recipe.calibrate.prompts
-    prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
-    if file is not None:
-        own = read_prompts(file)
-        prompts = [own[index % len(own)] for index in range(wanted)]
-    drawing = replace(session, prompts=prompts)
-
-    def draw_all() -> None:
-        for index in range(len(prompts)):
-            drawing.draw(runner, index)
-            advance()
-
-    return draw_all
 
 
 def _compress(
@@ -228,19 +131,12 @@ def _compress(
         if not bench.recipe.compress.sequential:
             return compress(bench.layers, decided, fit, stats, bench.spread)
         runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
-        draw = _calibration_drawing(bench, session, runner, pictures)
+        draw = calibration_drawing(bench, session, runner, pictures)
         # The plan's losses are measured on the model's weights, so another model's blocks have another name.
         asked = bench.recipe.to_toml() + json.dumps(decided.to_json())
         folder = run / sha256(asked.encode()).hexdigest()[:16]
         asked_of = bench.modules, bench.layers, decided, fit, stats, group_name, draw, folder
         return compress_in_blocks(*asked_of, bench.spread)
-
-
-def _fitted(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
-    """Graphs that hold the ranges which calibration saw."""
-    components, ranges = {component.name: component for component in bench.components}, ranges_of(stats)
-    traced = {name: bench.target.fitted(graph, components[name], ranges) for name, graph in bench.traced.items()}
-    return replace(bench, traced=traced)
 
 
 def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]) -> dict[str, LayerChoices]:
@@ -258,47 +154,6 @@ def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]
     return choices
 
 
-def _plan(
-    bench: Workbench, stats: Mapping[str, LayerStats], choices: Mapping[str, LayerChoices], artifact: Path
-) -> Plan:
-    """The plan for graphs as they are; before fine-tuning, for graphs whose norms and biases all differ.
-
-    A graph keeps equal ones once, and tuned ones are not equal.
-    """
-    if not bench.recipe.finetune.iterations:
-        return _plan_for(bench, choices, artifact)
-    with decompressed(bench.modules, stand_ins(bench.modules)):
-        traced = _traced(bench.target, bench.components, bench.progress, "trace for fine-tuning")
-        return _plan_for(_fitted(replace(bench, traced=traced), stats), choices, artifact)
-
-
-def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path) -> Plan:
-    """The plan under the recipe's budget, with every byte that is not a layer's weight counted as fixed.
-
-    How much graph a layer needs depends on its format, so the first pass counts the graphs at most; each later
-    one counts what the formats of the pass before it need, and the best plan that truly fits is kept.
-    """
-    compression, target = bench.recipe.compress, bench.target
-    to_come = [path for spec in bench.draft.components.values() for path in target.files(spec)]
-    small = folder_bytes(artifact)
-    small += expected_manifest_bytes(bench.draft, choices, to_come, target.runtime_names, artifact)
-    candidates = {form for of_layer in bench.formats.values() for form in of_layer}
-    fixed = small + sum(target.fixed_bytes(graph, candidates) for graph in bench.traced.values())
-    fitting: list[Plan] = []
-    for _ in range(PLANNING_PASSES):
-        proposed = plan(list(choices.values()), compression.budget_bytes, fixed, compression.pin)
-        formats = {choice.layer: parse_format(choice.format) for choice in proposed.choices}
-        graphs = sum(
-            target.lowered_bytes(graph, {name: formats[name] for name in graph.layers})
-            for graph in bench.traced.values()
-        )
-        fixed = small + graphs - sum(choice.nbytes for choice in proposed.choices)
-        exact = replace(proposed, fixed_bytes=fixed)
-        if exact.budget_bytes is None or exact.total_bytes <= exact.budget_bytes:
-            fitting.append(exact)
-    return min(fitting, key=lambda fit: (fit.predicted_loss, fit.total_bytes))
-
-
 def _fine_tune(
     bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor]
 ) -> tuple[Mapping[str, CompressedTensor], dict[str, HeldOutLoss]]:
@@ -313,7 +168,7 @@ def _fine_tune(
     with bench.progress.stage("fine-tune", asked.pictures + asked.iterations * len(bench.components)) as advance:
         recorder = Recorder(torch_runner(bench.components))
         one_size = session.of_one_size()  # calls are trained on in batches
-        _calibration_drawing(bench, one_size, recorder, asked.pictures, advance)()
+        calibration_drawing(bench, one_size, recorder, asked.pictures, advance)()
         for component in bench.components:
             calls = [call for call in recorder.calls if call.component == component.name]
             seen = Calls.of(
@@ -339,8 +194,8 @@ def _lowered(
     rest = {name: value for name, value in stored.items() if name not in bench.layers}
     with decompressed(bench.modules, rest):
         if bench.recipe.finetune.iterations:
-            traced = _traced(bench.target, bench.components, bench.progress, "trace again")
-            bench = _fitted(replace(bench, traced=traced), stats)
+            graphs = traced(bench.target, bench.components, bench.progress, "trace again")
+            bench = with_ranges(replace(bench, traced=graphs), stats)
         return _written(bench, stored, artifact)
 
 

@@ -7,7 +7,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.runtimes import memory
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import (
     ComponentSpec,
@@ -18,6 +17,7 @@ from turbopocket.runtimes.manifest import (
     load_manifest,
     write_manifest,
 )
+from turbopocket.runtimes.onnx import memory
 from turbopocket.runtimes.schedule import SamplerSpec
 
 MEBIBYTE = 2**20

@@ -18,7 +18,7 @@ from ....runtimes.image_size import ImageSize
 from ....runtimes.kernels.library import onnx_operators
 from ....runtimes.manifest import ComponentSpec, Manifest
 from ....runtimes.memory import MemoryFigures
-from ....runtimes.memory import measure as measure_memory
+from ....runtimes.onnx.memory import measure as measure_memory
 from ...checkpoint.load import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component

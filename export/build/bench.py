@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all stages of one build share, and what the float model draws for them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from ...quant.calibrate import LayerStats, calibrate, ranges_of
+from ...quant.fit import Fit
+from ...quant.formats import LayerFormat
+from ...quant.workers import Spread
+from ...runtimes.drawing.tokenizer import open_tokenizers
+from ...runtimes.manifest import Manifest
+from ...runtimes.runner import Runner
+from ..checkpoint.load import LoadedModel, load, load_shapes
+from ..evidence import Evidence, evidence_for, read_prompts
+from ..families.components import layers_of, shapes_of
+from ..families.graphs import Component
+from ..families.sizes import drawn_sizes
+from ..progress import StageProgress
+from ..recipe import Recipe
+from ..targets.base import Target, Traced
+from ..targets.registry import open_target
+from ..verify.gaps import Session, torch_runner
+from .candidates import candidate_formats
+from .draft import asks_twice, pipeline_manifest, sampler_spec, with_sampling
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What all stages of one build share: the float model as graphs, and what it draws with."""
+
+    recipe: Recipe
+    target: Target
+    model: LoadedModel
+    evidence: Evidence
+    components: Sequence[Component]
+    traced: Mapping[str, Traced]
+    layers: Mapping[str, nn.Module]
+    formats: Mapping[str, Sequence[LayerFormat]]
+    draft: Manifest
+    progress: StageProgress
+    spread: Spread
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Each component's model, which holds the float weights between stages."""
+        return {component.name: component.module.model for component in self.components}
+
+    def fit(self, fit: Fit) -> Fit:
+        """The fit, with scales as exact as the target keeps them."""
+        return replace(fit, group_scale_digits=self.target.group_scale_digits)
+
+
+def make_workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workbench:
+    with progress.stage("load"):
+        # From the configs, so that what nobody can tell is asked for before gigabytes are fetched and read.
+        recipe, assumed = with_sampling(recipe, load_shapes(recipe.model.source, recipe.model.config))
+        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
+        target = open_target(recipe.target, asks_twice(model, sampler_spec(model, recipe.sampler)))
+        components = target.components(
+            model, drawn_sizes(model, recipe.image.image_sizes), recipe.sampler.image_to_image
+        )
+    for note in (*model.notes, *assumed):
+        progress.remark(f"note: {note}")
+    graphs = traced(target, components, progress, "trace")
+    # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
+    used = {name for graph in graphs.values() for name in graph.layers}
+    layers = {name: layer for name, layer in layers_of(components).items() if name in used}
+    formats = candidate_formats(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
+    specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
+    draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
+    evidence = evidence_for(model)
+    return Workbench(recipe, target, model, evidence, components, graphs, layers, formats, draft, progress, spread)
+
+
+def traced(target: Target, components: Sequence[Component], progress: StageProgress, stage: str) -> dict[str, Traced]:
+    """Graphs of what the modules hold now; norms and biases are part of them."""
+    graphs = {}
+    with progress.stage(stage, len(components)) as advance:
+        for component in components:
+            graphs[component.name] = target.trace(component)
+            advance()
+    return graphs
+
+
+def parity_session(bench: Workbench, artifact: Path) -> Session:
+    """The pictures of the parity check: prompts that neither calibration nor planning has seen."""
+    asked = open_tokenizers(artifact, bench.draft), bench.evidence, bench.recipe.parity.pictures, bench.recipe.seed
+    return Session.of_report(bench.draft, *asked)
+
+
+def calibrated(bench: Workbench, session: Session) -> dict[str, LayerStats]:
+    """Statistics of every layer while the float model draws at the shipped steps and guidance."""
+    runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
+    with bench.progress.stage("calibrate", pictures) as advance:
+        return calibrate(bench.modules, calibration_drawing(bench, session, runner, pictures, advance))
+
+
+def calibration_drawing(
+    bench: Workbench, session: Session, runner: Runner, wanted: int, advance: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
+    """What draws so many pictures of calibration prompts in the runner."""
+    file = bench.recipe.calibrate.prompts
+    prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
+    if file is not None:
+        own = read_prompts(file)
+        prompts = [own[index % len(own)] for index in range(wanted)]
+    drawing = replace(session, prompts=prompts)
+
+    def draw_all() -> None:
+        for index in range(len(prompts)):
+            drawing.draw(runner, index)
+            advance()
+
+    return draw_all
+
+
+def with_ranges(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
+    """Graphs that hold the ranges which calibration saw."""
+    components, ranges = {component.name: component for component in bench.components}, ranges_of(stats)
+    traced = {name: bench.target.fitted(graph, components[name], ranges) for name, graph in bench.traced.items()}
+    return replace(bench, traced=traced)

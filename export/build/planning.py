@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best plan whose files fit the budget, every byte counted that is not a layer's weight."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from ...ground.errors import OverBudget
+from ...quant.calibrate import LayerStats
+from ...quant.compress import decompressed
+from ...quant.finetune import stand_ins
+from ...quant.formats import LayerFormat, parse_format
+from ...quant.plan import LayerChoices, Plan, plan, refuse_over_budget, smallest_total_bytes
+from .bench import Workbench, traced, with_ranges
+from .manifest import expected_manifest_bytes, folder_bytes
+
+PASSES = 3
+"""How often formats are chosen anew, with what the files of the last choice need."""
+
+
+def planned(
+    bench: Workbench, stats: Mapping[str, LayerStats], choices: Mapping[str, LayerChoices], artifact: Path
+) -> Plan:
+    """The plan for graphs as they are; before fine-tuning, for graphs whose norms and biases all differ.
+
+    A graph keeps equal ones once, and tuned ones are not equal.
+    """
+    if not bench.recipe.finetune.iterations:
+        return _plan_for(bench, choices, artifact)
+    with decompressed(bench.modules, stand_ins(bench.modules)):
+        graphs = traced(bench.target, bench.components, bench.progress, "trace for fine-tuning")
+        return _plan_for(with_ranges(replace(bench, traced=graphs), stats), choices, artifact)
+
+
+def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path) -> Plan:
+    compression, target, graphs = bench.recipe.compress, bench.target, bench.traced.values()
+    to_come = [path for spec in bench.draft.components.values() for path in target.files(spec)]
+    small = folder_bytes(artifact)
+    small += expected_manifest_bytes(bench.draft, choices, to_come, target.runtime_names, artifact)
+    candidates = {form for of_layer in bench.formats.values() for form in of_layer}
+
+    def file_bytes(formats: Mapping[str, LayerFormat]) -> int:
+        return small + sum(
+            target.lowered_bytes(graph, {name: formats[name] for name in graph.layers}) for graph in graphs
+        )
+
+    first = small + sum(target.fixed_bytes(graph, candidates) for graph in graphs)
+    return best_fitting(list(choices.values()), compression.budget_bytes, compression.pin, first, file_bytes)
+
+
+def best_fitting(
+    layers: Sequence[LayerChoices],
+    budget_bytes: int | None,
+    pins: Mapping[str, str],
+    fixed_bytes: int,
+    file_bytes: Callable[[Mapping[str, LayerFormat]], int],
+) -> Plan:
+    """The plan of least loss, of those tried, whose files fit the budget; its `fixed_bytes` are exact.
+
+    How many bytes there are beside the layers' weights depends on the formats: a graph needs more nodes for some,
+    codebooks are shared by layers. So the first pass takes `fixed_bytes`, and each later one what `file_bytes` counts
+    for the formats of the pass before it. If none of the plans fits, one is made with the largest count so far, and
+    then the smallest of all. Raises OverBudget when that does not fit either.
+    """
+    tried: list[Plan] = []
+
+    def attempt(fixed: int, allowed: int | None) -> int:
+        proposed = plan(layers, allowed, fixed, pins)
+        formats = {choice.layer: parse_format(choice.format) for choice in proposed.choices}
+        exact = file_bytes(formats) - sum(choice.nbytes for choice in proposed.choices)
+        tried.append(replace(proposed, budget_bytes=budget_bytes, fixed_bytes=exact))
+        return exact
+
+    def fitting() -> list[Plan]:
+        return [each for each in tried if budget_bytes is None or each.total_bytes <= budget_bytes]
+
+    with suppress(OverBudget):  # what is counted at most may be too much where the files are not
+        for _ in range(PASSES):
+            fixed_bytes = attempt(fixed_bytes, budget_bytes)
+        if not fitting():
+            attempt(max(each.fixed_bytes for each in tried), budget_bytes)
+    if not fitting():
+        attempt(0, smallest_total_bytes(layers, 0, pins))
+    best = min(fitting() or tried[-1:], key=lambda each: (each.predicted_loss, each.total_bytes))
+    if budget_bytes is not None:
+        refuse_over_budget(best.total_bytes, best.fixed_bytes, budget_bytes)
+    return best
