@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from turbopocket.export.build.draft import pipeline_manifest
-from turbopocket.export.checkpoint.load import LoadedModel, load
+from turbopocket.export.checkpoint.load import load
 from turbopocket.export.evidence import evidence_for
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.components import components_of, layers_of
 from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import Recipe

@@ -17,13 +17,14 @@ from ..quant.formats import LayerFormat
 from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes
 from ..quant.sensitivity import estimate_from_shapes, load_choices
 from .build.candidates import candidate_formats
-from .build.draft import with_sampling
 from .build.fixed_bytes import fixed_bytes, show_estimates
-from .build.sampling_defaults import SamplingUnknown
-from .checkpoint.load import LoadedModel, load_shapes
+from .checkpoint.load import load_shapes
+from .families.base import LoadedModel
 from .families.components import component_name, group_name, layers_of, parameter_count, shapes_of
 from .families.sizes import drawn_sizes
 from .recipe import Recipe
+from .sampling.defaults import SamplingUnknown
+from .sampling.spec import with_sampling
 from .targets.registry import open_target
 from .units import format_bytes
 

@@ -14,18 +14,20 @@ from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
 from ...runtimes.manifest import Manifest
 from ...runtimes.runner import Runner
-from ..checkpoint.load import LoadedModel, load, load_shapes
+from ..checkpoint.load import load, load_shapes
 from ..evidence import Evidence, evidence_for, read_prompts
+from ..families.base import LoadedModel
 from ..families.components import layers_of, shapes_of
 from ..families.graphs import Component
 from ..families.sizes import drawn_sizes
 from ..progress import StageProgress
 from ..recipe import Recipe
+from ..sampling.spec import asks_twice, sampler_spec, with_sampling
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
 from ..verify.gaps import Session, torch_runner
 from .candidates import candidate_formats
-from .draft import asks_twice, pipeline_manifest, sampler_spec, with_sampling
+from .draft import pipeline_manifest
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtimes.image_size import ImageSize
-from ..checkpoint.load import LoadedModel
 from ..checkpoint.tokenizer import has_vocabulary
+from ..families.base import LoadedModel
 from ..families.components import layers_of, parameter_count, shapes_of
 from ..families.graphs import Component
 from ..targets.base import Target

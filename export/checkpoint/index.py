@@ -7,8 +7,8 @@ from typing import Any
 
 from ...ground.errors import TurbopocketError
 from ..families.base import ModelFamily, ModuleSpec
+from ..families.keys import Honoured, check_config, shown
 from .json_object import read_json_object
-from .keys import Honoured, check_config, shown
 
 TOKENIZER_CLASSES = [["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]]
 

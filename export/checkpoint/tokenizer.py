@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...ground.errors import TurbopocketError
+from ..families.key_tables import TOKENIZER
+from ..families.keys import Graph, check_config
 from .json_object import MOST_BYTES, read_json_object
-from .key_tables import TOKENIZER
-from .keys import Graph, check_config
 from .library_errors import one_sentence
 
 VOCABULARY = ("vocab.json", "merges.txt")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ...ground.errors import TurbopocketError
 from ..families.base import ModuleSpec
+from ..families.keys import check_config, constructor_defaults, given_to_class, shown
 from .header import StoredTensor
 from .json_object import read_json_object
-from .keys import check_config, constructor_defaults, given_to_class, shown
 from .library_errors import one_sentence
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")

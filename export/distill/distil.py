@@ -27,16 +27,17 @@ from ...quant.distill.trainer import METHODS, Networks, Precision, Task, distill
 from ...runtimes.drawing.latents import to_vae
 from ...runtimes.schedule import SamplerSpec, alphas_cumprod
 from ...runtimes.scheduler_classes import config_for
-from ..build.draft import image_spec
-from ..build.sampling_defaults import sampling_of
 from ..checkpoint.links import refuse_links_out
-from ..checkpoint.load import LoadedModel, load
+from ..checkpoint.load import load
 from ..evidence import evidence_for, read_prompts
+from ..families.base import LoadedModel
 from ..families.sizes import latent_size
 from ..families.student import STEP_BIASES_FILE
 from ..output.owned import refuse_folder, refuse_run, write_record
 from ..output.staging import Claim, claimed, output_path, run_folder
 from ..progress import Advance, StageProgress
+from ..sampling.defaults import sampling_of
+from ..sampling.spec import image_spec
 from .prompt_states import PromptStates
 
 PROMPTS = 20_000

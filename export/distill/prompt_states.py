@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...runtimes.drawing.tokenizer import Tokenizer
-from ..checkpoint.load import LoadedModel, tokenizer_json
+from ..checkpoint.load import tokenizer_json
+from ..families.base import LoadedModel
 
 
 class PromptStates:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ...runtimes.image_size import ImageSize
-from ..checkpoint.keys import KeyTable
+from .keys import KeyTable
 
 FamilyName = Literal["sdxl", "sd"]
 

@@ -2,21 +2,19 @@
 """Which graphs a loaded model becomes, and which layers in them can be compressed."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ...quant.layers import compressible_layers, weight_of
 from ...runtimes.image_size import ImageSize
+from .base import LoadedModel
 from .graphs import Component, text_encoder_component, unet_component, vae_decoder_component, vae_encoder_component
 from .sizes import latent_size
 
-if TYPE_CHECKING:  # loading a model runs its graphs, so families import this module
-    from ..checkpoint.load import LoadedModel
-
 
 def components_of(
-    model: "LoadedModel", sizes: Sequence[ImageSize] = (), all_states: bool = True, image_to_image: bool = False
+    model: LoadedModel, sizes: Sequence[ImageSize] = (), all_states: bool = True, image_to_image: bool = False
 ) -> list[Component]:
     """Returns the graphs in the order in which drawing runs them; they share the model's modules.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, one UNet, one VAE."""
 
-from ..checkpoint import key_tables
+from . import key_tables
 from .base import ModelFamily, ModuleSpec
 
 # transformers 5 dropped the module `text_model`, which every published file still names.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable Diffusion XL and its distilled kin (SDXL-Turbo, Lightning, LCM)."""
 
-from ..checkpoint import key_tables
+from . import key_tables
 from .base import ModelFamily, ModuleSpec
 from .sd import CLIP_TEXT, TINY_VAE, VAE_RENAMES
 

@@ -3,13 +3,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...ground.errors import TurbopocketError
 from ...runtimes.image_size import ImageSize
-
-if TYPE_CHECKING:  # loading a model runs its graphs, so families import this module
-    from ..checkpoint.load import LoadedModel
+from .base import LoadedModel
 
 PIPELINE_MULTIPLE = 8
 """diffusers' pipelines take no other sides, and are what an artifact is compared with."""
@@ -19,7 +17,7 @@ MAX_LATENT_POSITIONS = 2**15
 other: 4 GiB of fp32 scores at once, which is already more than a phone gives an app."""
 
 
-def drawn_sizes(model: "LoadedModel", asked: Sequence[ImageSize]) -> tuple[ImageSize, ...]:
+def drawn_sizes(model: LoadedModel, asked: Sequence[ImageSize]) -> tuple[ImageSize, ...]:
     """Returns the sizes that an artifact of the model draws, its default first: those asked for, else the model's own.
 
     Raises TurbopocketError for a size that the model's pipeline does not take, or that is larger than any phone could
@@ -31,19 +29,19 @@ def drawn_sizes(model: "LoadedModel", asked: Sequence[ImageSize]) -> tuple[Image
     return sizes
 
 
-def require_even_levels(model: "LoadedModel", sizes: Sequence[ImageSize], what: str) -> None:
+def require_even_levels(model: LoadedModel, sizes: Sequence[ImageSize], what: str) -> None:
     """Raises TurbopocketError for a size that the UNet does not halve evenly at every level, as `what` needs it."""
     unet: Any = model.modules["unet"]
     for size in sizes:
         _require_multiple(size, model.vae_scale_factor * 2**unet.num_upsamplers, f"{what} of {model.name}")
 
 
-def latent_size(model: "LoadedModel", size: ImageSize) -> ImageSize:
+def latent_size(model: LoadedModel, size: ImageSize) -> ImageSize:
     """Returns the latents' size of a picture of that size."""
     return ImageSize(size.height // model.vae_scale_factor, size.width // model.vae_scale_factor)
 
 
-def size_notes(model: "LoadedModel", sizes: Sequence[ImageSize]) -> tuple[str, ...]:
+def size_notes(model: LoadedModel, sizes: Sequence[ImageSize]) -> tuple[str, ...]:
     """Returns what to know of sizes that are not the model's own: a line, or none."""
     others = [str(size) for size in sizes if size != model.image_size]
     if not others:
@@ -54,7 +52,7 @@ def size_notes(model: "LoadedModel", sizes: Sequence[ImageSize]) -> tuple[str, .
     )
 
 
-def _require_drawable(size: ImageSize, model: "LoadedModel") -> None:
+def _require_drawable(size: ImageSize, model: LoadedModel) -> None:
     _require_multiple(size, math.lcm(PIPELINE_MULTIPLE, model.vae_scale_factor), model.name)
     height, width = latent_size(model, size)
     if height * width > MAX_LATENT_POSITIONS:

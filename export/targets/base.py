@@ -14,7 +14,7 @@ from ...runtimes.arm64.emulator import Emulator
 from ...runtimes.image_size import ImageSize
 from ...runtimes.manifest import ComponentSpec, Manifest
 from ...runtimes.memory import MemoryFigures
-from ..checkpoint.load import LoadedModel
+from ..families.base import LoadedModel
 from ..families.graphs import Component
 from ..verify.emulated import EmulatedRuntime
 from ..verify.gaps import Runtime

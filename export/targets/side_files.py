@@ -9,7 +9,8 @@ from typing import Any
 
 from ...runtimes.image_size import ImageSize
 from ..checkpoint.links import refuse_links_out
-from ..checkpoint.load import LoadedModel, tokenizer_json
+from ..checkpoint.load import tokenizer_json
+from ..families.base import LoadedModel
 from ..families.sizes import latent_size
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")

@@ -27,8 +27,9 @@ from ...runtimes.drawing.text_to_image import VAE_ENCODER, FirstPicture, draw, s
 from ...runtimes.manifest import Manifest
 from ...runtimes.runner import Runner
 from ...runtimes.scheduler_classes import SamplerKind
-from ..build.draft import scheduler_config
-from ..checkpoint.load import FAMILIES, LoadedModel
+from ..checkpoint.load import FAMILIES
+from ..families.base import LoadedModel
+from ..sampling.spec import scheduler_config
 from .gaps import TO_DIFFUSERS_ERROR, Difference, Session, ToDiffusers
 
 Picture = NDArray[np.float32]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from turbopocket.export.build.draft import pipeline_manifest
-from turbopocket.export.checkpoint.load import LoadedModel, load
+from turbopocket.export.checkpoint.load import load
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.registry import open_target

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from turbopocket.export.checkpoint.load import LoadedModel
 from turbopocket.export.checkpoint.lora.file import LoraFile
 from turbopocket.export.checkpoint.lora.merge import merge_lora
+from turbopocket.export.families.base import LoadedModel
 
 RANK = 4
 

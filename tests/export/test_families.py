@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from turbopocket.export.checkpoint.header import read_header
-from turbopocket.export.checkpoint.load import FAMILIES, LoadedModel, load, tokenizer_json
+from turbopocket.export.checkpoint.load import FAMILIES, load, tokenizer_json
+from turbopocket.export.families.base import LoadedModel
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"

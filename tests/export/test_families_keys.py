@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.checkpoint import key_tables as tables
-from turbopocket.export.checkpoint.keys import KeyTable, LeftOut, check_config, constructor_defaults
 from turbopocket.export.checkpoint.load import load, load_shapes
+from turbopocket.export.families import key_tables as tables
+from turbopocket.export.families.keys import KeyTable, LeftOut, check_config, constructor_defaults
 from turbopocket.ground.errors import TurbopocketError
 
 from .published_sdxl import CLIP_L, FILES, INDEX, OPENCLIP_BIG_G, UNET, VAE, write_configs

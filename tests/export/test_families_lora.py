@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from turbopocket.export.checkpoint.load import LoadedModel, load
+from turbopocket.export.checkpoint.load import load
 from turbopocket.export.checkpoint.lora.file import LoraFile
+from turbopocket.export.families.base import LoadedModel
 
 from .lora_files import RANK, adaptable, factors, kohya, kohya_lora, merged, other_parameters
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turbopocket.export.checkpoint.load import LoadedModel, load
+from turbopocket.export.checkpoint.load import load
 from turbopocket.export.checkpoint.lora.file import LoraFile
 from turbopocket.export.checkpoint.lora.merge import merge_lora
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.ground.errors import TurbopocketError
 
 from .lora_files import copied, kohya, merged

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from turbopocket.export.checkpoint.load import LoadedModel, load, load_shapes
+from turbopocket.export.checkpoint.load import load, load_shapes
 from turbopocket.export.distill.prompt_states import PromptStates
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.targets.side_files import write_side_files
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from turbopocket.export.checkpoint.load import LoadedModel, load, load_shapes
+from turbopocket.export.checkpoint.load import load, load_shapes
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.components import shapes_of
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.account import account

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from turbopocket.export.checkpoint.load import LoadedModel, load_shapes
+from turbopocket.export.checkpoint.load import load_shapes
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.targets.side_files import TOKENIZER_FILES, write_swift_files, write_tokenizers
 from turbopocket.ground.errors import TurbopocketError
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from turbopocket.export.build.build import build
 from turbopocket.export.check import check
-from turbopocket.export.checkpoint.load import FAMILIES, LoadedModel, load
+from turbopocket.export.checkpoint.load import FAMILIES, load
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.components import layers_of
 from turbopocket.export.families.graphs import Component
 from turbopocket.export.output.kept import RANGES_FILE, WEIGHTS_FILE

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopocket.export.build.draft import asks_twice, sampler_spec
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.recipe import make_recipe
+from turbopocket.export.sampling.spec import asks_twice, sampler_spec
 from turbopocket.export.verify.diffusers_reference import compare_with_diffusers
 from turbopocket.export.verify.gaps import Session
 from turbopocket.ground.errors import TurbopocketError

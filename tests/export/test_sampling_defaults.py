@@ -11,10 +11,10 @@ from typing import Any
 import diffusers
 import pytest
 
-from turbopocket.export.build.draft import with_sampling
-from turbopocket.export.build.sampling_defaults import PIPELINE_GUIDANCE, Sampling, sampling_of
 from turbopocket.export.checkpoint.load import FAMILIES, load_shapes
 from turbopocket.export.recipe import make_recipe, parse_recipe
+from turbopocket.export.sampling.defaults import PIPELINE_GUIDANCE, Sampling, sampling_of
+from turbopocket.export.sampling.spec import with_sampling
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.manifest import load_manifest
 

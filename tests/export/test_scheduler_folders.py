@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.build.draft import sampler_spec
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.distill.distil import DistillRequest, distil
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import SamplerSection
+from turbopocket.export.sampling.spec import sampler_spec
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.distill.options import DistillOptions
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turbopocket.export.checkpoint.load import LoadedModel, load, load_shapes
+from turbopocket.export.checkpoint.load import load, load_shapes
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import load_manifest
 

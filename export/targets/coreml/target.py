@@ -20,7 +20,7 @@ from ....runtimes.drawing.latents import LATENT_SAMPLE
 from ....runtimes.drawing.text_to_image import VAE_ENCODER
 from ....runtimes.image_size import ImageSize
 from ....runtimes.manifest import ComponentSpec, Manifest
-from ...checkpoint.load import LoadedModel
+from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
 from ...families.sizes import require_even_levels

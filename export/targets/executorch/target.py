@@ -17,7 +17,7 @@ from ....runtimes.executorch.runner import ExecuTorchRunner
 from ....runtimes.image_size import ImageSize
 from ....runtimes.manifest import ComponentSpec, Manifest
 from ....runtimes.memory import MemoryFigures
-from ...checkpoint.load import LoadedModel
+from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime

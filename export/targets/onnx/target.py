@@ -12,14 +12,14 @@ from ....ground.errors import TurbopocketError
 from ....quant.formats import CompressedTensor, LayerFormat
 from ....runtimes.arm64.cpus import PREFIX, Cpu
 from ....runtimes.arm64.emulator import Emulator
-from ....runtimes.arm64.runner import EmulatedOnnxRunner
 from ....runtimes.compare.rows import Limits
 from ....runtimes.image_size import ImageSize
 from ....runtimes.kernels.library import onnx_operators
 from ....runtimes.manifest import ComponentSpec, Manifest
 from ....runtimes.memory import MemoryFigures
+from ....runtimes.onnx.emulated import EmulatedOnnxRunner
 from ....runtimes.onnx.memory import measure as measure_memory
-from ...checkpoint.load import LoadedModel
+from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime

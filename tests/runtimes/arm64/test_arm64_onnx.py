@@ -10,9 +10,9 @@ import pytest
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.arm64.cpus import parse_cpu
-from turbopocket.runtimes.arm64.runner import EmulatedOnnxRunner
 from turbopocket.runtimes.arm64.setup import open_emulator
 from turbopocket.runtimes.manifest import Manifest
+from turbopocket.runtimes.onnx.emulated import EmulatedOnnxRunner
 from turbopocket.runtimes.onnx.runner import OnnxRunner
 
 from ..conftest import LATENT, TOKENS, WIDTH

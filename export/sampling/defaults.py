@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ...ground.errors import TurbopocketError
 from ...runtimes.schedule import MAX_STEPS, SamplerSpec, validation_summary
 from ..checkpoint.json_object import read_json_object
-from ..checkpoint.load import LoadedModel
+from ..families.base import LoadedModel
 from ..recipe import MAX_GUIDANCE
 
 SAMPLING_FILE = "sampling.json"

@@ -15,8 +15,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..kernels.library import onnx_operators
-from ..onnx.session import open_session
 from ..served import wire
+from .session import open_session
 
 Arrays = dict[str, NDArray[Any]]
 _KERNELS_IN = "onnxruntime_pybind11_state"

@@ -8,13 +8,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
+from ..arm64.cpus import PREFIX, Cpu
+from ..arm64.emulator import Emulator
+from ..arm64.kernels import kernels_in
 from ..manifest import Manifest
-from ..onnx.runner import with_layer_outputs
 from ..runner import component_spec
 from ..served.runner import ServedRunner
-from .cpus import PREFIX, Cpu
-from .emulator import Emulator
-from .kernels import kernels_in
+from .runner import with_layer_outputs
 
 _HOUSE = Path(__file__).parents[2]
 
@@ -65,7 +65,7 @@ class EmulatedOnnxRunner(ServedRunner):
             self.cpu,
             self.emulator.python,
             "-m",
-            "turbopocket.runtimes.arm64.serve",
+            "turbopocket.runtimes.onnx.serve",
             environment={"PYTHONPATH": f"{self.scratch}:{self.emulator.site}", "PYTHONDONTWRITEBYTECODE": "1"},
             log=self._log,
         )

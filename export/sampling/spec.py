@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is drawn with, as the manifest has it: sampler and picture."""
+
+from typing import Any, Literal
+
+from ...runtimes.image_size import ImageSize
+from ...runtimes.manifest import ImageSpec
+from ...runtimes.schedule import SamplerSpec
+from ...runtimes.scheduler_classes import SamplerKind, config_for
+from ..families.base import LoadedModel
+from ..families.sizes import latent_size
+from ..recipe import Recipe, SamplerSection
+from .defaults import sampling_of
+
+
+def with_sampling(recipe: Recipe, model: LoadedModel) -> tuple[Recipe, tuple[str, ...]]:
+    """Returns the recipe with its sampler's steps and guidance in it, and a sentence on each that was assumed.
+
+    Reads no weights. Raises TurbopocketError when they are told neither by the recipe nor by the model, and when the
+    model's scheduler has no sampler here.
+    """
+    asked = recipe.sampler
+    lora = [each.file for each in recipe.model.lora if each.strength > 0]
+    found = sampling_of(model, asked.steps, asked.guidance, lora)
+    sampler = asked.model_copy(update={"steps": found.steps, "guidance": found.guidance})
+    return (
+        recipe.model_copy(update={"sampler": sampler}),
+        (*found.notes, *found.sampler_notes(sampler_spec(model, sampler))),
+    )
+
+
+def sampler_spec(model: LoadedModel, section: SamplerSection) -> SamplerSpec:
+    """Returns the sampler that the artifact ships: the recipe's wishes over the model's own settings; raises as
+    `sampling_of` does."""
+    found = sampling_of(model, section.steps, section.guidance)
+    return SamplerSpec.from_scheduler_config(scheduler_config(model, section.kind), found.steps, found.guidance)
+
+
+def scheduler_config(model: LoadedModel, kind: Literal["model", SamplerKind]) -> dict[str, Any]:
+    """Returns the model's scheduler config, of its own class (`model`) or of the class of a sampler's kind.
+
+    StableDiffusionPipeline takes two settings for outdated and never draws with them: a `steps_offset` other than 1
+    and `clip_sample`. Other pipelines of diffusers take the config as it is.
+    """
+    config = dict(model.scheduler_config) if kind == "model" else config_for(model.scheduler_config, kind)
+    return config | {"steps_offset": 1, "clip_sample": False} if model.family == "sd" else config
+
+
+def asks_twice(model: LoadedModel, sampler: SamplerSpec) -> bool:
+    """Whether every step asks the UNet with and without the prompt, to steer away from the latter."""
+    config: Any = model.modules["unet"].config
+    return sampler.guidance_scale > 1 and config.time_cond_proj_dim is None
+
+
+def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:
+    """Returns what a picture of that size is made from."""
+    latents = latent_size(model, size)
+    config: Any = model.modules["vae"].config
+    # diffusers uses both or neither, and an AutoencoderTiny has none.
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    return ImageSpec(
+        height=size.height,
+        width=size.width,
+        latent_channels=config.latent_channels,
+        latent_height=latents.height,
+        latent_width=latents.width,
+        vae_scaling_factor=config.scaling_factor,
+        latents_mean=mean if std is not None else None,
+        latents_std=std if mean is not None else None,
+    )
