@@ -25,7 +25,7 @@ from ...families.components import components_of
 from ...families.graphs import Component
 from ...families.sizes import require_even_levels
 from ...verify.gaps import Runtime
-from ..base import Kind, Target
+from ..base import GraphShare, Kind, Target
 from ..side_files import SWIFT_FILES, write_swift_files
 from . import program as coreml
 from .precision import too_large
@@ -52,6 +52,7 @@ class CoreML(Target):
     name = "coreml"
     tools = ("coremltools",)
     max_lowering_error = 1e-3
+    graph_share = GraphShare(linear=1950, conv2d=4000, component=20_000, value=2)
     first_tokenizer_files = SWIFT_FILES
 
     @property
