@@ -31,9 +31,10 @@ from . import program as coreml
 from .precision import too_large
 from .stores import STORES
 
-FP16_ERROR, ACC16_ERROR = 0.1, 1.0
+FP16_ERROR, ACC16_ERROR = 0.1, 0.7
 """Where every result is rounded to fp16, as devices do, no figure is right; these only tell rounding from ruin. `acc16`
-is more pessimistic than any device is known to be: small numbers lose their digits in a LayerNorm's squares."""
+is more pessimistic than any device is known to be: small numbers lose their digits in a LayerNorm's squares, which left
+an error of 0.26 in the bundled model's text encoders. Nothing but zeros has 1."""
 
 
 TOLD_GUIDANCE = f"Unet takes {TIMESTEP_COND}, which Apple's Swift package does not give: an app has to"
