@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The UNet of `pocket-turbo` in codebooks of 2, 3 and 4 bits, device by device, beside scalar formats of as many bytes.
 
-    python benchmarks/codebooks.py [--rows avq2x8-d8,int4-row] [--out benchmarks/results/codebooks.json]
+    python benchmarks/codebooks.py [--formats avq2x8-d8,int4-row] [--out benchmarks/results/codebooks.json]
 
 Steps of VQDM, each on top of the one before: residual k-means; beam search under the Hessian; Hessians collected anew
 behind the stored blocks (`sequential`); fine-tuning. Every layer of 4,096 weights or more that takes the format is
