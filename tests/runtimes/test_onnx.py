@@ -157,7 +157,7 @@ DRAW = """
 import sys
 from pathlib import Path
 from turbopocket.runtimes.manifest import load_manifest, verify
-from turbopocket.runtimes.runner import open_runner
+from turbopocket.runtimes.open import open_runner
 from turbopocket.runtimes.drawing.text_to_image import generate
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 
@@ -179,7 +179,7 @@ def test_a_picture_is_drawn_without_importing_torch(toy_artifact: Path) -> None:
 
 
 def test_nothing_is_written_or_sent_on_the_side(toy_artifact: Path, tmp_path: Path) -> None:
-    """ONNX Runtime 1.31 writes a device's ID and a database of events below the home folder, unless it is told not to."""
+    """ONNX Runtime 1.31 writes a device ID and a database of events below the home folder, unless told not to."""
     home = tmp_path / "home"
     home.mkdir()
     graph = toy_artifact / "unet" / "model.onnx"
