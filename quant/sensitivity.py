@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
-from .calibrate import LayerStats
 from .fit import Fit
 from .formats import LayerFormat, matrix_view
 from .layers import weight_of
+from .observe import LayerStats, SecondMoment
 from .plan import Candidate, LayerChoices
 from .workers import Spread, in_turn
 
@@ -118,7 +118,7 @@ def _job(
         raise TurbopocketError(f"{name}: no statistics, the layer did not run while calibrating")
     if not formats:
         raise TurbopocketError(f"{name}: no candidate format")
-    return _Job(name, weight, tuple(formats), fit, stats[name].hessian_KK)
+    return _Job(name, weight, tuple(formats), fit, stats[name][SecondMoment].hessian_KK)
 
 
 def _fitted(job: _Job) -> _Fitted:
