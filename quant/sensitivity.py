@@ -27,16 +27,6 @@ from .workers import Spread, in_turn
 SCHEMA_VERSION = 1
 
 
-def fitting(shapes: Mapping[str, tuple[int, ...]], formats: Sequence[LayerFormat]) -> dict[str, list[LayerFormat]]:
-    """For each layer the formats that can store its shape; TurbopocketError with all reasons when none can."""
-    candidates = {name: [each for each in formats if each.fits(shape) is None] for name, shape in shapes.items()}
-    for name, kept in candidates.items():
-        if not kept:
-            reasons = "; ".join(str(each.fits(shapes[name])) for each in formats) or "no formats were given"
-            raise TurbopocketError(f"{name}: no format fits: {reasons}")
-    return candidates
-
-
 def measure(
     layers: Mapping[str, nn.Module],
     stats: Mapping[str, LayerStats],
