@@ -25,6 +25,7 @@ from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.components import layers_of, shapes_of
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import ExecuTorchSection, TargetSection, make_recipe
+from turbopocket.export.targets.layer import kind_of
 from turbopocket.export.targets.registry import open_target
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.manifest import load_manifest
@@ -54,9 +55,8 @@ def build_all(folder: Path, model: str) -> None:
         target = open_target(section)
         loaded = load_shapes(model)
         shapes = shapes_of(layers_of(target.components(loaded, [loaded.image_size])))
-        kinds = {layer: "conv2d" if len(shape) == 4 else "linear" for layer, shape in shapes.items()}
         wanted = parse_format(text)
-        unfit = [layer for layer, shape in shapes.items() if target.storable(wanted, kinds[layer], shape) is not None]
+        unfit = [layer for layer, shape in shapes.items() if target.storable(wanted, kind_of(shape), shape) is not None]
         values = {
             "model": {"source": model},
             "target": section.model_dump(),

@@ -13,7 +13,7 @@ from ..quant.formats import FORMATS, parse_format
 from .checkpoint.load import FAMILIES, load_shapes
 from .checkpoint.source import BUNDLED
 from .families.components import components_of, parameter_count
-from .targets.base import Kind
+from .targets.layer import Kind
 from .targets.registry import TARGETS
 from .units import format_bytes
 

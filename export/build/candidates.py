@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from ...ground.errors import TurbopocketError
 from ...quant.formats import LayerFormat, parse_format
 from ...quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
-from ..targets.base import Kind, Target
+from ..targets.base import Target
+from ..targets.layer import kind_of
 
 CURVE_POINTS = 17
 
@@ -24,8 +25,7 @@ def candidate_formats(
     for name, shape in shapes.items():
         pinned = [text for glob, text in pins.items() if fnmatchcase(name, glob)]
         wanted = [parse_format(text) for text in dict.fromkeys([*formats, *pinned])]
-        kind: Kind = "conv2d" if len(shape) == 4 else "linear"
-        reasons = {each: target.storable(each, kind, shape) for each in wanted}
+        reasons = {each: target.storable(each, kind_of(shape), shape) for each in wanted}
         kept[name] = [each for each, reason in reasons.items() if reason is None]
         if not kept[name]:
             why = "; ".join(str(reason) for reason in reasons.values())

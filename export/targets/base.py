@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ...ground.errors import TurbopocketError
 from ...quant.formats import CompressedTensor, LayerFormat
@@ -19,8 +19,7 @@ from ..families.base import LoadedModel
 from ..families.graphs import Component
 from ..verify.emulated import EmulatedRuntime
 from ..verify.gaps import Runtime
-
-Kind = Literal["linear", "conv2d"]
+from .layer import Kind, Layer, Stores
 
 
 class Traced(Protocol):
@@ -32,7 +31,7 @@ class Traced(Protocol):
         ...
 
     @property
-    def layers(self) -> Mapping[str, Any]:
+    def layers(self) -> Mapping[str, Layer]:
         """What can be compressed in it, by full layer name."""
         ...
 
@@ -56,12 +55,14 @@ class Target(ABC):
 
     Attributes:
         name: as in recipes and manifests; tools: packages whose versions decide what is written.
+        stores: its forms of layers.
         max_lowering_error: largest relative error of a call that counts as right, if the recipe says nothing.
         group_scale_digits: significant bits of a scale that a group of weights shares; fp16 has 11.
         tokenizer_files: names of what it ships of each tokenizer; first_tokenizer_files: of the first one beside that.
     """
 
     name: ClassVar[str]
+    stores: ClassVar[Stores[Any]]
     tools: ClassVar[tuple[str, ...]]
     max_lowering_error: ClassVar[float]
     graph_share: ClassVar[GraphShare]
@@ -83,13 +84,18 @@ class Target(ABC):
         `image_to_image` adds the one that reads a first picture.
         """
 
+    @property
     @abstractmethod
+    def form_options(self) -> Any:
+        """What its options say of layers: the `options` of its forms."""
+
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
         """None when a layer of this kind and shape stays compressed in that format, else the reason."""
+        return self.stores.storable(format, kind, shape, self.form_options)
 
-    @abstractmethod
     def stored_as(self, format: LayerFormat, kind: Kind) -> str:
         """The operators that read a weight in a storable format."""
+        return self.stores.forms[type(format), kind].summary
 
     @abstractmethod
     def trace(self, component: Component) -> Traced:

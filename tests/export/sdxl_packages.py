@@ -103,6 +103,7 @@ def half(configs: Path, out: Path) -> dict[str, Any]:
 
     from turbopocket.export.families.graphs import unet_component
     from turbopocket.export.targets.coreml import program as coreml
+    from turbopocket.export.targets.coreml.stores import STORES
 
     torch.manual_seed(0)
     config = json.loads((configs / "unet" / "config.json").read_text()) | HALF
@@ -116,7 +117,7 @@ def half(configs: Path, out: Path) -> dict[str, Any]:
     weights = {}
     for name, layer in traced.layers.items():
         format = parse_format(HALF_FORMATS[layer.kind])
-        if coreml.storable(format, layer.kind, layer.shape) is not None:
+        if STORES.storable(format, layer.kind, layer.shape, traced.deployment) is not None:
             format = parse_format("fp16")
         parameter = component.module.get_parameter(f"{name}.weight")
         weights[name] = format.compress(parameter.detach(), ABSMAX)

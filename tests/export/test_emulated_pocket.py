@@ -14,7 +14,7 @@ from turbopocket.export.families.components import layers_of
 from turbopocket.export.output.kept import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.targets.onnx.program import storable
+from turbopocket.export.targets.layer import kind_of
 from turbopocket.export.targets.registry import open_target
 from turbopocket.quant.compress import save_weights
 from turbopocket.quant.fit import parse_fit
@@ -40,9 +40,8 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {}
     for index, name in enumerate(name for graph in traced.values() for name in graph.layers):
         weight: Any = layers[name].weight.detach()
-        kind = "linear" if weight.ndim == 2 else "conv2d"
         wanted = parse_format(FORMATS[index % len(FORMATS)])
-        fits = storable(wanted, kind, tuple(weight.shape)) is None
+        fits = target.storable(wanted, kind_of(weight.shape), tuple(weight.shape)) is None
         weights[name] = (wanted if fits else parse_format("fp16")).compress(weight, parse_fit("absmax"))
     specs = {
         name: target.lower(graph, {layer: weights[layer] for layer in graph.layers}, folder)

@@ -18,12 +18,14 @@ from turbopocket.export.families.graphs import Component, ComponentModule, vae_d
 from turbopocket.export.targets.executorch import integer as executorch_layers
 from turbopocket.export.targets.executorch import program as target
 from turbopocket.export.targets.executorch.gate import require_constants
-from turbopocket.export.targets.executorch.stores import GROUP_SCALE_DIGITS
+from turbopocket.export.targets.executorch.integer import GROUP_SCALE_DIGITS
+from turbopocket.export.targets.executorch.stores import form_of_weight
+from turbopocket.export.targets.executorch.target import ExecuTorch
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import ABSMAX
-from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.formats import CompressedTensor, PartSpec, parse_format
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.compare.replay import Call, compare_by_layer, locate_divergence
 from turbopocket.runtimes.compare.rows import Limits
@@ -186,7 +188,8 @@ def test_a_wrong_weight_in_the_file_is_found_and_its_layer_named(
 ) -> None:
     path = tmp_path / lowered.spec.file
     program = bytearray((lowered.folder / lowered.spec.file).read_bytes())
-    stored = target.constants_of(lowered.weights[f"part.{layer}"])[0].view(torch.uint8).numpy().tobytes()
+    weight = lowered.weights[f"part.{layer}"]
+    stored = form_of_weight(layer, weight).arrays(weight)[0].view(torch.uint8).numpy().tobytes()
     at = program.index(stored)
     program[at : at + 200] = bytes(byte ^ 0x44 for byte in program[at : at + 200])
     path.write_bytes(program)
@@ -332,12 +335,6 @@ def test_a_program_for_other_shapes_is_refused(lowered: Lowered, sample: dict[st
         runner(lowered, spec=wider).run("part", larger)
 
 
-def test_two_lowerings_are_the_same_bytes(lowered: Lowered, tmp_path: Path) -> None:
-    target.lower(lowered.traced, lowered.weights, tmp_path)
-    name = lowered.spec.file
-    assert (tmp_path / name).read_bytes() == (lowered.folder / name).read_bytes()
-
-
 @pytest.mark.parametrize(
     ("text", "kind", "shape", "reason"),
     [
@@ -353,7 +350,7 @@ def test_two_lowerings_are_the_same_bytes(lowered: Lowered, tmp_path: Path) -> N
         ("int4-g32-asym", "linear", (64, 64), "no zero point"),
         ("int4-row", "linear", (64, 33), "an even number of columns, not 33"),
         ("int8-g32", "linear", (64, 64), "groups of scales for 4 bits only"),
-        ("lut4", "linear", (64, 64), "no lookup tables"),
+        ("lut4", "linear", (64, 64), "no compressed linear for lut4"),
         ("vq8-d4", "conv2d", (64, 64, 3, 3), None),
         ("avq2x8-d8-shared", "linear", (64, 64), None),
         ("avq2x8-d8", "linear", (64, 20), "not a multiple of vector length 8"),
@@ -364,15 +361,19 @@ def test_two_lowerings_are_the_same_bytes(lowered: Lowered, tmp_path: Path) -> N
 def test_what_a_program_can_not_store_has_a_reason(
     text: str, kind: Any, shape: tuple[int, ...], reason: str | None
 ) -> None:
-    found = target.storable(parse_format(text), kind, shape)
+    found = ExecuTorch().storable(parse_format(text), kind, shape)
     assert found is None if reason is None else reason in str(found)
 
 
-def test_layers_that_share_a_weight_are_refused() -> None:
-    part = component()
-    part.module.model.key.weight = part.module.model.query.weight
-    with pytest.raises(TurbopocketError, match=r"part\.query and part\.key are one parameter"):
-        target.trace(part)
+@pytest.mark.parametrize(
+    "text", ["fp32", "int8-row", "int4-row", "int4-g32", "vq8-d4", "avq2x8-d8", "avq2x8-d8-shared"]
+)
+@pytest.mark.parametrize("shape", [(32, 64), (32, 64, 1, 1)])
+def test_a_form_stores_the_constants_that_it_promises(text: str, shape: tuple[int, ...]) -> None:
+    weight = parse_format(text).compress(torch.randn(shape), ABSMAX)
+    form = form_of_weight("part.layer", weight)
+    assert form.tensors() == [PartSpec(each.dtype, tuple(each.shape)) for each in form.arrays(weight)]
+    assert all(each.is_contiguous() for each in form.arrays(weight))
 
 
 def test_missing_executorch_is_one_message_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

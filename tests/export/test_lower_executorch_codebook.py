@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.targets.executorch import program as target
-from turbopocket.export.targets.executorch.codebook import Codebooks
+from turbopocket.export.targets.executorch.form import Codebooks
 from turbopocket.export.targets.executorch.gate import require_constants
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.ground.errors import TurbopocketError
@@ -246,14 +246,6 @@ def test_a_program_without_a_stored_value_is_refused(build: Build, form: Codeboo
     name = f"part.{layer}"
     with pytest.raises(TurbopocketError, match=rf"{name}: part\.pte does not hold its .* as they were compressed"):
         require_constants(whole.program, whole.weights | {name: altered(whole.weights[name], part)})
-
-
-def test_layers_that_do_not_share_what_they_must_are_refused(build: Build, tmp_path: Path) -> None:
-    part = build("portable")
-    changed = part.weights | {"part.key": altered(part.weights["part.key"], "codebooks")}
-    with pytest.raises(TurbopocketError, match=r"part\.key: its codebooks of avq3x8-d8-shared are not those of other"):
-        target.lower(part.traced, changed, tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_convolutions_that_pad_anything_but_zeros_are_refused() -> None:

@@ -12,7 +12,8 @@ import torch
 from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.executorch import program as lowering
-from turbopocket.export.targets.executorch.integer import MIN_SNR_DB, Static, Steps
+from turbopocket.export.targets.executorch.activations import MIN_SNR_DB, Static, Steps
+from turbopocket.export.targets.executorch.stores import form_of_weight
 from turbopocket.export.targets.executorch.target import FLOAT_ERROR, STATIC_LAYER_ERROR, ExecuTorch
 from turbopocket.export.targets.registry import open_target
 from turbopocket.export.verify.gaps import torch_runner
@@ -113,7 +114,8 @@ def test_it_differs_from_the_program_that_finds_its_steps_while_it_runs(
 def test_a_wrong_step_or_weight_turns_its_layer_red(built: Built, sample: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "part.pte"
     program = bytearray((built.folder / path.name).read_bytes())
-    stored = lowering.constants_of(built.weights["part.query"])[0].view(torch.uint8).numpy().tobytes()
+    weight = built.weights["part.query"]
+    stored = form_of_weight("part.query", weight).arrays(weight)[0].view(torch.uint8).numpy().tobytes()
     at = program.index(stored)
     program[at : at + 200] = bytes(byte ^ 0x44 for byte in program[at : at + 200])
     path.write_bytes(program)

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ONNX can not store compressed is refused with the layer's name and the numbers, never stored otherwise."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.targets.onnx import program as target
+from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import parse_format
 
 
@@ -45,7 +43,7 @@ def graph() -> target.TracedGraph:
 def test_a_format_that_does_not_fit_has_a_reason_with_numbers(
     name: str, kind: str, shape: tuple[int, ...], reason: str
 ) -> None:
-    found = target.storable(parse_format(name), kind, shape)
+    found = Onnx().storable(parse_format(name), kind, shape)
     assert found is not None
     assert reason in found
 
@@ -63,30 +61,7 @@ def test_a_format_that_does_not_fit_has_a_reason_with_numbers(
     ],
 )
 def test_a_format_that_fits_has_none(name: str, kind: str, shape: tuple[int, ...]) -> None:
-    assert target.storable(parse_format(name), kind, shape) is None
-
-
-def test_a_format_that_does_not_fit_is_refused_by_name(graph: target.TracedGraph, tmp_path: Path) -> None:
-    formats = {"unet.0": parse_format("int4-g48"), "unet.2": parse_format("fp16")}
-    weights = {n: f.compress(torch.randn(graph.layers[n].shape), ABSMAX) for n, f in formats.items()}
-    with pytest.raises(TurbopocketError, match=r"unet\.0: MatMulNBits scales blocks of 2\^n columns.*not 48"):
-        target.lower(graph, weights, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_layers_without_a_weight_and_weights_without_a_layer_are_named(graph: target.TracedGraph) -> None:
-    fp16 = parse_format("fp16")
-    with pytest.raises(TurbopocketError, match=r"no format for unet\.2"):
-        target.lowered_bytes(graph, {"unet.0": fp16})
-    with pytest.raises(TurbopocketError, match=r"the graph has no unet\.7"):
-        target.lowered_bytes(graph, {"unet.0": fp16, "unet.2": fp16, "unet.7": fp16})
-
-
-def test_shared_weights_are_refused() -> None:
-    first, second = nn.Linear(48, 48), nn.Linear(48, 48)
-    second.weight = first.weight
-    with pytest.raises(TurbopocketError, match=r"unet\.0\.weight and unet\.1\.weight are one parameter"):
-        target.trace(component_of(nn.Sequential(first, second)))
+    assert Onnx().storable(parse_format(name), kind, shape) is None
 
 
 class _Computed(nn.Module):

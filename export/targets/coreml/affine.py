@@ -15,7 +15,7 @@ class DenseForm(Form):
     summary = "fp16 weights"
 
     @classmethod
-    def refusal(cls, format: Dense, shape: tuple[int, ...], deployment: Deployment) -> str | None:
+    def refusal(cls, format: Dense, shape: tuple[int, ...], options: Deployment) -> str | None:
         return "Core ML programs here compute in fp16: fp32 weights would be rounded" if format.bits == 32 else None
 
     def tensors(self) -> list[TensorType]:
@@ -39,8 +39,8 @@ class AffineForm(Form):
     summary = "constexpr_blockwise_shift_scale"
 
     @classmethod
-    def refusal(cls, format: Affine, shape: tuple[int, ...], deployment: Deployment) -> str | None:
-        if deployment != "iOS17":
+    def refusal(cls, format: Affine, shape: tuple[int, ...], options: Deployment) -> str | None:
+        if options != "iOS17":
             return None
         if format.bits == 8 and format.group is None:
             return None

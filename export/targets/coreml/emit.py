@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from .form import Form, Layer
+from .form import Form, MilLayer
 from .mil import Message, const, describe, ints, operation, stored, string, tensor_type, type_of
 from .trace import LAYER, PATH, zero_bias
 
@@ -46,7 +46,7 @@ def weight_operations(form: Form, first_blob: int) -> Iterator[Message]:
         yield const(_scale(form.layer), stored(tensors[-1], first_blob + len(tensors) - 1))
 
 
-def geometry_constants(layers: Iterable[Layer]) -> list[Message]:
+def geometry_constants(layers: Iterable[MilLayer]) -> list[Message]:
     """The constants that the convolutions among these layers read, one of each value."""
     constants: dict[str, Message] = {}
     for layer in layers:
@@ -90,7 +90,7 @@ def applied(op: Message, form: Form, constants: Mapping[str, Message]) -> Iterat
         yield operation("add", output, tensor, {"x": scaled, "y": f"{output}_bias"})
 
 
-def _as_channels(name: str, bias: Message, layer: Layer) -> Message:
+def _as_channels(name: str, bias: Message, layer: MilLayer) -> Message:
     """The bias [O] of the same stored bytes in the shape that adds to the layer's output."""
     value = const(name, bias.attributes["val"])
     if layer.kind == "conv2d":
@@ -105,11 +105,11 @@ def _weights(form: Form) -> list[str]:
     return [name] if form.products == 1 else [f"{name}{index}" for index in range(form.products)]
 
 
-def _scale(layer: Layer) -> str:
+def _scale(layer: MilLayer) -> str:
     return f"{layer.path.replace('.', '_')}_weight_scale"
 
 
-def _geometry(layer: Layer) -> dict[str, tuple[int, ...] | int | str]:
+def _geometry(layer: MilLayer) -> dict[str, tuple[int, ...] | int | str]:
     """Parameters of a conv beside its tensors."""
     (height, width), dilations = layer.geometry[2:4], layer.geometry[4:]
     return {

@@ -4,7 +4,7 @@
 O outputs, I inputs, K columns of the matrix view, G groups, kh kw kernel height and width.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,25 +14,21 @@ from numpy.typing import NDArray
 
 from ....quant.formats import CompressedTensor
 from ....runtimes.coreml.file.dtypes import TensorType
+from ..layer import Layer, LayerForm
 from .mil import Message, operation, stored, tensor_type
 
-Kind = Literal["linear", "conv2d"]
 Array = NDArray[Any]
 Deployment = Literal["iOS17", "iOS18", "iOS26"]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A Linear or Conv2d of a traced program: `path` is its module path, `name` has the component in front.
+class MilLayer(Layer):
+    """A layer of an ML program.
 
     `geometry` holds strides, paddings and dilations (h, w each) of a Conv2d; `wide` is True when the layer computes
     in fp32, so its weight must decode to fp32.
     """
 
-    name: str
-    path: str
-    kind: Kind
-    shape: tuple[int, ...]
     geometry: tuple[int, ...]
     wide: bool
 
@@ -43,32 +39,28 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Form(ABC):
-    """One layer in one format for one system; all but `arrays` follows from the shape alone."""
+class Form(LayerForm):
+    """One layer in one format for one system, as tensors of the weight file and operations of them."""
 
-    layer: Layer
-    format: Any
-    deployment: Deployment
-
-    summary: ClassVar[str]
-    """What a phone reads, for tables."""
+    layer: MilLayer
+    options: Deployment
 
     scales_outputs: ClassVar[bool] = False
     """Whether the last tensor is a scale [O] that multiplies the layer's output."""
+
+    @property
+    def deployment(self) -> Deployment:
+        """The oldest system that reads it."""
+        return self.options
 
     @property
     def products(self) -> int:
         """Weights that the layer multiplies with one after the other; its output is the sum."""
         return 1
 
-    @classmethod
-    @abstractmethod
-    def refusal(cls, format: Any, shape: tuple[int, ...], deployment: Deployment) -> str | None:
-        """None when a weight of this shape can be stored in this form there, else the reason with its numbers."""
-
     @abstractmethod
     def tensors(self) -> list[TensorType]:
-        """What the weight file holds, in the order in which `arrays` gives the values."""
+        """What the weight file holds."""
 
     @abstractmethod
     def arrays(self, weight: CompressedTensor) -> list[Array]:

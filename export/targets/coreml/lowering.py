@@ -13,7 +13,7 @@ from .emit import applied, emitted, weight_operations
 from .form import Array, Form
 from .mil import Message
 from .package import PackageContent, package_content
-from .stores import form_of
+from .stores import STORES
 from .trace import LAYER, TracedProgram, used_only
 
 _FRAME_BYTES = 8
@@ -30,14 +30,9 @@ class Lowering:
     """
 
     def __init__(self, traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> None:
-        missing, unknown = sorted(traced.layers.keys() - formats), sorted(formats.keys() - traced.layers)
-        for problem, layers in (("no format for", missing), ("the program has no", unknown)):
-            if layers:
-                raise TurbopocketError(f"{traced.component}: {problem} {layers[0]} and {len(layers) - 1} other layers")
         self.traced = traced
-        self.forms = {
-            layer.path: form_of(layer, formats[name], traced.deployment) for name, layer in traced.layers.items()
-        }
+        forms = STORES.forms_of(traced.layers, formats, traced.deployment)
+        self.forms = {form.layer.path: form for form in forms.values()}
         self.blob_types = list(traced.rest_types)
         self._owner: list[tuple[str, int]] = []
         first_blobs = {}

@@ -24,8 +24,8 @@ class PaletteForm(Form):
     summary = "constexpr_lut_to_dense"
 
     @classmethod
-    def refusal(cls, format: Palette, shape: tuple[int, ...], deployment: Deployment) -> str | None:
-        if deployment != "iOS17":
+    def refusal(cls, format: Palette, shape: tuple[int, ...], options: Deployment) -> str | None:
+        if options != "iOS17":
             return None
         if format.rows is None and format.bits in _IOS17_BITS:
             return None
@@ -67,8 +67,8 @@ class _VectorForm(Form):
     scales_outputs = True
 
     @classmethod
-    def refusal(cls, format: Codebook | Additive, shape: tuple[int, ...], deployment: Deployment) -> str | None:
-        return "iOS17 has no tables of vectors: that takes iOS18" if deployment == "iOS17" else None
+    def refusal(cls, format: Codebook | Additive, shape: tuple[int, ...], options: Deployment) -> str | None:
+        return "iOS17 has no tables of vectors: that takes iOS18" if options == "iOS17" else None
 
     def tensors(self) -> list[TensorType]:
         shape, length = self.layer.shape, self.format.length
@@ -134,10 +134,10 @@ class AdditiveForm(_VectorForm):
     summary = "constexpr_lut_to_dense and a product for each codebook, add, mul"
 
     @classmethod
-    def refusal(cls, format: Codebook | Additive, shape: tuple[int, ...], deployment: Deployment) -> str | None:
+    def refusal(cls, format: Codebook | Additive, shape: tuple[int, ...], options: Deployment) -> str | None:
         if format.shared_parts:
             return f"a Core ML weight has a table of its own, {format} has one for all layers"
-        return super().refusal(format, shape, deployment)
+        return super().refusal(format, shape, options)
 
     @property
     def products(self) -> int:

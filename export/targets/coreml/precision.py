@@ -13,7 +13,7 @@ from typing import Any
 
 from ....ground.errors import TurbopocketError
 from ....runtimes.coreml.file.dtypes import LARGEST_FP16
-from .form import Layer
+from ..layer import Layer
 from .interface import PackageDtype
 from .trace import LAYER
 

@@ -22,7 +22,7 @@ from .interface import wrapped
 from .lowering import Lowering, is_cut, layer_bytes, skeleton_bytes
 from .mil import Message, type_of
 from .package import PACKAGE_PATHS, write_package
-from .stores import DEPLOYMENT, form_of, storable
+from .stores import DEPLOYMENT, STORES
 from .trace import LAYER, Skeleton, TracedProgram, compressible_paths
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "lower",
     "lowered_bytes",
     "package_files",
-    "storable",
     "trace",
 ]
 
@@ -142,9 +141,9 @@ def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat]) -> int
     constants = constants_of(traced.operations)
     overhead = largest = 0
     for layer in traced.layers.values():
-        kept = [f for f in formats if storable(f, layer.kind, layer.shape, traced.deployment) is None]
-        totals = [layer_bytes(form_of(layer, f, traced.deployment), uses[layer.path], constants) for f in kept]
-        overhead += max((n - f.nbytes(layer.shape) for n, f in zip(totals, kept, strict=True)), default=0)
+        kept = STORES.storable_forms(layer, formats, traced.deployment)
+        totals = [layer_bytes(form, uses[layer.path], constants) for form in kept]
+        overhead += max((n - form.format.nbytes(layer.shape) for n, form in zip(totals, kept, strict=True)), default=0)
         largest += max(totals, default=0)
     skeleton = skeleton_bytes(traced)
     return overhead + skeleton * (CHUNKS if is_cut(traced, skeleton + largest) else 1)

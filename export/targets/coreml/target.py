@@ -25,9 +25,10 @@ from ...families.components import components_of
 from ...families.graphs import Component
 from ...families.sizes import require_even_levels
 from ...verify.gaps import Runtime
-from ..base import GraphShare, Kind, Target
+from ..base import GraphShare, Target
 from ..side_files import SWIFT_FILES, write_swift_files
 from . import program as coreml
+from .form import Deployment
 from .precision import too_large
 from .stores import STORES
 
@@ -51,6 +52,7 @@ class CoreML(Target):
     options: coreml.CoreMLOptions = coreml.DEFAULTS
 
     name = "coreml"
+    stores = STORES
     tools = ("coremltools",)
     max_lowering_error = 1e-3
     graph_share = GraphShare(linear=1950, conv2d=4000, component=20_000, value=2)
@@ -66,11 +68,9 @@ class CoreML(Target):
         require_even_levels(model, sizes, "Core ML packages")  # which enlarge by whole factors only
         return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
-    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
-        return coreml.storable(format, kind, shape, self.options.deployment)
-
-    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
-        return STORES[type(format)].summary
+    @property
+    def form_options(self) -> Deployment:
+        return self.options.deployment
 
     def trace(self, component: Component) -> coreml.TracedProgram:
         return coreml.trace(component, self.options)

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ....ground.errors import TurbopocketError
 from ....runtimes.coreml.file.blobs import BlobFile
 from ....runtimes.coreml.file.dtypes import TensorType
 from ....runtimes.coreml.interface import layer_value
 from ...families.graphs import Component
-from .form import Deployment, Layer
+from ..layer import kind_of, require_own_weights
+from .form import Deployment, MilLayer
 from .mil import Message, const, is_constant, operation, read_names, stored, string, tensor_type, type_of
 
 LAYER = "turbopocket_layer"
@@ -40,7 +40,7 @@ class TracedProgram:
     inputs: dict[str, TensorType]
     outputs: dict[str, TensorType]
     operations: list[Message]
-    layers: dict[str, Layer]
+    layers: dict[str, MilLayer]
     rest: list[NDArray[Any]]
     rest_types: list[TensorType]
     max_package_bytes: int
@@ -53,7 +53,7 @@ class Skeleton:
     component: str
     operations: list[Message]
     outputs: Mapping[str, TensorType]
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, MilLayer] = field(default_factory=dict)
     rest: list[NDArray[Any]] = field(default_factory=list)
     rest_types: list[TensorType] = field(default_factory=list)
 
@@ -96,11 +96,11 @@ class Skeleton:
             if output in renamed:
                 self.operations.append(operation("identity", output, tensor, {"x": renamed[output]}))
 
-    def _layer(self, path: str, op: Message, written: Mapping[str, Message]) -> Layer:
+    def _layer(self, path: str, op: Message, written: Mapping[str, Message]) -> MilLayer:
         shape = tuple(_numbers(_argument(op, "weight_shape", written)))
         geometry = tuple(_numbers(_argument(op, "geometry", written))) if "geometry" in op.inputs else ()
         wide = type_of(op.outputs[0].type).dtype.name == "FLOAT32"
-        return Layer(f"{self.component}.{path}", path, "conv2d" if geometry else "linear", shape, geometry, wide)
+        return MilLayer(f"{self.component}.{path}", kind_of(shape), shape, geometry, wide)
 
     def add_zero_biases(self) -> None:
         """Gives every Linear without bias one of zeros, as coremltools does, shared by all of the same width.
@@ -134,7 +134,7 @@ class Skeleton:
         self.operations = operations
 
 
-def zero_bias(layer: Layer) -> str:
+def zero_bias(layer: MilLayer) -> str:
     """Name of the bias of zeros for a Linear."""
     return f"zeros_{layer.shape[0]}_{layer.float_type.lower()}"
 
@@ -148,18 +148,11 @@ def used_only(operations: Sequence[Message], outputs: Iterable[str]) -> list[Mes
 def compressible_paths(component: Component) -> dict[int, str]:
     """Module path of every Linear and Conv2d by the `id` of its weight.
 
-    Raises TurbopocketError when two layers share one weight: it would be counted and compressed twice.
+    Raises TurbopocketError when such a weight is another parameter as well.
     """
-    paths: dict[int, str] = {}
-    for path, module in component.module.model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            first = paths.setdefault(id(module.weight), path)
-            if first != path:
-                raise TurbopocketError(
-                    f"{component.name}.{first} and {component.name}.{path} share one weight, "
-                    "which is not supported: it would be counted twice"
-                )
-    return paths
+    require_own_weights(component)
+    modules = component.module.model.named_modules()
+    return {id(module.weight): path for path, module in modules if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
 def _argument(op: Message, parameter: str, written: Mapping[str, Message]) -> Message:

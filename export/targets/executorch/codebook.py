@@ -10,38 +10,33 @@ O outputs, I inputs, K = kh kw I columns, M codebooks, P entries of one, D lengt
 row, N columns of activations.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import Library, impl, register_fake
 
-from ....quant.formats import CompressedTensor
-from .stores import constants_of
+from ....quant.formats import CompressedTensor, PartSpec
+from ..codebook import CodebookForm
+from .form import Codebooks, Order, ProgramForm, constant
+from .size import BOOK_BYTES, KERNEL_BYTES, TAP_BYTES, VECTORS_BYTES
 
-Codebooks = Literal["portable", "kernel"]
 _LIBRARY = Library("turbopocket", "DEF")
 _WEIGHT = "Tensor x, Tensor codes, Tensor codebooks, Tensor scale, Tensor? bias"
 _GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation"
 
 
-@dataclass
-class Order:
-    """What the codebook layers of one component hand on: the output of the one that ran last, while it is exported."""
-
-    last: Tensor | None = None
-
-
 class CodebookLayer(nn.Module):
     """y = scale * (x Σ codebooks[m][codes[..., m]]) + bias of a Linear, or of a Conv2d of one group that pads zeros."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: CompressedTensor, form: Codebooks, order: Order) -> None:
+    def __init__(
+        self, layer: nn.Linear | nn.Conv2d, constants: Sequence[Tensor], form: Codebooks, order: Order
+    ) -> None:
         super().__init__()
-        constants = (nn.Parameter(constant, requires_grad=False) for constant in constants_of(weight))
-        self.codes, self.codebooks, self.scale = constants
+        self.codes, self.codebooks, self.scale = map(constant, constants)
         self.bias = layer.bias
         self.form, self.order = form, order
         self.geometry = _geometry(layer) if isinstance(layer, nn.Conv2d) else None
@@ -98,6 +93,41 @@ class CodebookLayer(nn.Module):
         for book in range(1, count):
             total = total + F.embedding(codes_OJM[:, :, book].to(torch.int32) + book * entries, vectors)
         return total
+
+
+class _CodebookForm(CodebookForm, ProgramForm):
+    """Constants that are no XNNPACK's, so that they have no names in the file."""
+
+    reader = "ExecuTorch"
+    named_by_hash = False
+
+    def tensors(self) -> list[PartSpec]:
+        types = torch.uint8, torch.float16, torch.float16
+        return [PartSpec(*spec) for spec in zip(types, self.shapes(), strict=True)]
+
+    def arrays(self, weight: CompressedTensor) -> list[Tensor]:
+        return self.parts(weight)
+
+    def operators_bytes(self) -> int:
+        if self.options.codebooks == "kernel":
+            return KERNEL_BYTES
+        taps = math.prod(self.layer.shape[2:])
+        return VECTORS_BYTES + BOOK_BYTES * self.count + (TAP_BYTES * taps if taps > 1 else 0)
+
+    def reference(self, module: Any, weight: CompressedTensor) -> nn.Module:
+        return CodebookLayer(module, self.arrays(weight), self.options.codebooks, self.options.order)
+
+
+class CodebookLinearForm(_CodebookForm):
+    """Linear whose weight is a sum of codebook vectors."""
+
+    summary = "embedding and bmm, or turbopocket::codebook_linear (`codebooks` of a recipe)"
+
+
+class CodebookConv2dForm(_CodebookForm):
+    """Conv2d whose weight is a sum of codebook vectors."""
+
+    summary = "embedding and bmm, or turbopocket::codebook_conv2d (`codebooks` of a recipe)"
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[list[int], ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ....ground.errors import TurbopocketError
 from ....quant.formats import CompressedTensor
 from ....runtimes.executorch.file import read_data_names, read_layout
-from .stores import constants_of, is_codebook
+from .stores import form_of_weight
 
 _LAYERS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
 
@@ -36,18 +36,16 @@ def refuse_weight_only(program: torch.export.ExportedProgram) -> None:
 def require_constants(path: Path, weights: Mapping[str, CompressedTensor]) -> None:
     """Returns when the program, or the .ptd file, at `path` holds every weight byte for byte as it was compressed.
 
-    XNNPACK's constants are named by the SHA-256 of their bytes; those of codebooks have no such names and are looked
-    for themselves. TurbopocketError names the first layer whose codes or scales are not there: they were changed,
+    XNNPACK's constants are named by the SHA-256 of their bytes; others have no such names and are looked for
+    themselves. TurbopocketError names the first layer whose codes or scales are not there: they were changed,
     folded or widened on the way.
     """
     names = read_data_names(path) if path.suffix == ".ptd" else read_layout(path).program
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         for layer, weight in weights.items():
-            for constant in constants_of(weight):
-                there = (
-                    _holds(held, constant) if is_codebook(weight.format) else constant_key(constant).encode() in names
-                )
-                if not there:
+            form = form_of_weight(layer, weight)
+            for constant in form.arrays(weight):
+                if not (constant_key(constant).encode() in names if form.named_by_hash else _holds(held, constant)):
                     raise TurbopocketError(
                         f"{layer}: {path.name} does not hold its {weight.format} values as they were compressed: "
                         f"{list(constant.shape)} {str(constant.dtype).removeprefix('torch.')} are missing"

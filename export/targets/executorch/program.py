@@ -5,13 +5,12 @@
 weight is compressed, and `lower` writes the same bytes every time.
 """
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,29 +23,14 @@ from ....runtimes.executorch.imported import executorch_module
 from ....runtimes.executorch.shown_layers import LayerName
 from ....runtimes.manifest import ComponentSpec, TensorSpec
 from ...families.graphs import Component
-from .codebook import Codebooks
+from ..layer import Layer, kind_of, require_equal_shares, require_own_weights, with_references
+from .activations import Static
+from .form import Codebooks, FormOptions, ProgramForm
 from .gate import constant_key, refuse_weight_only, require_constants
-from .integer import AsRun, Static, is_pointwise, layer_as_run
 from .partition import partitioner
 from .rewrite import Rewritten
-from .size import (
-    DATA_FILE_BYTES,
-    KEY_BYTES,
-    OPERATOR_BYTES,
-    PLACE_BYTES,
-    PROGRAM_BYTES,
-    constants_bytes,
-    operators_bytes,
-)
-from .stores import (
-    Kind,
-    constant_bytes,
-    constants_of,
-    is_codebook,
-    may_be_static,
-    shared_constant_bytes,
-    storable,
-)
+from .size import DATA_FILE_BYTES, OPERATOR_BYTES, PROGRAM_BYTES, constants_bytes
+from .stores import STORES, form_of_weight
 
 __all__ = [
     "TracedProgram",
@@ -57,21 +41,11 @@ __all__ = [
     "lower",
     "lowered_bytes",
     "static_layers",
-    "storable",
     "trace",
 ]
 
 _DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {torch.float32: "float32", torch.int64: "int64"}
 _LAYER_OPS = ("aten.linear.default", "aten.conv2d.default")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A Linear or Conv2d of the component; `name` is its path with the component's name in front."""
-
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,6 +70,11 @@ class TracedProgram:
     def component(self) -> str:
         return self.source.name
 
+    @property
+    def options(self) -> FormOptions:
+        """What its layers have in common, for one program."""
+        return FormOptions(self.codebooks, self.static)
+
 
 def trace(
     component: Component, static: bool = False, weights_apart: bool = False, codebooks: Codebooks = "portable"
@@ -109,6 +88,7 @@ def trace(
     used by anything but its layer, or when PyTorch can not export the component.
     """
     executorch_module("exir")
+    require_own_weights(component)
     program = _exported(component)
     signature = program.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -139,9 +119,10 @@ def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder
     Raises TurbopocketError when `weights` are not exactly the traced layers', a program can not store one of them, what
     layers share is not equal, ExecuTorch fails on the way, or the finished program does not hold one as it is.
     """
-    _require_formats(traced, {name: weight.format for name, weight in weights.items()})
-    _require_equal_shares(weights)
-    program = _exported(as_run(traced.source, weights, traced.static, traced.codebooks))
+    formats = {name: weight.format for name, weight in weights.items()}
+    forms = STORES.forms_of(traced.layers, formats, traced.options)
+    require_equal_shares(weights)
+    program = _exported(with_references(traced.source, forms, weights))
     refuse_weight_only(program)
     spec = component_spec(traced)
     with _by_executorch(traced.component):
@@ -154,8 +135,9 @@ def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str
     """Each component's layers by the name that XNNPACK has for the weight; layers that it does not run have none."""
     found: dict[str, dict[str, LayerName]] = {}
     for name, weight in weights.items():
-        component, path = names.LayerName.parse(name)
-        found.setdefault(component, {})[constant_key(constants_of(weight)[0])] = LayerName(path, is_pointwise(weight))
+        form = form_of_weight(name, weight)
+        layers = found.setdefault(names.LayerName.parse(name).component, {})
+        layers[constant_key(form.arrays(weight)[0])] = LayerName(form.layer.path, form.runs_as_linear)
     return found
 
 
@@ -171,18 +153,10 @@ def as_run(
     codebooks: Codebooks = "portable",
 ) -> Component:
     """The component as the runtime is to compute it, in PyTorch; it shares all tensors but the layers' weights."""
-    shared: dict[int, Any] = {
-        id(tensor): tensor for tensor in (*component.module.parameters(), *component.module.buffers())
-    }
-    module = copy.deepcopy(component.module, shared)
-    model: nn.Module = module.model
-    common = AsRun(codebooks)
-    for name, weight in weights.items():
-        if name.startswith(component.layer_prefix):
-            path = name.removeprefix(component.layer_prefix)
-            layer = layer_as_run(name, model.get_submodule(path), weight, static.get(name), common)
-            model.set_submodule(path, layer)
-    return replace(component, module=module)
+    own = {name: weight for name, weight in weights.items() if name.startswith(component.layer_prefix)}
+    options = FormOptions(codebooks, static)
+    forms = {name: form_of_weight(name, weight, options) for name, weight in own.items()}
+    return with_references(component, forms, own)
 
 
 def component_spec(traced: TracedProgram) -> ComponentSpec:
@@ -200,19 +174,16 @@ def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat]) -> int
 
     Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
     """
-    formats = tuple(candidates)
-    return _base_bytes(traced) + sum(_overhead_bytes(traced, layer, formats) for layer in traced.layers.values())
+    formats, options = tuple(candidates), traced.options
+    kept = [STORES.storable_forms(layer, formats, options) for layer in traced.layers.values()]
+    return _base_bytes(traced) + sum(max(map(_overhead_bytes, each), default=0) for each in kept)
 
 
 def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
     """Bytes of the files that `lower` would write for layers in these formats, at most."""
-    _require_formats(traced, formats)
-    shapes = {formats[name]: layer.shape for name, layer in traced.layers.items()}
-    return (
-        _base_bytes(traced)
-        + sum(_own_bytes(traced, layer, formats[name]) for name, layer in traced.layers.items())
-        + sum(constants_bytes(shared_constant_bytes(format, shape), PLACE_BYTES) for format, shape in shapes.items())
-    )
+    forms = STORES.forms_of(traced.layers, formats, traced.options).values()
+    shared = {form.format: form.shared_bytes() for form in forms}
+    return _base_bytes(traced) + sum(form.own_bytes() for form in forms) + sum(shared.values())
 
 
 def _base_bytes(traced: TracedProgram) -> int:
@@ -221,38 +192,8 @@ def _base_bytes(traced: TracedProgram) -> int:
     return PROGRAM_BYTES + OPERATOR_BYTES * traced.operators + constants_bytes(traced.rest_bytes) + data_file
 
 
-def _own_bytes(traced: TracedProgram, layer: Layer, format: LayerFormat) -> int:
-    """Of a layer's operators and constants, without those that it has in common with others."""
-    static = layer.name in traced.static and may_be_static(format)
-    find_bytes = PLACE_BYTES if is_codebook(format) else KEY_BYTES
-    constants = constants_bytes(constant_bytes(format, layer.shape), find_bytes)
-    return operators_bytes(format, layer.shape, static, traced.codebooks == "kernel") + constants
-
-
-def _overhead_bytes(traced: TracedProgram, layer: Layer, candidates: Iterable[LayerFormat]) -> int:
-    """Of the candidate format that takes the most beside its `nbytes`; a layer without any counts for nothing."""
-    found = [each for each in candidates if storable(each, layer.kind, layer.shape) is None]
-    return max((_own_bytes(traced, layer, each) - each.nbytes(layer.shape) for each in found), default=0)
-
-
-def _require_formats(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> None:
-    missing, unknown = sorted(traced.layers.keys() - formats), sorted(formats.keys() - traced.layers)
-    for problem, layers in (("no format for", missing), ("the program has no", unknown)):
-        if layers:
-            raise TurbopocketError(f"{traced.component}: {problem} {layers[0]} and {len(layers) - 1} other layers")
-    for name, layer in traced.layers.items():
-        reason = storable(formats[name], layer.kind, layer.shape)
-        if reason is not None:
-            raise TurbopocketError(f"{name}: {reason}")
-
-
-def _require_equal_shares(weights: Mapping[str, CompressedTensor]) -> None:
-    first: dict[tuple[LayerFormat, str], Tensor] = {}
-    for name, weight in weights.items():
-        for part in weight.format.shared_parts:
-            value = weight.parts[part]
-            if not torch.equal(first.setdefault((weight.format, part), value), value):
-                raise TurbopocketError(f"{name}: its {part} of {weight.format} are not those of other layers")
+def _overhead_bytes(form: ProgramForm) -> int:
+    return form.own_bytes() - int(form.format.nbytes(form.layer.shape))
 
 
 def _exported(component: Component) -> torch.export.ExportedProgram:
@@ -296,17 +237,11 @@ def _write(program: torch.export.ExportedProgram, folder: Path, spec: ComponentS
 
 
 def _layers(component: Component, used: Mapping[str, torch.fx.Node]) -> dict[str, Layer]:
-    owner: dict[int, str] = {}
     layers: dict[str, Layer] = {}
     for path, module in component.module.model.named_modules():
         name = f"{component.layer_prefix}{path}"
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
-        first = owner.setdefault(id(module.weight), name)
-        if first != name:
-            raise TurbopocketError(
-                f"{first} and {name} are one parameter: a program with shared weights is not supported"
-            )
         if f"{name}.weight" not in used:
             continue
         others = {str(user.target) for user in used[f"{name}.weight"].users} - set(_LAYER_OPS)
@@ -320,8 +255,8 @@ def _layers(component: Component, used: Mapping[str, torch.fx.Node]) -> dict[str
             )
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             raise TurbopocketError(f"{name}: a Conv2d that pads {module.padding_mode} is not supported for ExecuTorch")
-        kind: Kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
-        layers[name] = Layer(name, kind, tuple(module.weight.shape))
+        shape = tuple(module.weight.shape)
+        layers[name] = Layer(name, kind_of(shape), shape)
     return layers
 
 

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large an ExecuTorch program gets, from counts."""
 
-import math
 from collections.abc import Iterable
-
-from ....quant.formats import Additive, Affine, Codebook, LayerFormat
 
 ALIGNMENT = 16
 KEY_BYTES = 120
@@ -32,19 +29,3 @@ DATA_FILE_BYTES = 1024
 def constants_bytes(sizes: Iterable[int], find_bytes: int = KEY_BYTES) -> int:
     """Bytes of constants of these sizes, with what it takes to find each; XNNPACK's by default."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT + find_bytes for size in sizes)
-
-
-def operators_bytes(format: LayerFormat, shape: tuple[int, ...], static: bool, kernel: bool) -> int:
-    """Bytes of what runs one layer, at most; `kernel` has operators of our own read codebooks."""
-    if isinstance(format, Additive | Codebook):
-        if kernel:
-            return KERNEL_BYTES
-        taps = math.prod(shape[2:])
-        books = format.count if isinstance(format, Additive) else 1
-        return VECTORS_BYTES + BOOK_BYTES * books + (TAP_BYTES * taps if taps > 1 else 0)
-    convolution = math.prod(shape[2:]) != 1
-    if not isinstance(format, Affine):
-        return LAYER_BYTES + (DENSE_CONVOLUTION_BYTES if convolution else 0)
-    if static:
-        return LAYER_BYTES + (STATIC_CONVOLUTION_BYTES if convolution else STATIC_LINEAR_BYTES)
-    return LAYER_BYTES + (ROUNDED_CONVOLUTION_BYTES if convolution else 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ....quant.formats import Affine, CompressedTensor, LayerFormat
+from ....quant.formats import CompressedTensor, LayerFormat
 from ....quant.ranges import Ranges
 from ....runtimes.arm64.cpus import Cpu
 from ....runtimes.arm64.emulator import Emulator
@@ -22,12 +22,13 @@ from ...families.components import components_of
 from ...families.graphs import Component
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
-from ..base import GraphShare, Kind, Target
+from ..base import GraphShare, Target
 from ..side_files import write_tokenizers
 from . import program as executorch
-from .codebook import Codebooks
-from .integer import Static
-from .stores import GROUP_SCALE_DIGITS, STORES
+from .activations import Static
+from .form import Codebooks, FormOptions
+from .integer import GROUP_SCALE_DIGITS
+from .stores import STORES, form_of_weight
 
 FLOAT_ERROR = 1e-4
 """Where no activation is rounded, all that differs is the order of sums."""
@@ -69,6 +70,7 @@ class ExecuTorch(Target):
     codebooks: Codebooks = "portable"
 
     name = "executorch"
+    stores = STORES
     tools = ("executorch",)
     max_lowering_error = LAYER_ERROR
     runtime_names = ("executorch",)
@@ -80,11 +82,9 @@ class ExecuTorch(Target):
     ) -> list[Component]:
         return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
-    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
-        return executorch.storable(format, kind, shape)
-
-    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
-        return STORES[type(format), kind]
+    @property
+    def form_options(self) -> FormOptions:
+        return FormOptions(self.codebooks)
 
     def trace(self, component: Component) -> executorch.TracedProgram:
         return executorch.trace(component, self.static, self.weights_apart, self.codebooks)
@@ -154,4 +154,4 @@ class ExecuTorch(Target):
 
 def _rounds(weights: Mapping[str, CompressedTensor]) -> bool:
     """Whether any layer rounds its input."""
-    return any(isinstance(weight.format, Affine) for weight in weights.values())
+    return any(form_of_weight(name, weight).rounds_input for name, weight in weights.items())

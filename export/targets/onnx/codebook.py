@@ -15,58 +15,37 @@ J = K / D vectors per row.
 from abc import abstractmethod
 from collections.abc import Sequence
 
-import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from ....quant.formats import Additive, Codebook, CompressedTensor
+from ....quant.formats import CompressedTensor
+from ..codebook import CodebookForm
 from .data import StoredTensor
 from .form import Array, Form, cast_to_fp32
 from .trace import DOMAIN, OPSET
 
-_BITS = 8
 _GEOMETRY = ("strides", "pads", "dilations")
 _BIASED = "biased"
 
 
-class _CodebookForm(Form):
+class _CodebookForm(CodebookForm, Form):
     """Codes as graph inputs with a default: what a caller may override is not folded when the graph is loaded."""
 
+    reader = "ONNX"
     operator: str
 
-    @classmethod
-    def refusal(cls, format: Additive | Codebook, shape: tuple[int, ...]) -> str | None:
-        if format.bits != _BITS:
-            return f"ONNX reads codes of {_BITS} bits, {format} has {format.bits}"
-        if isinstance(format, Codebook) and (format.along_outputs or format.rows is not None):
-            return f"ONNX reads one codebook of vectors along the inputs, not {format}"
-        return None
-
-    @property
-    def _count(self) -> int:
-        return self.format.count if isinstance(self.format, Additive) else 1
-
-    @property
-    def _codebooks(self) -> str:
-        """The initializer's name: shared ones are one initializer for all layers."""
-        return f"{self.format}.codebooks" if self.format.shared_parts else self._value("codebooks")
-
     def tensors(self) -> list[StoredTensor]:
-        outputs, count, length = self.layer.shape[0], self._count, self.format.length
-        vectors = int(np.prod(self.layer.shape[1:])) // length
+        codes, codebooks, scale = self.shapes()
+        shared_name = f"{self.format}.codebooks"
         return [
-            self._tensor("codes", TensorProto.UINT8, (outputs, vectors, count)),
-            StoredTensor(self._codebooks, TensorProto.FLOAT16, (count, 2**_BITS, length)),
-            self._tensor("scale", TensorProto.FLOAT16, (outputs,)),
+            self._tensor("codes", TensorProto.UINT8, codes),
+            StoredTensor(
+                shared_name if self.format.shared_parts else self._value("codebooks"), TensorProto.FLOAT16, codebooks
+            ),
+            self._tensor("scale", TensorProto.FLOAT16, scale),
         ]
 
-    def shared(self) -> frozenset[str]:
-        return frozenset((self._codebooks,) if self.format.shared_parts else ())
-
     def arrays(self, weight: CompressedTensor) -> list[Array]:
-        """The codes of a vector lie side by side, so that a kernel reads the file from front to back."""
-        codes, codebooks, scale = (part.numpy() for part in self.format.unpack(weight))
-        codes_MOJ = codes if isinstance(self.format, Additive) else codes[None]
-        return [np.ascontiguousarray(codes_MOJ.transpose(1, 2, 0)), codebooks, scale]
+        return [part.numpy() for part in self.parts(weight)]
 
     def overridable_inputs(self) -> list[ValueInfoProto]:
         codes = self.tensors()[0]
@@ -87,14 +66,14 @@ class _CodebookForm(Form):
         biased = len(node.input) > 2
         inputs = ["x", "codes", "codebooks", "scale", *(["bias"] if biased else [])]
         attributes = [attribute.name for attribute in self._attributes(node)]
-        nodes = [*_summed_vectors(self._count), *self._product(biased)]
+        nodes = [*_summed_vectors(self.count), *self._product(biased)]
         opset = [helper.make_opsetid("", OPSET)]
         function = helper.make_function(DOMAIN, self.operator, inputs, ["y"], nodes, opset, attributes)
         function.overload = self._overload(node)
         return [function]
 
     def _overload(self, node: NodeProto) -> str:
-        return f"{self._count}.{_BIASED}" if len(node.input) > 2 else str(self._count)
+        return f"{self.count}.{_BIASED}" if len(node.input) > 2 else str(self.count)
 
     def _attributes(self, node: NodeProto) -> list[AttributeProto]:
         return []

@@ -6,14 +6,14 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor, Dense
 from .data import StoredTensor
-from .form import Array, Form, cast_to_fp32, conv_of
+from .form import Array, Form, OnnxOptions, cast_to_fp32, conv_of
 
 
 class _DenseForm(Form):
     """Weights as floating-point numbers. fp16 becomes fp32 at every use and is marked so that it is not folded."""
 
     @classmethod
-    def refusal(cls, format: Dense, shape: tuple[int, ...]) -> str | None:
+    def refusal(cls, format: Dense, shape: tuple[int, ...], options: OnnxOptions) -> str | None:
         return None
 
     def overridable_inputs(self) -> list[ValueInfoProto]:

@@ -6,17 +6,17 @@ in memory. Three things are never folded, and every form rests on one of them: t
 DequantizeLinear (kept by ONNX Runtime for its quantised patterns), and initializers that a caller may override.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from numpy.typing import NDArray
 from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor
+from ..layer import LayerForm
 from .data import StoredTensor, data_bytes, external_initializers
 
-Kind = Literal["linear", "conv2d"]
 Array = NDArray[Any]
 
 _LARGE_OFFSET = 10**9
@@ -24,38 +24,28 @@ _LARGE_OFFSET = 10**9
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A Linear or Conv2d of a traced graph: `path` is its module path, `name` has the component in front."""
+class OnnxOptions:
+    """`accuracy_level` of MatMulNBits: 1 computes in fp32, 4 rounds activations to int8, which phones do faster.
 
-    name: str
-    path: str
-    kind: Kind
-    shape: tuple[int, ...]
+    `prepacked` trades twice the file for hardly any private memory, on CPUs like this one only: see `prepack`.
+    """
+
+    accuracy_level: int = 1
+    prepacked: bool = False
+
+
+DEFAULTS = OnnxOptions()
 
 
 @dataclass(frozen=True)
-class Form(ABC):
-    """One layer in one format, as initializers and nodes; all but `arrays` follows from the shape alone."""
+class Form(LayerForm):
+    """One layer in one format, as initializers and nodes."""
 
-    layer: Layer
-    format: Any
-    accuracy_level: int
-
-    summary: ClassVar[str]
-    """What a phone reads and computes, for tables."""
-
-    @classmethod
-    @abstractmethod
-    def refusal(cls, format: Any, shape: tuple[int, ...]) -> str | None:
-        """None when a weight of this shape can be stored in this form, else the reason with its numbers."""
+    options: OnnxOptions
 
     @abstractmethod
     def tensors(self) -> list[StoredTensor]:
-        """The initializers, in the order in which `arrays` gives their values."""
-
-    def shared(self) -> frozenset[str]:
-        """Names of initializers that other layers of the format have too."""
-        return frozenset()
+        """The initializers."""
 
     @abstractmethod
     def arrays(self, weight: CompressedTensor) -> list[Array]:
@@ -82,7 +72,7 @@ class Form(ABC):
 
         What it shares with other layers is not counted.
         """
-        tensors = [tensor for tensor in self.tensors() if tensor.name not in self.shared()]
+        tensors = [tensor for at, tensor in enumerate(self.tensors()) if at not in self.shared()]
         graph = GraphProto(
             node=[*self.prepare(), *self.apply(node)],
             initializer=external_initializers(tensors, offset=_LARGE_OFFSET),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ....quant.formats import Affine, CompressedTensor
 from ....quant.formats.bits import pack
 from .data import StoredTensor
-from .form import Array, Form, cast_to_fp32, conv_of
+from .form import Array, Form, OnnxOptions, cast_to_fp32, conv_of
 
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
@@ -27,7 +27,7 @@ class MatMulNBits(Form):
     summary = "MatMulNBits: codes stay packed in memory"
 
     @classmethod
-    def refusal(cls, format: Affine, shape: tuple[int, ...]) -> str | None:
+    def refusal(cls, format: Affine, shape: tuple[int, ...], options: OnnxOptions) -> str | None:
         columns = shape[1]
         group = format.group or _power_of_two_factor(columns)
         if group >= _SMALLEST_BLOCK and group & (group - 1) == 0:
@@ -102,7 +102,7 @@ class MatMulNBits(Form):
                 N=self.layer.shape[0],
                 bits=self.format.bits,
                 block_size=self.block,
-                accuracy_level=self.accuracy_level,
+                accuracy_level=self.options.accuracy_level,
             )
         ]
 
@@ -113,7 +113,7 @@ class DequantizedConv2d(Form):
     summary = "DequantizeLinear, Conv: codes stay packed in memory, one layer at a time is dense"
 
     @classmethod
-    def refusal(cls, format: Affine, shape: tuple[int, ...]) -> str | None:
+    def refusal(cls, format: Affine, shape: tuple[int, ...], options: OnnxOptions) -> str | None:
         return None
 
     def _scale_shape(self) -> tuple[int, ...]:

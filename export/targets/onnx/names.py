@@ -8,7 +8,7 @@ from onnx import GraphProto, NodeProto, ValueInfoProto, helper
 from torch import Tensor
 
 from ....ground.errors import TurbopocketError
-from .form import Kind, Layer
+from ..layer import Kind, Layer
 
 _KINDS: dict[str, Kind] = {"Linear": "linear", "Conv2d": "conv2d"}
 _WEIGHT = ".weight"
@@ -41,7 +41,7 @@ def name_by_module(
         renamed[node.output[0]] = node.name
         if kind is not None:
             shape = tuple(parameters[path + _WEIGHT].shape)
-            layers[path] = Layer(f"{component}.{path}", path, kind, shape)
+            layers[path] = Layer(f"{component}.{path}", kind, shape)
     _rename(graph, renamed)
     _name_dimensions(graph, free)
     _strip(graph)

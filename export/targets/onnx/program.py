@@ -6,27 +6,26 @@ weight is compressed, and `lower` writes the same bytes every time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from ....ground.errors import TurbopocketError
 from ....quant.formats import CompressedTensor, LayerFormat
 from ....runtimes.manifest import ComponentSpec, TensorSpec
+from ..layer import require_equal_shares
 from .codebook import distinct
 from .data import DATA_FILE, MODEL_FILE, StoredTensor, data_bytes, external_initializers, write_data
-from .form import Array, Form, Layer
+from .form import DEFAULTS, Array, Form, OnnxOptions
 from .integer import MICROSOFT
 from .names import layer_path
 from .prepack import prepack
 from .rest import RestParameter, looked_up, rest_parameters, widened
-from .stores import form_of, storable
+from .stores import STORES
 from .trace import DOMAIN, OPSET, TracedGraph, trace
 
 __all__ = [
+    "DEFAULTS",
     "OnnxOptions",
     "TracedGraph",
     "component_spec",
@@ -35,26 +34,11 @@ __all__ = [
     "lower",
     "lowered_bytes",
     "rest_bytes",
-    "storable",
     "trace",
 ]
 
 IR_VERSION = 10
 _DTYPES: dict[int, Literal["float32", "int64"]] = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
-
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """`accuracy_level` of MatMulNBits: 1 computes in fp32, 4 rounds activations to int8, which phones do faster.
-
-    `prepacked` trades twice the file for hardly any private memory, on CPUs like this one only: see `prepack`.
-    """
-
-    accuracy_level: int = 1
-    prepacked: bool = False
-
-
-DEFAULTS = OnnxOptions()
 
 
 def lower(
@@ -65,9 +49,11 @@ def lower(
 ) -> ComponentSpec:
     """Writes `<component>/model.onnx` and its data file under `folder`, and returns what a manifest says of them.
 
-    Raises TurbopocketError when `weights` are not exactly the traced layers' or ONNX can not store one of them.
+    Raises TurbopocketError when `weights` are not exactly the traced layers', ONNX can not store one of them, or what
+    layers share is not equal.
     """
     forms = _forms(traced, {layer: weight.format for layer, weight in weights.items()}, options)
+    require_equal_shares(weights)
     graph = _Graph(traced, forms)
     target = folder / traced.component
     target.mkdir(parents=True, exist_ok=True)
@@ -110,18 +96,10 @@ def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
     skeleton_bytes = _Graph(traced, {}).model().ByteSize()
     by_path = {layer.path: layer for layer in traced.layers.values()}
     uses = [node for node in traced.skeleton.graph.node if node.domain == DOMAIN]
-    forms = [(node, _storable_forms(by_path[layer_path(node)], formats)) for node in uses]
+    forms = [(node, STORES.storable_forms(by_path[layer_path(node)], formats, DEFAULTS)) for node in uses]
     in_nodes = sum(max((form.overhead_bytes(node) for form in options), default=0) for node, options in forms)
     bodies = distinct([body for node, options in forms for form in options for body in form.functions(node)])
     return skeleton_bytes + in_nodes + _function_bytes(bodies)
-
-
-def _storable_forms(layer: Layer, candidates: Iterable[LayerFormat]) -> list[Form]:
-    return [
-        form_of(layer, format, accuracy_level=1)
-        for format in candidates
-        if storable(format, layer.kind, layer.shape) is None
-    ]
 
 
 def _function_bytes(functions: Sequence[FunctionProto]) -> int:
@@ -149,19 +127,18 @@ class _Graph:
         return list(dict.fromkeys([*(parameter.stored() for parameter in self.rest), *layers]))
 
     def arrays(self, weights: Mapping[str, CompressedTensor]) -> Iterator[tuple[StoredTensor, Array]]:
-        """Values of `tensors`, one layer at a time. Raises TurbopocketError when what layers share is not equal."""
+        """Values of `tensors`, one layer at a time."""
         for parameter in self.rest:
             yield parameter.stored(), parameter.array()
-        shared: dict[str, Array] = {}
+        shared: set[str] = set()
         for form in self.forms.values():
-            for tensor, array in zip(form.tensors(), form.arrays(weights[form.layer.name]), strict=True):
-                if tensor.name not in form.shared():
+            for at, (tensor, array) in enumerate(
+                zip(form.tensors(), form.arrays(weights[form.layer.name]), strict=True)
+            ):
+                if tensor.name not in shared:
                     yield tensor, array
-                elif tensor.name not in shared:
-                    shared[tensor.name] = array
-                    yield tensor, array
-                elif not np.array_equal(shared[tensor.name], array):
-                    raise TurbopocketError(f"{form.layer.name}: its {tensor.name} are not those of other layers")
+                if at in form.shared():
+                    shared.add(tensor.name)
 
     def model(self) -> ModelProto:
         """The graph with all tensors outside."""
@@ -210,11 +187,8 @@ def _rest(traced: TracedGraph) -> list[RestParameter]:
 
 
 def _forms(traced: TracedGraph, formats: Mapping[str, LayerFormat], options: OnnxOptions) -> dict[str, Form]:
-    missing, unknown = sorted(traced.layers.keys() - formats), sorted(formats.keys() - traced.layers)
-    for problem, layers in (("no format for", missing), ("the graph has no", unknown)):
-        if layers:
-            raise TurbopocketError(f"{traced.component}: {problem} {layers[0]} and {len(layers) - 1} other layers")
-    return {layer.path: form_of(layer, formats[name], options.accuracy_level) for name, layer in traced.layers.items()}
+    """By module path."""
+    return {form.layer.path: form for form in STORES.forms_of(traced.layers, formats, options).values()}
 
 
 def _tensor_spec(value: ValueInfoProto) -> TensorSpec:

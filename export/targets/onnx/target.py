@@ -24,7 +24,7 @@ from ...families.components import components_of
 from ...families.graphs import Component
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
-from ..base import GraphShare, Kind, Target
+from ..base import GraphShare, Target
 from ..side_files import TOKENIZER_FILES, write_side_files
 from . import program as onnx
 from .stores import STORES
@@ -44,6 +44,7 @@ class Onnx(Target):
 
     options: onnx.OnnxOptions = onnx.DEFAULTS
     name = "onnx"
+    stores = STORES
     tools = ("onnx", "onnxruntime")
     max_lowering_error = 1e-4
     runtime_names = ("onnxruntime",)
@@ -55,11 +56,9 @@ class Onnx(Target):
     ) -> list[Component]:
         return components_of(model, sizes, image_to_image=image_to_image)
 
-    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
-        return onnx.storable(format, kind, shape)
-
-    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
-        return STORES[type(format), kind].summary
+    @property
+    def form_options(self) -> onnx.OnnxOptions:
+        return self.options
 
     def trace(self, component: Component) -> onnx.TracedGraph:
         return onnx.trace(component)
@@ -71,7 +70,7 @@ class Onnx(Target):
         return onnx.fixed_bytes(traced, candidates)
 
     def lowered_bytes(self, traced: onnx.TracedGraph, formats: Mapping[str, LayerFormat]) -> int:
-        return onnx.lowered_bytes(traced, formats)
+        return onnx.lowered_bytes(traced, formats, self.options)
 
     def lower(self, traced: onnx.TracedGraph, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
         return onnx.lower(traced, weights, folder, self.options)

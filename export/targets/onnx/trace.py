@@ -22,9 +22,8 @@ from onnxscript import opset21, optimizer
 from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
-from ....ground.errors import TurbopocketError
 from ...families.graphs import Component
-from .form import Layer
+from ..layer import Layer, require_own_weights
 from .names import name_by_module
 
 DOMAIN = "turbopocket"
@@ -54,6 +53,7 @@ def trace(component: Component) -> TracedGraph:
 
     Raises TurbopocketError when two layers share one weight or a layer is no module of its own.
     """
+    require_own_weights(component)
     model = _exported(component)
     parameters = _detach_parameters(model, component)
     _simplify(model)
@@ -188,18 +188,9 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _detach_parameters(model: ir.Model, component: Component) -> dict[str, Tensor]:
-    """Turns parameters from initializers into graph inputs named by module path, and returns them by that name.
-
-    Raises TurbopocketError when layers share a weight: it would be counted and compressed twice.
-    """
+    """Turns parameters from initializers into graph inputs named by module path, and returns them by that name."""
     detached: dict[str, Tensor] = {}
-    owner: dict[int, str] = {}
     for name, parameter in component.module.named_parameters(remove_duplicate=False):
-        first = owner.setdefault(id(parameter), name)
-        if first != name:
-            raise TurbopocketError(
-                f"{first} and {name} are one parameter: a graph with shared weights is not supported"
-            )
         value = model.graph.initializers.pop(name, None)
         if value is not None:
             value.const_value = None
@@ -231,19 +222,20 @@ def _simplify(model: ir.Model) -> None:
         simplification(model)
 
 
+# onnxscript has rules for the next two, which do not fit: `mul_by_1_rule` and `div_by_1_rule` take all that is within
+# 1e-5 of 1 for 1, and `materialize_reshape_shape_rule` gives every Reshape an attribute more.
 def _drop_unit_factors(model: ir.Model) -> None:
     """Turns x / 1 and x * 1 into x: diffusers divides by an output scale that no published model sets."""
     for node in model.graph:
-        if node.op_type in ("Div", "Mul") and _is_one(node.inputs[1]):
+        unit = node.op_type in ("Div", "Mul") and _is_one(node.inputs[1])
+        if unit and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(node.inputs[0])
 
 
 def _is_one(value: ir.Value | None) -> bool:
-    producer = value.producer() if value is not None else None
-    constant = value.const_value if value is not None else None
-    if producer is not None and producer.op_type == "Constant":
-        constant = ir.convenience.get_const_tensor(value)
-    return constant is not None and constant.size == 1 and bool(constant.numpy() == 1)
+    """Whether it is the constant 1 without dimensions: those of any other may be more than x has, and become y's."""
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return constant is not None and not constant.shape and bool(constant.numpy() == 1)
 
 
 def _fix_reshapes(model: ir.Model) -> None:

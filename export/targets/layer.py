@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a weight format meets a target: one form per class of formats and kind of layer, and nowhere else.
+
+O outputs, I inputs, kh kw kernel height and width.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...ground.errors import TurbopocketError
+from ...ground.names import LayerName
+from ...quant.formats import CompressedTensor, LayerFormat
+from ..families.graphs import Component
+
+Kind = Literal["linear", "conv2d"]
+
+
+def kind_of(shape: Sequence[int]) -> Kind:
+    """The kind of layer that has a weight of this shape: [O, I] or [O, I, kh, kw]."""
+    return "conv2d" if len(shape) == 4 else "linear"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Linear or Conv2d of a component: `name` is its module path with the component's name in front."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        """Its module path inside the component."""
+        return LayerName.parse(self.name).path
+
+
+@dataclass(frozen=True)
+class LayerForm(ABC):
+    """One layer in one format on one target; all but `arrays` and `reference` follows from the shape alone.
+
+    `options` are what the target's options say of layers.
+    """
+
+    layer: Layer
+    format: Any
+    options: Any
+
+    summary: ClassVar[str]
+    """What reads the weight, and computes with it, for tables."""
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, format: Any, shape: tuple[int, ...], options: Any) -> str | None:
+        """None when a weight of this shape, which the format fits, can be stored; else the reason with its numbers."""
+
+    @abstractmethod
+    def tensors(self) -> Sequence[Any]:
+        """Type and shape of everything that is stored of the weight, in the target's own terms."""
+
+    @abstractmethod
+    def arrays(self, weight: CompressedTensor) -> Sequence[Any]:
+        """The values of `tensors`, in their order."""
+
+    def shared(self) -> tuple[int, ...]:
+        """Which of `tensors`, by index, all layers of the format have in common: they are stored once."""
+        return ()
+
+    def reference(self, module: nn.Module, weight: CompressedTensor) -> nn.Module:
+        """The layer as the runtime computes it, in PyTorch; it shares all of `module`'s tensors but the weight.
+
+        Where a runtime rounds nothing by design that is the layer with the stored weight, dense.
+        """
+        dense = copy.deepcopy(module, {id(tensor): tensor for tensor in module.parameters()})
+        dense.weight = nn.Parameter(weight.format.decompress(weight), requires_grad=False)
+        return dense
+
+
+Form = TypeVar("Form", bound=LayerForm)
+
+
+@dataclass(frozen=True)
+class Stores(Generic[Form]):
+    """What a target stores natively: `forms` by class of formats and kind of layer; `target` is its name in messages.
+
+    A format that is not in `forms` has no compressed form there.
+    """
+
+    target: str
+    forms: Mapping[tuple[type[LayerFormat], Kind], type[Form]]
+
+    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...], options: Any) -> str | None:
+        """None when a layer of this kind and shape stays compressed in that format, else the reason."""
+        form = self.forms.get((type(format), kind))
+        if form is None:
+            return f"{self.target} has no compressed {kind} for {format}"
+        return format.fits(shape) or form.refusal(format, shape, options)
+
+    def form_of(self, layer: Layer, format: LayerFormat, options: Any) -> Form:
+        """The layer's form in that format. Raises TurbopocketError with `storable`'s reason when there is none."""
+        reason = self.storable(format, layer.kind, layer.shape, options)
+        if reason is not None:
+            raise TurbopocketError(f"{layer.name}: {reason}")
+        return self.forms[type(format), layer.kind](layer, format, options)
+
+    def storable_forms(self, layer: Layer, formats: Iterable[LayerFormat], options: Any) -> list[Form]:
+        """The layer's forms in those of the formats that it can be stored in."""
+        kept = [each for each in formats if self.storable(each, layer.kind, layer.shape, options) is None]
+        return [self.form_of(layer, format, options) for format in kept]
+
+    def forms_of(
+        self, layers: Mapping[str, Layer], formats: Mapping[str, LayerFormat], options: Any
+    ) -> dict[str, Form]:
+        """Each layer's form, by its full name, in the layers' order.
+
+        Raises TurbopocketError when `formats` are not exactly the layers', or one of them can not be stored.
+        """
+        missing, foreign = sorted(layers.keys() - formats), sorted(formats.keys() - layers)
+        for problem, names in (("no format for", missing), ("the graph has no", foreign)):
+            if names:
+                raise TurbopocketError(f"{problem} {names[0]}{_and_others(len(names) - 1)}")
+        return {name: self.form_of(layer, formats[name], options) for name, layer in layers.items()}
+
+
+def with_references(
+    component: Component, forms: Mapping[str, LayerForm], weights: Mapping[str, CompressedTensor]
+) -> Component:
+    """The component with the reference of each form (by full name) in its layer's place.
+
+    It shares all tensors but the layers' weights.
+    """
+    shared: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*component.module.parameters(), *component.module.buffers())
+    }
+    module = copy.deepcopy(component.module, shared)
+    model: nn.Module = module.model
+    for name, form in forms.items():
+        layer = form.reference(model.get_submodule(form.layer.path), weights[name])
+        model.set_submodule(form.layer.path, layer)
+    return replace(component, module=module)
+
+
+def require_equal_shares(weights: Mapping[str, CompressedTensor]) -> None:
+    """Returns when what all layers of a format have in common is equal in all of them, else names the first other."""
+    first: dict[tuple[LayerFormat, str], Tensor] = {}
+    for name, weight in weights.items():
+        for part in weight.format.shared_parts:
+            value = weight.parts[part]
+            if not torch.equal(first.setdefault((weight.format, part), value), value):
+                raise TurbopocketError(f"{name}: its {part} of {weight.format} are not those of other layers")
+
+
+def require_own_weights(component: Component) -> None:
+    """Returns when no layer's weight is another parameter of the component as well; TurbopocketError names both.
+
+    Such a weight would be counted and compressed twice, or be missed where it is read as it is.
+    """
+    layers = {
+        f"{component.layer_prefix}{path}.weight"
+        for path, module in component.module.model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    owner: dict[int, str] = {}
+    for name, parameter in component.module.named_parameters(remove_duplicate=False):
+        first = owner.setdefault(id(parameter), name)
+        if first != name and layers & {first, name}:
+            raise TurbopocketError(
+                f"{first} and {name} are one parameter: layers with shared weights are not supported"
+            )
+
+
+def _and_others(count: int) -> str:
+    return {0: "", 1: " and 1 other layer"}.get(count, f" and {count} other layers")
