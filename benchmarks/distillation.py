@@ -30,9 +30,9 @@ from turbopocket.pocket.scenes import sample_scenes
 from turbopocket.quant.distill.denoiser import Denoiser
 from turbopocket.quant.distill.diffusion import Diffusion
 from turbopocket.quant.distill.options import DEVICE_NAMES, DistillOptions
-from turbopocket.quant.distill.steps import FixedIntervals, even_walk
+from turbopocket.quant.distill.steps import FixedIntervals, Step, even_walk
 from turbopocket.quant.distill.tdm import guided_clean_and_noise
-from turbopocket.quant.distill.trajectory_mse import network_evaluations
+from turbopocket.quant.distill.trajectory_mse import TEACHER_STEPS
 from turbopocket.runtimes.schedule import SamplerSpec, alphas_cumprod
 from turbopocket.runtimes.scheduler_classes import config_for
 
@@ -156,6 +156,18 @@ def ablate(teacher: str, options: DistillOptions, folder: Path, frechet_pictures
         {name: row for name, row in rows.items() if "2 steps" not in name}, SHOWN_PROMPTS, DOCS / "ablations.png"
     )
     return results
+
+
+def network_evaluations(walk: Sequence[Step], guidance: float) -> tuple[float, float]:
+    """Forward passes that one iteration costs by TDM and by regression; a backward pass counts as two.
+
+    TDM: half the walk to get there, the student's step and the fake score's update with gradient, the fake and the
+    guided teacher without. Regression: the teacher's whole trajectory, and every student step with gradient.
+    """
+    asks = 2 if guidance > 1 else 1
+    tdm = (len(walk) - 1) / 2 + 3 + 3 + 1 + asks
+    per_step = -(-TEACHER_STEPS // len(walk))
+    return tdm, per_step * len(walk) * asks + 3 * len(walk)
 
 
 def mse_iterations(options: DistillOptions) -> int:
