@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The UNet of `pocket-turbo` in codebooks of 2, 3 and 4 bits, device by device, beside scalar formats of as many bytes.
 
-    python benchmarks/codebooks.py [--rows avq2x8-d8,int4-row] [--out benchmarks/results/codebooks.json]
+    python benchmarks/codebooks.py [--formats avq2x8-d8,int4-row] [--out benchmarks/results/codebooks.json]
 
 Steps of VQDM, each on top of the one before: residual k-means; beam search under the Hessian; Hessians collected anew
 behind the stored blocks (`sequential`); fine-tuning. Every layer of 4,096 weights or more that takes the format is
@@ -32,12 +32,13 @@ from turbopocket.pocket.evaluate import frechet_distance, write_json
 from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.render import render
 from turbopocket.pocket.scenes import sample_scenes
-from turbopocket.quant.calibrate import LayerStats, calibrate
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import compress, decompressed
 from turbopocket.quant.finetune import Calls, FineTuneOptions, fine_tune
 from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.observe import LayerStats
 from turbopocket.quant.plan import Choice, Plan
 from turbopocket.quant.sequential import compress_in_blocks
 from turbopocket.runtimes.compare.metrics import psnr_db

@@ -29,6 +29,7 @@ from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.observe import SecondMoment
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.kernels.library import onnx_operators
 from turbopocket.runtimes.manifest import Manifest
@@ -94,7 +95,7 @@ def main() -> None:
     layers, weights, each = compressible_layers(NAME, model), {}, {}
     for name, layer in layers.items():
         start = time.process_time()
-        weights[name] = form.compress(layer.weight, VQDM, stats[name].hessian_KK)
+        weights[name] = form.compress(layer.weight, VQDM, stats[name][SecondMoment].hessian_KK)
         each[name] = {"shape": list(layer.weight.shape), "seconds": time.process_time() - start}
         print(name, each[name], flush=True)
     fitted = sum(layer.weight.numel() for layer in layers.values())

@@ -32,12 +32,13 @@ from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import Recipe
 from turbopocket.export.targets.side_files import write_side_files
 from turbopocket.export.verify.gaps import Session, torch_runner
-from turbopocket.quant.calibrate import LayerStats, calibrate
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.fit import GPTQ, MSE, VQDM, AdditiveGrid, Fit
 from turbopocket.quant.fit.residual import residual_kmeans
 from turbopocket.quant.fit.vqdm import Refinement, Search
 from turbopocket.quant.formats import Additive, matrix_view, parse_format
 from turbopocket.quant.layers import weight_of
+from turbopocket.quant.observe import LayerStats, SecondMoment
 from turbopocket.quant.sensitivity import hessian_loss
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import ComponentSpec, TensorSpec
@@ -62,7 +63,7 @@ def calibrated(model: LoadedModel, pictures: int, seed: int) -> tuple[dict[str, 
     components = components_of(model)
     draft = pipeline_manifest(model, Recipe(), {component.name: spec_of(component) for component in components}, ())
     with tempfile.TemporaryDirectory() as folder:
-        write_side_files(model, {component.name: component for component in components}, Path(folder))
+        write_side_files(model, {component.name: component for component in components}, draft.image.size, Path(folder))
         tokenizers = open_tokenizers(Path(folder), draft)
     session = Session(draft, tokenizers, evidence_for(model).prompts("calibrate", pictures, seed), seed)
     runner = torch_runner(components)
@@ -184,7 +185,7 @@ def main() -> None:
     _, unseen = calibrated(model, options.pictures, seed=7)
     fitting = [name for name, weight in weights.items() if parse_format(FORMAT).fits(tuple(weight.shape)) is None]
     order = [fitting[index] for index in np.random.default_rng(0).permutation(len(fitting))]
-    hessians = {name: stats[name].hessian_KK for name in fitting}
+    hessians = {name: stats[name][SecondMoment].hessian_KK for name in fitting}
     large = sorted((n for n in order if n.startswith("unet.")), key=lambda n: -weights[n].numel())
     name = large[0]
     write("profile", {"layer": name} | profiled(matrix_view(weights[name].float()), hessians[name]))
@@ -201,7 +202,7 @@ def main() -> None:
         write("beside", beside)
     rows: dict[str, Any] = {}
     for name in order[: options.layers]:
-        rows[name] = both(weights[name].float(), hessians[name], unseen[name].hessian_KK)
+        rows[name] = both(weights[name].float(), hessians[name], unseen[name][SecondMoment].hessian_KK)
         write("layers", {"summary": summary(list(rows.values()), len(fitting)), "each": rows})
         print(name, rows[name], flush=True)
 

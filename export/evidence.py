@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is shown and how its pictures are judged: prompts for each use, never the same ones twice."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 
 from ..ground.errors import TurbopocketError
 from ..runtimes.compare.replay import FeatureDistance
-from .checkpoint.source import BUNDLED
+from .checkpoint.json_object import read_json_object
 from .families.base import LoadedModel
 
 Use = Literal["calibrate", "measure", "report"]
 SceneSplit = Literal["train", "selection", "test"]
+EVIDENCE_FILE = "evidence.json"
 USES: tuple[Use, ...] = ("calibrate", "measure", "report")
 Picture = NDArray[np.uint8]
 
@@ -38,8 +40,20 @@ class Evidence(Protocol):
 
 
 def evidence_for(model: LoadedModel) -> Evidence:
-    """Returns the scene language and judge of a bundled model, else the built-in prompts and no judge."""
-    return SceneEvidence() if model.folder in BUNDLED.values() else TextEvidence()
+    """Returns the evidence that the model's folder names in `evidence.json`, else everyday prompts and no judge.
+
+    A student's folder has its teacher's file. Raises TurbopocketError when the file is damaged or names another one.
+    """
+    file = model.folder / EVIDENCE_FILE
+    if not file.is_file():
+        return TextEvidence()
+    values = read_json_object(file)
+    if set(values) != {"prompts"} or str(values["prompts"]) not in NAMED:
+        raise TurbopocketError(
+            f'{file} holds {json.dumps(values)[:200]}; allowed is {{"prompts": NAME}}, NAME one of {", ".join(NAMED)}',
+            hint="delete the file: prompts of everyday things are used then",
+        )
+    return NAMED[values["prompts"]]()
 
 
 class SceneEvidence:
@@ -100,6 +114,9 @@ class TextEvidence:
 
     def alignment(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> None:
         """Nobody can tell."""
+
+
+NAMED: Mapping[str, Callable[[], Evidence]] = {"scenes": SceneEvidence, "everyday": TextEvidence}
 
 
 def read_prompts(file: Path) -> list[str]:

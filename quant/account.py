@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .calibrate import LayerStats
+from ..ground.names import LayerName
 from .formats import CompressedTensor, Dense, parse_format
 from .layers import weight_of
+from .observe import LayerStats, SecondMoment
 from .plan import Choice
 from .sensitivity import hessian_loss
 
@@ -48,7 +49,7 @@ def account(choices: Iterable[Choice]) -> Account:
             kept.append(choice.layer)
         for part, spec in layer_format.part_specs(choice.shape).items():
             if part in layer_format.shared_parts:
-                shared = choice.layer.split(".", 1)[0], choice.format, part
+                shared = LayerName.parse(choice.layer).component, choice.format, part
                 if shared in counted:
                     continue
                 counted.add(shared)
@@ -63,7 +64,7 @@ def layer_snr_db(
     found: dict[str, float | None] = {}
     for name, layer in layers.items():
         stored, weight = weights[name], weight_of(name, layer).detach().float()
-        noise = hessian_loss(stored.format.decompress(stored) - weight, stats[name].hessian_KK)
-        signal = hessian_loss(weight, stats[name].hessian_KK)
+        noise = hessian_loss(stored.format.decompress(stored) - weight, stats[name][SecondMoment].hessian_KK)
+        signal = hessian_loss(weight, stats[name][SecondMoment].hessian_KK)
         found[name] = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
     return found

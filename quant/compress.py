@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
-from .calibrate import LayerStats
 from .fit import Fit
 from .formats import CompressedTensor, parse_format
 from .layers import compressible_layers, weight_of
+from .observe import LayerStats, SecondMoment
 from .plan import Choice, Plan
 from .workers import Spread, in_turn
 
@@ -53,7 +53,7 @@ def _job(layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mappi
     if tuple(weight.shape) != choice.shape:
         found, planned = list(weight.shape), list(choice.shape)
         raise TurbopocketError(f"{choice.layer}: weight of shape {found}, planned for shape {planned}")
-    return _Job(choice, weight, fit, stats[choice.layer].hessian_KK if choice.layer in stats else None)
+    return _Job(choice, weight, fit, stats[choice.layer][SecondMoment].hessian_KK if choice.layer in stats else None)
 
 
 def _stored(job: _Job) -> CompressedTensor:

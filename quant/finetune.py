@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..ground.errors import TurbopocketError
-from .fit.base import FP16_DIGITS
+from .fit.grids import FP16_DIGITS
 from .formats import Affine, CompressedTensor, Dense
 from .formats.base import LayerFormat
 

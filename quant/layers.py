@@ -4,12 +4,13 @@
 from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError
+from ..ground.names import LayerName
 
 
 def compressible_layers(component: str, module: nn.Module) -> dict[str, nn.Module]:
     """Every Linear and every Conv2d with groups = 1, by name: `<component>.<module path>`."""
     return {
-        f"{component}.{path}" if path else component: layer
+        str(LayerName(component, path)): layer
         for path, layer in module.named_modules()
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
     }

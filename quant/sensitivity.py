@@ -17,24 +17,14 @@ from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
-from .calibrate import LayerStats
 from .fit import Fit
 from .formats import LayerFormat, matrix_view
 from .layers import weight_of
+from .observe import LayerStats, SecondMoment
 from .plan import Candidate, LayerChoices
 from .workers import Spread, in_turn
 
 SCHEMA_VERSION = 1
-
-
-def fitting(shapes: Mapping[str, tuple[int, ...]], formats: Sequence[LayerFormat]) -> dict[str, list[LayerFormat]]:
-    """For each layer the formats that can store its shape; TurbopocketError with all reasons when none can."""
-    candidates = {name: [each for each in formats if each.fits(shape) is None] for name, shape in shapes.items()}
-    for name, kept in candidates.items():
-        if not kept:
-            reasons = "; ".join(str(each.fits(shapes[name])) for each in formats) or "no formats were given"
-            raise TurbopocketError(f"{name}: no format fits: {reasons}")
-    return candidates
 
 
 def measure(
@@ -118,7 +108,7 @@ def _job(
         raise TurbopocketError(f"{name}: no statistics, the layer did not run while calibrating")
     if not formats:
         raise TurbopocketError(f"{name}: no candidate format")
-    return _Job(name, weight, tuple(formats), fit, stats[name].hessian_KK)
+    return _Job(name, weight, tuple(formats), fit, stats[name][SecondMoment].hessian_KK)
 
 
 def _fitted(job: _Job) -> _Fitted:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from ...quant.calibrate import LayerStats, calibrate, ranges_of
+from ...ground.names import at_place
+from ...quant.calibrate import calibrate, ranges_of
 from ...quant.fit import Fit
 from ...quant.formats import LayerFormat
+from ...quant.observe import LayerStats
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
 from ...runtimes.manifest import Manifest
@@ -114,7 +116,8 @@ def calibration_drawing(
 
     def draw_all() -> None:
         for index in range(len(prompts)):
-            drawing.draw(runner, index)
+            with at_place(picture=index):
+                drawing.draw(runner, index)
             advance()
 
     return draw_all

@@ -16,11 +16,12 @@ from torch import Tensor
 from ...ground.arrays import Arrays
 from ...ground.errors import ParityFailed, TurbopocketError
 from ...quant.account import layer_snr_db
-from ...quant.calibrate import LayerStats, ranges_of
+from ...quant.calibrate import ranges_of
 from ...quant.compress import compress, decompressed
 from ...quant.finetune import Calls, fine_tune
 from ...quant.fit import measuring_fit, parse_fit
 from ...quant.formats import CompressedTensor
+from ...quant.observe import LayerStats
 from ...quant.plan import LayerChoices, Plan
 from ...quant.ranges import Ranges
 from ...quant.sensitivity import measure

@@ -16,8 +16,6 @@ from ..families.graphs import Component
 from ..targets.base import Target
 from ..units import format_bytes
 
-GRAPH_BYTES_PER_LAYER = 1500
-GRAPH_BYTES_PER_COMPONENT = 8_000
 MANIFEST_BYTES = 6_000
 MANIFEST_BYTES_PER_LAYER = 80
 """From built artifacts; a build counts the real bytes."""
@@ -52,17 +50,21 @@ class FixedBytes:
 def fixed_bytes(target: Target, model: LoadedModel, components: Sequence[Component], size: ImageSize) -> FixedBytes:
     """Returns about how many bytes ship that are not a layer's weight; `size` is the pictures' default.
 
-    Tensors that are no layer's weight count as fp16, configs and tokenizers as the target would write them. Raises
-    TurbopocketError for files that the target cannot do without.
+    Tensors that are no layer's weight count as the target stores them, configs and tokenizers as it would write them.
+    Raises TurbopocketError for files that the target cannot do without.
     """
-    layer_count = len(layers_of(components))
-    graphs = GRAPH_BYTES_PER_LAYER * layer_count + GRAPH_BYTES_PER_COMPONENT * len(components)
+    shapes = shapes_of(layers_of(components))
+    layer_count, convolutions = len(shapes), sum(len(shape) == 4 for shape in shapes.values())
+    share = target.graph_share
+    graphs = share.linear * (layer_count - convolutions) + share.conv2d * convolutions
+    graphs += share.component * len(components)
     estimates = [
         Estimate(
             "graphs",
             graphs,
-            f"{GRAPH_BYTES_PER_LAYER:,} bytes for each of {layer_count:,} layers and {GRAPH_BYTES_PER_COMPONENT:,} for "
-            f"each of {len(components)} components, as in built artifacts",
+            f"{share.linear:,} bytes for each of {layer_count - convolutions:,} Linear, {share.conv2d:,} for each of "
+            f"{convolutions:,} Conv2d and {share.component:,} for each of {len(components)} components, as in built "
+            "artifacts",
         ),
         Estimate(
             "manifest",
@@ -72,7 +74,7 @@ def fixed_bytes(target: Target, model: LoadedModel, components: Sequence[Compone
         *_absent(target, model),
     ]
     other = sum(_other_parameters(component) for component in components)
-    return FixedBytes(2 * other + _side_files(target, model, components, size), tuple(estimates))
+    return FixedBytes(share.value * other + _side_files(target, model, components, size), tuple(estimates))
 
 
 def _other_parameters(component: Component) -> int:

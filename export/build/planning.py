@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...ground.errors import OverBudget
-from ...quant.calibrate import LayerStats
 from ...quant.compress import decompressed
 from ...quant.finetune import stand_ins
 from ...quant.formats import LayerFormat, parse_format
+from ...quant.observe import LayerStats
 from ...quant.plan import LayerChoices, Plan, plan, refuse_over_budget, smallest_total_bytes
 from .bench import Workbench, traced, with_ranges
 from .manifest import expected_manifest_bytes, folder_bytes

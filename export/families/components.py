@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ...ground.names import LayerName
 from ...quant.layers import compressible_layers, weight_of
 from ...runtimes.image_size import ImageSize
 from .base import LoadedModel
@@ -67,7 +68,7 @@ def parameter_count(component: Component) -> int:
 
 def component_name(layer: str) -> str:
     """Returns the component that owns a layer."""
-    return layer.split(".", 1)[0]
+    return LayerName.parse(layer).component
 
 
 def group_name(layer: str) -> str:

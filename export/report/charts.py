@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
+from ...ground.names import LayerName
 from ...quant.plan import Plan
 from ..units import UNIT_BYTES, format_bytes
 from .data import TradeoffPoint
@@ -31,7 +32,7 @@ def layer_chart(plan: Plan, layer_snr_db: Mapping[str, float | None], format_cla
         tooltip = f"{choice.layer}\n{choice.format}, {told}, {format_bytes(choice.nbytes)}"
         height = y(math.inf if snr_db is None else snr_db)
         dots.append(dot(x(index), height, format_classes[choice.format], tooltip))
-    components = [choice.layer.split(".", 1)[0] for choice in plan.choices]
+    components = [LayerName.parse(choice.layer).component for choice in plan.choices]
     return _WIDE.figure(
         "Signal-to-noise ratio of each layer's stored weights",
         _WIDE.y_axis(y, "SNR, dB (higher is better)", lambda value: f"{value:g}"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from ...ground.names import LayerName
 from ...quant.formats import parse_format
 from ...quant.plan import Choice, Plan
 from ...runtimes.compare.rows import ParityRow
@@ -176,7 +177,7 @@ def block_bars(plan: Plan, classes: Mapping[str, str]) -> tuple[Bar, ...]:
 
 def _block(choice: Choice) -> str:
     match = _BLOCK.match(choice.layer)
-    return match[1] if match else choice.layer.split(".", 1)[0]
+    return match[1] if match else LayerName.parse(choice.layer).component
 
 
 def _bars(rows: Sequence[tuple[str, Sequence[tuple[str, str, int]]]]) -> tuple[Bar, ...]:

@@ -40,6 +40,7 @@ def ship(folder: Path, model: Path, weights: Path, results: Path, sheet: Path, s
     set_spacing(pipeline, spacing)
     write_weights(pipeline, model, judge_file, weights)
     write_json(weights / SAMPLING_FILE, {"steps": STEPS, "guidance_scale": guidance})
+    write_json(weights / "evidence.json", {"prompts": "scenes"})
     shipped = StableDiffusionXLPipeline.from_pretrained(weights, dtype=torch.float32)
     images_for = pipeline_images(shipped, STEPS, guidance)
     result = evaluate(images_for, judge, split="test", prompts=TEST_PROMPTS, seed=seed)

@@ -1,21 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to choose codes for a grid: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward),
-`vqdm` (as gptq for integers; sums of codebook vectors by beam search, where the others take residual k-means)."""
+"""Ways to choose codes: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward) for integers, and `vqdm` (as
+gptq for integers, sums of codebook vectors by beam search). Other grids take k-means in all of them."""
+
+from typing import Any
 
 from ...ground.errors import TurbopocketError
 from .absmax import absmax_codes
-from .base import AdditiveCodes, AdditiveGrid, Fit, Grid, GridCodes
+from .base import Fit, Solver
 from .gptq import gptq_codes
+from .grids import (
+    AdditiveCodes,
+    AdditiveGrid,
+    Grid,
+    IntegerCodes,
+    IntegerGrid,
+    TableCodes,
+    TableGrid,
+    VectorCodes,
+    VectorGrid,
+)
 from .mse import mse_codes
 from .residual import residual_kmeans
+from .tables import codebook_kmeans, table_kmeans
 from .vqdm import quick_vqdm_codes, vqdm_codes
 
-ABSMAX = Fit("absmax", needs_hessian=False, choose=absmax_codes, choose_vectors=residual_kmeans)
-MSE = Fit("mse", needs_hessian=False, choose=mse_codes, choose_vectors=residual_kmeans)
-GPTQ = Fit("gptq", needs_hessian=True, choose=gptq_codes, choose_vectors=residual_kmeans)
-VQDM = Fit("vqdm", needs_hessian=True, choose=gptq_codes, choose_vectors=vqdm_codes)
+SOLVERS: dict[type[Grid[Any]], Solver] = {
+    IntegerGrid: mse_codes,
+    TableGrid: table_kmeans,
+    VectorGrid: codebook_kmeans,
+    AdditiveGrid: residual_kmeans,
+}
+"""What a fit does with a grid that it has no better way for."""
+
+MSE = Fit("mse", SOLVERS)
+ABSMAX = Fit("absmax", SOLVERS | {IntegerGrid: absmax_codes}, measuring=MSE)
+GPTQ = Fit("gptq", SOLVERS | {IntegerGrid: gptq_codes}, measuring=MSE)
+# `mse` puts integers and palettes in the order that the other fits put them in, but sees nothing of what the beam
+# search gains for sums of vectors; a plan made with it would avoid them.
+QUICK_VQDM = Fit("quick vqdm", {**GPTQ.solvers, AdditiveGrid: quick_vqdm_codes})
+VQDM = Fit("vqdm", {**GPTQ.solvers, AdditiveGrid: vqdm_codes}, measuring=QUICK_VQDM)
 FITS = (ABSMAX, MSE, GPTQ, VQDM)
-QUICK_VQDM = Fit("quick vqdm", needs_hessian=True, choose=gptq_codes, choose_vectors=quick_vqdm_codes)
 
 __all__ = [
     "ABSMAX",
@@ -27,7 +51,12 @@ __all__ = [
     "AdditiveGrid",
     "Fit",
     "Grid",
-    "GridCodes",
+    "IntegerCodes",
+    "IntegerGrid",
+    "TableCodes",
+    "TableGrid",
+    "VectorCodes",
+    "VectorGrid",
     "measuring_fit",
     "parse_fit",
 ]
@@ -42,9 +71,5 @@ def parse_fit(text: str) -> Fit:
 
 
 def measuring_fit(fit: Fit) -> Fit:
-    """The fit whose losses a plan compares: as fair to every format as `fit`, and quick, since it tries them all.
-
-    `mse` puts integers and palettes in the order that the other fits put them in, but sees nothing of what the beam
-    search gains for sums of vectors; a plan made with it would avoid them.
-    """
-    return QUICK_VQDM if fit.name == VQDM.name else MSE
+    """The fit whose losses a plan for `fit` compares."""
+    return fit.measuring or fit

@@ -8,7 +8,7 @@ K columns, M codebooks, P entries of one, D length of a vector, J vectors per ro
 import torch
 from torch import Tensor
 
-from .base import summed_vectors
+from .grids import summed_vectors
 
 # Three times as many gained nothing on the three layers of `pocket` where that was tried.
 STEPS = 10

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
-from .base import Grid, GridCodes, as_codes, checked_hessian, nearest_steps
+from .base import as_codes, checked_hessian, nearest_steps
+from .grids import IntegerCodes, IntegerGrid
 from .mse import best_scale
 
 # Added to the Hessian's diagonal as a share of its mean (GPTQ section 3.3, step 3).
@@ -20,7 +21,7 @@ DAMPING = 0.01
 BLOCK_COLUMNS = 128
 
 
-def gptq_codes(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> GridCodes:
+def gptq_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None = None) -> IntegerCodes:
     """Codes of low tr[(Ŵ - W) H (Ŵ - W)ᵀ]; the scale of a group is searched when its first column is reached.
 
     Columns that were never driven (H[k, k] = 0) neither send nor receive error: they round to nearest.
@@ -64,7 +65,7 @@ def error_feedback(hessian_KK: Tensor) -> Tensor:
 class _Sweep:
     """The state of one pass over the columns; `pending_KO` already holds the errors of the columns passed."""
 
-    grid: Grid
+    grid: IntegerGrid
     feedback_KK: Tensor
     pending_KO: Tensor
     steps_KO: Tensor

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from .base import (
-    Grid,
-    GridCodes,
     as_codes,
     checked_hessian,
     covering_scale,
@@ -17,14 +15,16 @@ from .base import (
     storable_scale,
     value_range,
 )
+from .grids import IntegerCodes, IntegerGrid
 
-# Shares of the full range that a scale may cover; a long tail in a 4-bit row is worth clipping far.
+# Shares of the full range that a scale may cover, down to a third; a long tail in a 4-bit row is worth clipping far.
+# Chosen, not measured: least squares afterwards makes up for the distance between two of them.
 SHRINKS = tuple(1.0 - 0.035 * step for step in range(20))
 # Weights per pass: the few working copies of one chunk stay in a core's cache.
 CHUNK_WEIGHTS = 2**16
 
 
-def mse_codes(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -> GridCodes:
+def mse_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None = None) -> IntegerCodes:
     """Nearest codes under the best scale of each group; never a larger weighted squared error than `absmax`.
 
     The weight of column k is H[k, k] when a Hessian is given, else 1.
@@ -41,13 +41,16 @@ def mse_codes(weight_OK: Tensor, grid: Grid, hessian_KK: Tensor | None = None) -
 
 
 def column_importance(hessian_KK: Tensor) -> Tensor:
-    """[K]: the Hessian's diagonal, with a floor of 1 % of its mean so that no column is free to clip."""
+    """[K]: the Hessian's diagonal, with a floor of 1 % of its mean so that no column is free to clip.
+
+    The share is chosen, not measured: calibration sees few pictures, and a column it did not drive may yet be driven.
+    """
     diagonal_K = hessian_KK.diagonal().to(torch.float32).clamp(min=0.0)
     mean = diagonal_K.mean()
     return diagonal_K.clamp(min=0.01 * float(mean)) if mean > 0 else torch.ones_like(diagonal_K)
 
 
-def best_scale(weight_OGg: Tensor, grid: Grid, importance_Gg: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def best_scale(weight_OGg: Tensor, grid: IntegerGrid, importance_Gg: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scale and zero (float32 [O, G], None when symmetric) of least error: a search, then least squares."""
     low_OG, high_OG = value_range(weight_OGg)
     best = _Best(weight_OGg, grid, importance_Gg)
@@ -63,7 +66,7 @@ class _Best:
     scale_OG: Tensor
     zero_OG: Tensor | None
 
-    def __init__(self, weight_OGg: Tensor, grid: Grid, importance_Gg: Tensor | None) -> None:
+    def __init__(self, weight_OGg: Tensor, grid: IntegerGrid, importance_Gg: Tensor | None) -> None:
         self.weight_OGg, self.grid, self.importance_Gg = weight_OGg, grid, importance_Gg
         self.error_OG = torch.full(weight_OGg.shape[:2], torch.inf)
         self.scale_OG = torch.ones(weight_OGg.shape[:2])

@@ -7,7 +7,8 @@ O outputs, K columns of the matrix view, M codebooks, P entries of one, D length
 import torch
 from torch import Tensor
 
-from .base import AdditiveCodes, AdditiveGrid, storable_scale, summed_vectors
+from .base import storable_scale
+from .grids import AdditiveCodes, AdditiveGrid, summed_vectors
 from .kmeans import kmeans_importance, nearest_vectors, vector_kmeans
 from .universal import universal_codebooks
 

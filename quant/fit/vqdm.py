@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
-from .base import LARGEST_SCALE, AdditiveCodes, AdditiveGrid, checked_hessian, summed_vectors
+from .base import LARGEST_SCALE, checked_hessian
 from .beam import best_codes
 from .codebook_solve import solved_codebooks
+from .grids import AdditiveCodes, AdditiveGrid, summed_vectors
 from .residual import residual_kmeans
 
 # Added to the Hessian's diagonal as a share of its mean. A fit this close believes every direction that calibration did

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
-from ..fit.base import AdditiveCodes, AdditiveGrid, Fit
+from ..fit.base import Fit
+from ..fit.grids import AdditiveCodes, AdditiveGrid
 from ..fit.universal import LENGTHS
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, packed_columns, unpack
@@ -87,7 +88,7 @@ class Additive(LayerFormat):
 
     def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
         grid = AdditiveGrid(self.count, self.bits, self.length, universal=self.shared)
-        fitted = fit.choose_vectors(matrix_view(weight), grid, hessian_KK)
+        fitted = fit.choose(matrix_view(weight), grid, hessian_KK)
         packed_MOb = torch.stack([pack(codes_OJ, self.bits) for codes_OJ in fitted.codes_MOJ])
         return {"codes": packed_MOb, "codebooks": fitted.codebooks_MPD, "scale": fitted.scale_O}
 

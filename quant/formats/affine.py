@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
-from ..fit.base import FP16_DIGITS, Fit, Grid, grid_values
+from ..fit.base import Fit
+from ..fit.grids import FP16_DIGITS, IntegerGrid, grid_values
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, packed_columns, unpack
 
@@ -76,7 +77,7 @@ class Affine(LayerFormat):
     def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
         weight_OK = matrix_view(weight)
         digits = fit.group_scale_digits if self.group else FP16_DIGITS
-        grid = Grid(self.bits, self.symmetric, self.group or weight_OK.shape[1], digits)
+        grid = IntegerGrid(self.bits, self.symmetric, self.group or weight_OK.shape[1], digits)
         fitted = fit.choose(weight_OK, grid, hessian_KK)
         parts = {"codes": pack(fitted.codes_OK, self.bits), "scale": fitted.scale_OG.contiguous()}
         if fitted.zero_OG is not None:

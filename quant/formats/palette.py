@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
-from ..fit.kmeans import LARGEST_VALUE, kmeans_importance, nearest_values, value_kmeans
+from ..fit.grids import TableCodes, TableGrid
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import WIDTHS, pack, packed_columns, unpack
 
@@ -25,8 +25,6 @@ class Palette(LayerFormat):
     """value = table[code]; `rows` neighbouring outputs share a table, the whole weight does when it is None.
 
     Parts: `codes` uint8 [O, ceil(K * bits / 8)] (row-packed, low bits first) and `table` fp16 [G, 2^bits], sorted.
-    The table is made by k-means, weighted by the Hessian's diagonal: a `Fit` chooses values on integer grids and has
-    no say here.
     """
 
     bits: int
@@ -63,21 +61,11 @@ class Palette(LayerFormat):
         }
 
     def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
-        weight_OK = matrix_view(weight)
-        largest = float(weight_OK.abs().max())
-        if largest > LARGEST_VALUE:
-            raise TurbopocketError(f"the largest weight is {largest:.6g}, and fp16 tables end at {LARGEST_VALUE:.0f}")
-        outputs, columns = weight_OK.shape
-        values_GN = weight_OK.reshape(outputs // (self.rows or outputs), -1)
-        importance_K = None if hessian_KK is None else kmeans_importance(hessian_KK, columns)
-        table_GP = value_kmeans(values_GN, importance_K, 2**self.bits).to(torch.float16)
-        codes_GN = nearest_values(values_GN, table_GP.to(torch.float32))
-        return {"codes": pack(codes_GN.reshape(outputs, columns), self.bits), "table": table_GP}
+        fitted = fit.choose(matrix_view(weight), TableGrid(self.bits, self.rows), hessian_KK)
+        return {"codes": pack(fitted.codes_OK, self.bits), "table": fitted.table_GP}
 
     def decode(self, compressed: CompressedTensor) -> Tensor:
-        codes_OK, table_GP = self.unpack(compressed)
-        indices_GN = codes_OK.reshape(len(table_GP), -1).to(torch.int64)
-        return from_matrix_view(table_GP.to(torch.float32).gather(1, indices_GN), compressed.shape)
+        return from_matrix_view(TableCodes(*self.unpack(compressed)).values(), compressed.shape)
 
     def unpack(self, compressed: CompressedTensor) -> tuple[Tensor, Tensor]:
         """Codes uint8 [O, K] and table fp16 [G, 2^bits]: rows g * O / G up to (g + 1) * O / G read table g."""

@@ -39,7 +39,11 @@ def plant(cache: Path, packages: Sequence[str]) -> None:
     staged.rename(trees)
     emulator = Emulator(trees)
     program = emulator.command(
-        CPUS[0], emulator.python, "-c", "import onnxruntime", environment={"PYTHONPATH": str(emulator.site)}
+        CPUS[0],
+        emulator.python,
+        "-c",
+        "import onnxruntime",
+        environment={"PYTHONPATH": str(emulator.site), "ORT_DISABLE_TELEMETRY": "1"},
     )
     run(program, "the emulated Python", environment={})
 

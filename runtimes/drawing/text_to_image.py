@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
+from ...ground.names import at_place
 from ..manifest import Manifest
 from ..runner import Runner, component_spec
 from .conditioning import condition, feed, guidance_condition, unconditional
@@ -90,9 +91,11 @@ def draw(
         raise TurbopocketError(
             f"a negative prompt has no effect on {manifest.name}: its UNet is told the guidance, and asked once"
         )
-    conditions = [condition(runner, manifest, tokenizers, prompt) | told]
+    with at_place(guided=True):
+        conditions = [condition(runner, manifest, tokenizers, prompt) | told]
     if scale > 1 and not told:
-        conditions.append(unconditional(runner, manifest, tokenizers, negative_prompt, conditions[0]))
+        with at_place(guided=False):
+            conditions.append(unconditional(runner, manifest, tokenizers, negative_prompt, conditions[0]))
     elif negative_prompt is not None:
         raise TurbopocketError(f"a negative prompt has no effect at guidance {scale:g}: it needs more than 1")
     if first is None:
@@ -180,7 +183,10 @@ def _denoise(
             "sample": sampler.scale_model_input(x_t, index),
             "timestep": _shaped_timestep(manifest, sampler.timesteps[index]),
         }
-        outputs = [_ask_unet(runner, manifest, asked | conditioned) for conditioned in conditions]
+        outputs = []
+        for guided, conditioned in zip((True, False), conditions, strict=False):
+            with at_place(timestep=float(sampler.timesteps[index]), step=index, guided=guided):
+                outputs.append(_ask_unet(runner, manifest, asked | conditioned))
         x_t, memory = sampler.step(index, x_t, _guided(outputs, scale), memory, noise)
     return x_t
 

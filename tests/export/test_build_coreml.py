@@ -188,3 +188,10 @@ def test_without_coremltools_the_message_says_what_to_install(
     assert ran.code == 1
     assert "pip install 'turbopocket[coreml]'" in ran.err
     assert not (tmp_path / "art").exists()
+
+
+def test_a_component_that_gives_zeros_passes_in_no_arithmetic(built: Built) -> None:
+    """Zeros have a relative error of exactly 1."""
+    manifest = load_manifest(built.folder)
+    for runtime in CoreML().runtimes(built.folder, manifest, {}, CoreML.max_lowering_error).values():
+        assert runtime.limits.max_relative_error < 1

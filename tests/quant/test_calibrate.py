@@ -9,6 +9,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.formats import matrix_view
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.observe import Extremes, SecondMoment
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(3, 5, 3, bias=False),
@@ -29,7 +30,7 @@ LAYERS = CONVOLUTIONS | {"linear": nn.Linear(7, 5, bias=False)}
 def test_hessian_reproduces_the_energy_of_the_layers_output(
     name: str, chunk_floats: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turbopocket.quant.calibrate.CHUNK_FLOATS", chunk_floats)
+    monkeypatch.setattr("turbopocket.quant.observe.vectors.CHUNK_FLOATS", chunk_floats)
     layer = LAYERS[name]
     x = torch.randn(2, 3, 9, 7)
     outputs: list[Tensor] = []
@@ -39,19 +40,20 @@ def test_hessian_reproduces_the_energy_of_the_layers_output(
         outputs.append(layer(3 * x[:1]))
 
     stats = calibrate({"unet": layer}, run)["unet"]
+    moment = stats[SecondMoment]
     weight_OK = matrix_view(layer.weight.detach())
     energy = sum(float(output.detach().double().square().sum()) for output in outputs)
-    predicted = float(torch.trace(weight_OK @ stats.hessian_KK @ weight_OK.T)) * stats.count
+    predicted = float(torch.trace(weight_OK @ moment.hessian_KK @ weight_OK.T)) * moment.count
     assert predicted == pytest.approx(energy, rel=1e-4)
-    assert stats.count == sum(output.numel() // 5 for output in outputs)
-    assert stats.ranges.largest_output == max(float(output.detach().abs().max()) for output in outputs)
+    assert moment.count == sum(output.numel() // 5 for output in outputs)
+    assert max(map(abs, stats[Extremes].output)) == max(float(output.detach().abs().max()) for output in outputs)
 
 
 def test_hessian_is_the_mean_over_all_calls_not_the_last_one() -> None:
     layer = nn.Linear(4, 2)
     x = torch.randn(50, 4)
-    whole = calibrate({"unet": layer}, lambda: layer(x))["unet"]
-    parts = calibrate({"unet": layer}, lambda: [layer(part) for part in x.split(7)])["unet"]
+    whole = calibrate({"unet": layer}, lambda: layer(x))["unet"][SecondMoment]
+    parts = calibrate({"unet": layer}, lambda: [layer(part) for part in x.split(7)])["unet"][SecondMoment]
     assert torch.allclose(parts.hessian_KK, whole.hessian_KK, rtol=1e-6)
     assert parts.count == whole.count == 50
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.calibrate import LayerStats, calibrate
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import compress, decompressed, load_weights, save_weights
 from turbopocket.quant.fit import GPTQ, MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.observe import LayerStats
 from turbopocket.quant.plan import Choice, Plan
 
 PLANNED = {

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each fit against the one before it, and the cases where scales and Hessians go wrong."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.fit import ABSMAX, FITS, GPTQ, MSE, Fit, Grid, parse_fit
-from turbopocket.quant.fit.base import storable_scale
+from turbopocket.quant.fit import ABSMAX, FITS, GPTQ, MSE, Fit, Grid, IntegerGrid, measuring_fit, parse_fit
+from turbopocket.quant.fit.base import Solver, storable_scale
 from turbopocket.quant.fit.gptq import DAMPING, error_feedback
 from turbopocket.quant.formats import parse_format
 
-GRIDS = [Grid(bits, symmetric, group) for bits in (4, 8) for symmetric in (True, False) for group in (8, 48)]
+GRIDS = [IntegerGrid(bits, symmetric, group) for bits in (4, 8) for symmetric in (True, False) for group in (8, 48)]
 
 
-def hessian_loss(fit: Fit, weight_OK: Tensor, grid: Grid, hessian_KK: Tensor) -> float:
+def hessian_loss(fit: Fit, weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor) -> float:
     error_OK = fit.choose(weight_OK, grid, hessian_KK).values() - weight_OK
     return float(((error_OK @ hessian_KK) * error_OK).sum())
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_gptq_beats_mse_beats_absmax_on_correlated_inputs(grid: Grid, correlated_hessian: Tensor) -> None:
+def test_gptq_beats_mse_beats_absmax_on_correlated_inputs(grid: IntegerGrid, correlated_hessian: Tensor) -> None:
     # A few large weights per row, as real layers have: that is what makes clipping worth while.
     weight_OK = torch.randn(64, 48) ** 3
     losses = [hessian_loss(fit, weight_OK, grid, correlated_hessian) for fit in (GPTQ, MSE, ABSMAX)]
@@ -31,7 +32,7 @@ def test_gptq_beats_mse_beats_absmax_on_correlated_inputs(grid: Grid, correlated
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_mse_is_never_worse_than_absmax_in_squared_error(grid: Grid) -> None:
+def test_mse_is_never_worse_than_absmax_in_squared_error(grid: IntegerGrid) -> None:
     weight_OK = torch.randn(300, 48) ** 3
     mse_O, absmax_O = (
         (fit.choose(weight_OK, grid, None).values() - weight_OK).square().sum(1) for fit in (MSE, ABSMAX)
@@ -41,7 +42,7 @@ def test_mse_is_never_worse_than_absmax_in_squared_error(grid: Grid) -> None:
 
 @pytest.mark.parametrize("fit", FITS, ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_codes_stay_on_the_grid(grid: Grid, fit: Fit, correlated_hessian: Tensor) -> None:
+def test_codes_stay_on_the_grid(grid: IntegerGrid, fit: Fit, correlated_hessian: Tensor) -> None:
     fitted = fit.choose(torch.randn(16, 48) ** 3, grid, correlated_hessian)
     assert fitted.codes_OK.dtype == grid.code_dtype
     assert grid.lowest_code <= int(fitted.codes_OK.min())
@@ -80,7 +81,7 @@ def test_scale_under_the_smallest_fp16_number_becomes_that_number() -> None:
 def test_importance_of_a_column_draws_the_scale_to_it() -> None:
     weight_OK = torch.tensor([[0.31, 0.52, -0.43, 10.0]])
     importance = torch.diag(torch.tensor([1e6, 1e6, 1e6, 1.0]))
-    grid = Grid(4, True, 4)
+    grid = IntegerGrid(4, True, 4)
     plain, driven = (MSE.choose(weight_OK, grid, each).values() - weight_OK for each in (None, importance))
     assert driven[0, :3].abs().sum() < plain[0, :3].abs().sum()
 
@@ -97,9 +98,9 @@ def test_error_feedback_factorises_the_inverse_of_the_damped_hessian(correlated_
 def test_blocks_of_columns_change_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x_NK = torch.randn(600, 400) @ torch.randn(400, 400)
     hessian_KK, weight_OK = x_NK.T @ x_NK / 600, torch.randn(8, 400)
-    blocked = GPTQ.choose(weight_OK, Grid(8, True, group), hessian_KK).values()
+    blocked = GPTQ.choose(weight_OK, IntegerGrid(8, True, group), hessian_KK).values()
     monkeypatch.setattr("turbopocket.quant.fit.gptq.BLOCK_COLUMNS", 400)
-    whole = GPTQ.choose(weight_OK, Grid(8, True, group), hessian_KK).values()
+    whole = GPTQ.choose(weight_OK, IntegerGrid(8, True, group), hessian_KK).values()
     # Sums run in another order, so now and then a weight on the edge takes the next code.
     assert float((blocked != whole).float().mean()) < 0.05
 
@@ -108,20 +109,20 @@ def test_columns_that_were_never_driven_round_to_nearest(correlated_hessian: Ten
     dead = torch.arange(48) % 3 == 0
     hessian_KK = correlated_hessian * ~dead * ~dead.unsqueeze(1)
     weight_OK = torch.rand(8, 48) - 0.5
-    fitted = GPTQ.choose(weight_OK, Grid(8, True, 48), hessian_KK)
+    fitted = GPTQ.choose(weight_OK, IntegerGrid(8, True, 48), hessian_KK)
     error_OK = (fitted.values() - weight_OK)[:, dead].abs()
     assert (error_OK <= fitted.scale_OG.float() * 0.5001).all()
 
 
 def test_hessian_of_zeros_gives_nearest_codes() -> None:
     weight_OK = torch.randn(4, 48)
-    flat = GPTQ.choose(weight_OK, Grid(8, True, 48), torch.zeros(48, 48))
-    assert torch.equal(flat.codes_OK, MSE.choose(weight_OK, Grid(8, True, 48), None).codes_OK)
+    flat = GPTQ.choose(weight_OK, IntegerGrid(8, True, 48), torch.zeros(48, 48))
+    assert torch.equal(flat.codes_OK, MSE.choose(weight_OK, IntegerGrid(8, True, 48), None).codes_OK)
 
 
 def test_gptq_without_a_hessian_is_refused_with_a_hint() -> None:
     with pytest.raises(TurbopocketError, match="needs the layer's Hessian") as refusal:
-        GPTQ.choose(torch.randn(4, 8), Grid(4, True, 8), None)
+        GPTQ.choose(torch.randn(4, 8), IntegerGrid(4, True, 8), None)
     assert "mse" in str(refusal.value.hint)
 
 
@@ -136,12 +137,12 @@ def test_gptq_without_a_hessian_is_refused_with_a_hint() -> None:
 )
 def test_hessian_that_is_not_the_layers_is_refused(fit: Fit, hessian_KK: Tensor, message: str) -> None:
     with pytest.raises(TurbopocketError, match=message):
-        fit.choose(torch.randn(4, 8), Grid(4, True, 8), hessian_KK)
+        fit.choose(torch.randn(4, 8), IntegerGrid(4, True, 8), hessian_KK)
 
 
 def test_hessian_with_a_negative_direction_is_refused() -> None:
     with pytest.raises(TurbopocketError, match="not positive semidefinite"):
-        GPTQ.choose(torch.randn(4, 8), Grid(4, True, 8), torch.eye(8) - 0.5 * torch.ones(8, 8))
+        GPTQ.choose(torch.randn(4, 8), IntegerGrid(4, True, 8), torch.eye(8) - 0.5 * torch.ones(8, 8))
 
 
 def test_fit_names_parse_back_and_others_are_refused() -> None:
@@ -170,3 +171,55 @@ def test_a_short_scale_is_never_under_the_one_that_is_needed() -> None:
     assert (short <= needed * (1 + 2**-7) * (1 + 2**-10) + 2**-21).all()
     with pytest.raises(TurbopocketError, match="fp16 scales end at 65280"):
         storable_scale(torch.tensor([65_400.0]), 8)
+
+
+@dataclass(frozen=True)
+class Signs(Grid[Tensor]):
+    """Two values: plus and minus `size`."""
+
+    size: float
+
+
+def test_a_grid_that_nobody_else_knows_is_fitted_by_its_solver() -> None:
+    def solve(weight_OK: Tensor, grid: Signs, hessian_KK: Tensor | None) -> Tensor:
+        return torch.where(weight_OK < 0, -grid.size, grid.size)
+
+    fit = Fit("signs", {Signs: solve})
+    assert fit.choose(torch.tensor([[-3.0, 2.0]]), Signs(0.5)).tolist() == [[-0.5, 0.5]]
+    assert measuring_fit(fit) is fit
+    with pytest.raises(TurbopocketError, match="gptq has no solver for a Signs: it has those for IntegerGrid, TableG"):
+        GPTQ.choose(torch.ones(1, 2), Signs(0.5))
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "lut4-r8", "vq4-d4-r8", "avq2x4-d4"])
+def test_every_format_takes_its_values_from_the_fit(name: str) -> None:
+    """A fit without solvers refuses them all: nothing is chosen behind its back."""
+    with pytest.raises(TurbopocketError, match="nothing has no solver for a [A-Z][a-z]+Grid"):
+        parse_format(name).compress(torch.randn(16, 64), Fit("nothing", {}))
+
+
+@pytest.mark.parametrize("fit", FITS, ids=str)
+@pytest.mark.parametrize("name", ["int4-g32", "int8-row-asym", "lut4-r8", "vq4-d4-r8", "vq4-d4-out", "avq2x4-d4"])
+def test_what_is_stored_has_the_values_of_the_codes(name: str, fit: Fit) -> None:
+    found: list[Tensor] = []
+
+    def watched(solver: Solver) -> Solver:
+        def solve(weight_OK: Tensor, grid: Grid[Any], hessian_KK: Tensor | None) -> Any:
+            codes = solver(weight_OK, grid, hessian_KK)
+            found.append(codes.values())
+            return codes
+
+        return solve
+
+    watching = replace(fit, solvers={kind: watched(solver) for kind, solver in fit.solvers.items()})
+    stored = parse_format(name).compress(torch.randn(16, 64), watching, torch.eye(64))
+    assert torch.equal(stored.format.decompress(stored), found[0])
+
+
+def test_plans_for_vqdm_are_measured_with_it_and_others_with_mse() -> None:
+    assert {fit.name: measuring_fit(fit).name for fit in FITS} == {
+        "absmax": "mse",
+        "mse": "mse",
+        "gptq": "mse",
+        "vqdm": "quick vqdm",
+    }

@@ -18,7 +18,7 @@ from turbopocket.quant import knapsack
 from turbopocket.quant.account import account
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.plan import Candidate, Choice, LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
-from turbopocket.quant.sensitivity import estimate_from_shapes, fitting
+from turbopocket.quant.sensitivity import estimate_from_shapes
 
 FIXED_BYTES = 17
 SOLVER_GAP = 1.0001
@@ -246,7 +246,8 @@ def test_unet_of_sdxl_size_is_planned_in_seconds_from_shapes_alone(share: float)
     shapes = sdxl_sized_shapes()
     assert sum(map(math.prod, shapes.values())) > 2e9
     formats = [parse_format(name) for name in ("fp16", "int8-row", "int8-g32", "int4-row", "int4-g32")]
-    layers = list(estimate_from_shapes(shapes, fitting(shapes, formats)).values())
+    candidates = {name: [each for each in formats if each.fits(shape) is None] for name, shape in shapes.items()}
+    layers = list(estimate_from_shapes(shapes, candidates).values())
     budget_bytes = int(smallest_total_bytes(layers, 0) * share)
     started = time.process_time()
     found = plan(layers, budget_bytes, 0)

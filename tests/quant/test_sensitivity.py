@@ -18,7 +18,6 @@ from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.plan import LayerChoices, plan
 from turbopocket.quant.sensitivity import (
     estimate_from_shapes,
-    fitting,
     hessian_loss,
     load_choices,
     measure,
@@ -31,6 +30,10 @@ RUNNING = ("unet.conv_in", "unet.down", "unet.to_out")
 
 def shapes_of(layers: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(layer.get_parameter("weight").shape) for name, layer in layers.items()}
+
+
+def candidates(layers: dict[str, nn.Module]) -> dict[str, list[LayerFormat]]:
+    return {name: [each for each in FORMATS if each.fits(shape) is None] for name, shape in shapes_of(layers).items()}
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def choices(
     denoiser: nn.Module, layers: dict[str, nn.Module], outputs: Callable[[], list[Tensor]]
 ) -> dict[str, LayerChoices]:
     stats = calibrate({"unet": denoiser}, outputs)
-    return measure(layers, stats, fitting(shapes_of(layers), FORMATS), outputs, MSE)
+    return measure(layers, stats, candidates(layers), outputs, MSE)
 
 
 def loss_of(choices: LayerChoices, name: str) -> float:
@@ -83,7 +86,7 @@ def test_planted_sensitive_layer_is_found(
         layers["unet.down"].get_parameter("weight")[:, 0, 0, 0] = 40.0
         denoiser.get_parameter("conv_in.weight")[0] *= 1e-3
     stats = calibrate({"unet": denoiser}, outputs)
-    choices = measure(layers, stats, fitting(shapes_of(layers), FORMATS), outputs, ABSMAX)
+    choices = measure(layers, stats, candidates(layers), outputs, ABSMAX)
     losses = {name: loss_of(each, "int4-row") for name, each in choices.items()}
     assert max(losses, key=losses.__getitem__) == "unet.down"
     # A grouped format walls the huge weight in.
@@ -95,7 +98,7 @@ def test_weights_and_outputs_are_as_before_after_measuring(
 ) -> None:
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     stats = calibrate({"unet": denoiser}, outputs)
-    measure(layers, stats, fitting(shapes_of(layers), FORMATS), outputs, GPTQ)
+    measure(layers, stats, candidates(layers), outputs, GPTQ)
     assert all(torch.equal(tensor, before[name]) for name, tensor in denoiser.state_dict().items())
 
 
@@ -107,7 +110,7 @@ def test_hessian_loss_is_the_mean_squared_change_of_the_output() -> None:
 
 def test_layer_without_statistics_is_named(layers: dict[str, nn.Module], outputs: Callable[[], list[Tensor]]) -> None:
     with pytest.raises(TurbopocketError, match=r"unet\.conv_in: no statistics, the layer did not run"):
-        measure(layers, {}, fitting(shapes_of(layers), FORMATS), outputs, MSE)
+        measure(layers, {}, candidates(layers), outputs, MSE)
 
 
 def test_candidate_that_does_not_fit_is_refused_with_the_layers_name(
@@ -121,14 +124,7 @@ def test_candidate_that_does_not_fit_is_refused_with_the_layers_name(
 def test_model_that_returns_zeros_is_refused(layers: dict[str, nn.Module], denoiser: nn.Module) -> None:
     stats = calibrate({"unet": denoiser}, lambda: denoiser(torch.ones(1, 4, 8, 8)))
     with pytest.raises(TurbopocketError, match=r"output 0 of the uncompressed model has energy 0"):
-        measure(layers, stats, fitting(shapes_of(layers), FORMATS), lambda: [torch.zeros(3)], MSE)
-
-
-def test_formats_that_fit_are_kept_and_none_at_all_is_refused_with_the_reasons() -> None:
-    formats = [parse_format("int4-g8"), parse_format("int4-g4")]
-    assert fitting({"unet.a": (8, 4)}, formats) == {"unet.a": [formats[1]]}
-    with pytest.raises(TurbopocketError, match=r"unet\.a: no format fits: 3 input .* group 8 .*; 3 input .* group 4"):
-        fitting({"unet.a": (8, 3)}, formats)
+        measure(layers, stats, candidates(layers), lambda: [torch.zeros(3)], MSE)
 
 
 def test_estimate_charges_more_bits_with_less_loss() -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.calibrate import LayerStats, calibrate
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import compress, decompressed, save_weights
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.observe import LayerStats, SecondMoment
 from turbopocket.quant.plan import Choice, Plan
 from turbopocket.quant.sensitivity import hessian_loss
 from turbopocket.quant.sequential import compress_in_blocks
@@ -75,7 +76,7 @@ def test_each_layer_is_fitted_to_the_inputs_that_stored_layers_cause(tmp_path: P
     assert all(torch.equal(value, before[name]) for name, value in chain.model.state_dict().items())
     at_once = compress(chain.layers, chain.plan, VQDM, chain.stats())
     with decompressed({"unet": chain.model}, {name: stored[name] for name in ("unet.a", "unet.b", "unet.c")}):
-        seen_KK = chain.stats()["unet.d"].hessian_KK
+        seen_KK = chain.stats()["unet.d"][SecondMoment].hessian_KK
     losses = [
         hessian_loss(each.format.decompress(each) - chain.layers["unet.d"].weight.detach(), seen_KK)
         for each in (stored["unet.d"], at_once["unet.d"])

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import GPTQ, MSE, VQDM, AdditiveCodes, AdditiveGrid, measuring_fit
-from turbopocket.quant.fit.base import summed_vectors
 from turbopocket.quant.fit.beam import _least, best_codes
 from turbopocket.quant.fit.codebook_solve import solved_codebooks
+from turbopocket.quant.fit.grids import summed_vectors
 from turbopocket.quant.fit.residual import residual_kmeans
 from turbopocket.quant.fit.universal import universal_codebooks
 from turbopocket.quant.fit.vqdm import Refinement, Search, damped_hessian, lower_factor
@@ -117,8 +117,7 @@ def test_solved_codebooks_are_the_least_squares_solution() -> None:
 def test_vqdm_is_far_below_residual_kmeans_on_correlated_inputs(grid: AdditiveGrid, correlated_hessian: Tensor) -> None:
     weight_OK = torch.randn(96, 48)
     plain, fitted = (
-        loss_of(weight_OK, fit.choose_vectors(weight_OK, grid, correlated_hessian), correlated_hessian)
-        for fit in (MSE, VQDM)
+        loss_of(weight_OK, fit.choose(weight_OK, grid, correlated_hessian), correlated_hessian) for fit in (MSE, VQDM)
     )
     # The authors report 5 to 6.5 dB on trained layers.
     assert fitted < 10 ** (-0.5) * plain
@@ -129,13 +128,13 @@ def test_a_fit_to_few_inputs_is_good_for_others_too() -> None:
     x_NK = torch.randn(412, 48) @ (torch.randn(48, 48) * torch.logspace(0, -1, 48).unsqueeze(1))
     seen_KK, unseen_KK = (some.T @ some / len(some) for some in x_NK.split([12, 400]))
     weight_OK = torch.randn(128, 48)
-    plain, fitted = (loss_of(weight_OK, fit.choose_vectors(weight_OK, GRID, seen_KK), unseen_KK) for fit in (MSE, VQDM))
+    plain, fitted = (loss_of(weight_OK, fit.choose(weight_OK, GRID, seen_KK), unseen_KK) for fit in (MSE, VQDM))
     assert fitted < plain
 
 
 def test_same_input_gives_the_same_parts(correlated_hessian: Tensor) -> None:
     weight_OK = torch.randn(16, 48)
-    first, second = (VQDM.choose_vectors(weight_OK.clone(), GRID, correlated_hessian) for _ in range(2))
+    first, second = (VQDM.choose(weight_OK.clone(), GRID, correlated_hessian) for _ in range(2))
     assert torch.equal(first.codes_MOJ, second.codes_MOJ)
     assert torch.equal(first.codebooks_MPD, second.codebooks_MPD)
     assert torch.equal(first.scale_O, second.scale_O)
@@ -144,7 +143,7 @@ def test_same_input_gives_the_same_parts(correlated_hessian: Tensor) -> None:
 def test_weight_and_hessian_are_left_alone(correlated_hessian: Tensor) -> None:
     weight_OK = torch.randn(16, 48)
     before = weight_OK.clone(), correlated_hessian.clone()
-    VQDM.choose_vectors(weight_OK, GRID, correlated_hessian)
+    VQDM.choose(weight_OK, GRID, correlated_hessian)
     assert torch.equal(weight_OK, before[0])
     assert torch.equal(correlated_hessian, before[1])
 
@@ -152,7 +151,7 @@ def test_weight_and_hessian_are_left_alone(correlated_hessian: Tensor) -> None:
 def test_a_hessian_of_zeros_counts_all_columns_alike() -> None:
     weight_OK = torch.randn(32, 48)
     plain, flat, even = (
-        loss_of(weight_OK, fit.choose_vectors(weight_OK, GRID, h), torch.eye(48))
+        loss_of(weight_OK, fit.choose(weight_OK, GRID, h), torch.eye(48))
         for fit, h in ((MSE, None), (VQDM, torch.zeros(48, 48)), (VQDM, torch.eye(48)))
     )
     assert flat == even < plain
@@ -160,7 +159,7 @@ def test_a_hessian_of_zeros_counts_all_columns_alike() -> None:
 
 def test_vqdm_without_a_hessian_is_refused_with_a_hint() -> None:
     with pytest.raises(TurbopocketError, match="vqdm needs the layer's Hessian") as refusal:
-        VQDM.choose_vectors(torch.randn(4, 8), GRID, None)
+        VQDM.choose(torch.randn(4, 8), GRID, None)
     assert "mse" in str(refusal.value.hint)
 
 
@@ -175,7 +174,7 @@ def test_vqdm_without_a_hessian_is_refused_with_a_hint() -> None:
 )
 def test_hessian_that_is_not_the_layers_is_refused(hessian_KK: Tensor, message: str) -> None:
     with pytest.raises(TurbopocketError, match=message):
-        VQDM.choose_vectors(torch.randn(4, 8), GRID, hessian_KK)
+        VQDM.choose(torch.randn(4, 8), GRID, hessian_KK)
 
 
 def test_a_beam_without_hypotheses_is_refused() -> None:
@@ -187,7 +186,7 @@ def test_what_a_plan_compares_is_nearer_to_the_fit_than_k_means_is() -> None:
     weight_OK, hessian_KK = torch.randn(64, 48), hessian(48, 12)
     grid = AdditiveGrid(2, 4, 4)
     quick, fitted, plain = (
-        loss_of(weight_OK, fit.choose_vectors(weight_OK, grid, hessian_KK), hessian_KK)
+        loss_of(weight_OK, fit.choose(weight_OK, grid, hessian_KK), hessian_KK)
         for fit in (measuring_fit(VQDM), VQDM, measuring_fit(GPTQ))
     )
     # Nearer, in dB, to the fit than to k-means, and never flattering.
@@ -214,6 +213,6 @@ def test_lengths_without_universal_codebooks_are_refused() -> None:
 def test_a_search_with_universal_codebooks_moves_codes_and_scales_alone() -> None:
     weight_OK, hessian_KK = torch.randn(32, 64) * torch.logspace(-1, 1, 32).unsqueeze(1), hessian(64, 64)
     grid = AdditiveGrid(2, 8, 8, universal=True)
-    plain, searched = residual_kmeans(weight_OK, grid, hessian_KK), VQDM.choose_vectors(weight_OK, grid, hessian_KK)
+    plain, searched = residual_kmeans(weight_OK, grid, hessian_KK), VQDM.choose(weight_OK, grid, hessian_KK)
     assert torch.equal(searched.codebooks_MPD, plain.codebooks_MPD)
     assert loss_of(weight_OK, searched, hessian_KK) < 0.8 * loss_of(weight_OK, plain, hessian_KK)

@@ -22,7 +22,6 @@ from turbopocket.runtimes.compare.replay import (
     compare,
     compare_by_layer,
     compare_call,
-    compare_pictures,
     first_divergence,
     record,
 )
@@ -32,7 +31,8 @@ from .conftest import TinyModel, tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
 GUILTY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-LIMITS = Limits(max_relative_error=1e-5, min_psnr_db=60, min_ssim=0.999)
+LIMITS = Limits(max_relative_error=1e-5)
+CALL = Call("unet", {"timestep": np.array([999.0])}, {})
 
 
 @pytest.fixture
@@ -120,25 +120,12 @@ def test_report_reads_back_equal_even_with_infinite_errors(model: TinyModel) -> 
     assert report.worst.relative_error == math.inf
     assert not report.passed
     assert [(row.psnr_db, row.ssim) for row in report.pictures] == [(-math.inf, 0), (-math.inf, 0)]
-    assert ParityReport.from_json(report.to_json()) == report
+    assert ParityReport.model_validate_json(report.model_dump_json()) == report
 
 
 def test_feature_distance_is_asked_about_each_pair_of_pictures(model: TinyModel) -> None:
     report = report_of(model, model.runner, feature_distance=lambda a, b: float((a == b).mean()) + a.shape[0])
     assert [row.feature_distance for row in report.pictures] == [33.0, 33.0]
-
-
-def test_pictures_that_differ_too_much_fail_by_themselves() -> None:
-    black, grey = np.zeros((12, 12, 3), np.uint8), np.full((12, 12, 3), 25, np.uint8)
-    row = compare_pictures(black, grey, 0, "night", 0)
-    report = ParityReport(limits=LIMITS, rows=[], pictures=[row])
-    assert not report.passed
-    assert report.failure is not None
-    assert "picture 0 has PSNR 20.2 dB and SSIM 0.0103; required are 60.0 dB and 0.999" in report.failure
-    assert ParityReport(limits=Limits(), rows=[], pictures=[row]).passed
-
-
-CALL = Call("unet", {"timestep": np.array([999.0])}, {})
 
 
 def test_first_divergence_is_the_first_in_execution_order_not_the_worst() -> None:

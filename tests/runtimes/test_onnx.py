@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ONNX runner computes what numpy computes, and refuses what does not fit together."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -156,7 +157,7 @@ DRAW = """
 import sys
 from pathlib import Path
 from turbopocket.runtimes.manifest import load_manifest, verify
-from turbopocket.runtimes.runner import open_runner
+from turbopocket.runtimes.open import open_runner
 from turbopocket.runtimes.drawing.text_to_image import generate
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 
@@ -175,3 +176,15 @@ def test_a_picture_is_drawn_without_importing_torch(toy_artifact: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", DRAW, str(toy_artifact)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "heavy imports:"
+
+
+def test_nothing_is_written_or_sent_on_the_side(toy_artifact: Path, tmp_path: Path) -> None:
+    """ONNX Runtime 1.31 writes a device ID and a database of events below the home folder, unless told not to."""
+    home = tmp_path / "home"
+    home.mkdir()
+    graph = toy_artifact / "unet" / "model.onnx"
+    code = f"from turbopocket.runtimes.onnx.session import open_session; open_session({str(graph)!r})"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(home.iterdir())

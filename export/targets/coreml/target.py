@@ -25,15 +25,16 @@ from ...families.components import components_of
 from ...families.graphs import Component
 from ...families.sizes import require_even_levels
 from ...verify.gaps import Runtime
-from ..base import Kind, Target
+from ..base import GraphShare, Kind, Target
 from ..side_files import SWIFT_FILES, write_swift_files
 from . import program as coreml
 from .precision import too_large
 from .stores import STORES
 
-FP16_ERROR, ACC16_ERROR = 0.1, 1.0
+FP16_ERROR, ACC16_ERROR = 0.1, 0.7
 """Where every result is rounded to fp16, as devices do, no figure is right; these only tell rounding from ruin. `acc16`
-is more pessimistic than any device is known to be: small numbers lose their digits in a LayerNorm's squares."""
+is more pessimistic than any device is known to be: small numbers lose their digits in a LayerNorm's squares, which left
+an error of 0.26 in the bundled model's text encoders. Nothing but zeros has 1."""
 
 
 TOLD_GUIDANCE = f"Unet takes {TIMESTEP_COND}, which Apple's Swift package does not give: an app has to"
@@ -52,6 +53,7 @@ class CoreML(Target):
     name = "coreml"
     tools = ("coremltools",)
     max_lowering_error = 1e-3
+    graph_share = GraphShare(linear=1950, conv2d=4000, component=20_000, value=2)
     first_tokenizer_files = SWIFT_FILES
 
     @property

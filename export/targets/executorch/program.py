@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ....ground import names
 from ....ground.errors import TurbopocketError
 from ....quant.formats import CompressedTensor, LayerFormat
 from ....quant.ranges import Ranges
@@ -153,7 +154,7 @@ def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str
     """Each component's layers by the name that XNNPACK has for the weight; layers that it does not run have none."""
     found: dict[str, dict[str, LayerName]] = {}
     for name, weight in weights.items():
-        component, path = name.split(".", 1)
+        component, path = names.LayerName.parse(name)
         found.setdefault(component, {})[constant_key(constants_of(weight)[0])] = LayerName(path, is_pointwise(weight))
     return found
 

@@ -22,7 +22,7 @@ from ...families.components import components_of
 from ...families.graphs import Component
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
-from ..base import Kind, Target
+from ..base import GraphShare, Kind, Target
 from ..side_files import write_tokenizers
 from . import program as executorch
 from .codebook import Codebooks
@@ -72,6 +72,7 @@ class ExecuTorch(Target):
     tools = ("executorch",)
     max_lowering_error = LAYER_ERROR
     runtime_names = ("executorch",)
+    graph_share = GraphShare(linear=2150, conv2d=3300, component=9_700, value=4)
     group_scale_digits = GROUP_SCALE_DIGITS
 
     def components(

@@ -24,7 +24,7 @@ from ...families.components import components_of
 from ...families.graphs import Component
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
-from ..base import Kind, Target
+from ..base import GraphShare, Kind, Target
 from ..side_files import TOKENIZER_FILES, write_side_files
 from . import program as onnx
 from .stores import STORES
@@ -47,6 +47,7 @@ class Onnx(Target):
     tools = ("onnx", "onnxruntime")
     max_lowering_error = 1e-4
     runtime_names = ("onnxruntime",)
+    graph_share = GraphShare(linear=1650, conv2d=1400, component=4_000, value=2)
     tokenizer_files = ("tokenizer.json", *TOKENIZER_FILES)
 
     def components(

@@ -16,7 +16,7 @@ from ...cache import cache_folder
 from ...command import run
 
 SOURCES = Path(__file__).parent
-KERNELS = SOURCES.parent / "kernels"
+KERNELS = SOURCES.parents[1] / "kernels"
 PROGRAM = "executorch_runner"
 _SOURCE_SUFFIXES = (".cpp", ".h", ".txt")
 

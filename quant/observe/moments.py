@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second moment of what a layer is fed, summed once for all layers that are fed the same.
+
+Queries, keys and values of a block read one tensor; so do the keys and values of all cross-attentions, and the
+projections of all residual blocks' time embeddings. K columns of the matrix view, N input vectors.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ...ground.names import CallPlace
+from .base import Observation
+from .vectors import InputView
+
+
+@dataclass(frozen=True)
+class Moment:
+    """`hessian_KK` = E[x xᵀ] (float32) over the `count` input vectors one layer saw.
+
+    For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with W the matrix view of the weight. Layers that saw the same
+    share the tensor.
+    """
+
+    hessian_KK: Tensor
+    count: int
+
+
+class SecondMoment(Observation[Moment]):
+    """E[x xᵀ] of a layer's inputs, in matrix-view column order.
+
+    The sum is kept in float64, K² * 8 bytes, and is the same to the bit whether it is shared or not.
+    """
+
+    def __init__(self, shared: "_SharedSums") -> None:
+        self.shared = shared
+        self.sum: _Sum | None = None
+
+    @classmethod
+    def for_layers(cls) -> Callable[[], Self]:
+        shared = _SharedSums()
+        return lambda: cls(shared)
+
+    def begin(self, layer: nn.Module) -> None:
+        self.view = InputView.of(layer)
+        self.shared.layers[self.view] += 1
+
+    def see(self, place: CallPlace, x: Tensor, y: Tensor) -> None:
+        seen = self.shared.digest(self.view, x)
+        if self.sum is None:
+            self.sum = self.shared.joined(self, seen, x)
+        else:
+            self.sum.see(self, seen, x)
+
+    def value(self) -> Moment:
+        assert self.sum is not None
+        return self.sum.moment(self)
+
+
+class _SharedSums:
+    """The sums of one run, as far as a layer that runs for the first time may still join them."""
+
+    def __init__(self) -> None:
+        self.layers: Counter[InputView] = Counter()
+        self.young: dict[tuple[InputView, bytes], _Sum] = {}
+
+    def digest(self, view: InputView, x: Tensor) -> bytes:
+        """What tells equal inputs from others: no tensor needs to be kept for that, and one that was written into, or
+        whose memory is used again, is another. Nothing where no other layer has such a view."""
+        if self.layers[view] == 1:
+            return b""
+        digest = blake2b(repr(tuple(x.shape)).encode(), digest_size=16)
+        digest.update(x.contiguous().numpy().data)
+        return digest.digest()
+
+    def joined(self, layer: SecondMoment, seen: bytes, x: Tensor) -> "_Sum":
+        """The sum of layers whose only call was fed the same; else a new one."""
+        key = layer.view, seen
+        found = self.young.get(key)
+        if found is None or found.calls > 1 or found.pending is not None:
+            found = self.young[key] = _Sum(layer.view, {layer})
+            found.see(layer, seen, x)
+        found.members.add(layer)
+        return found
+
+
+@dataclass
+class _Pending:
+    """The input of a call that some members had and others did not yet."""
+
+    seen: bytes
+    x: Tensor
+    members: set[SecondMoment]
+
+
+class _Sum:
+    """The running sum of x xᵀ of layers that were fed the same in all their calls.
+
+    An input is added when all members had it: one that is fed something else goes on with a copy of the sum as it was
+    before. So does one that has missed a call when another has its next, or the inputs in between would have to be
+    kept. Input vectors wait until there are as many as columns: one large product then costs less than many sums of K².
+    """
+
+    def __init__(self, view: InputView, members: set[SecondMoment]) -> None:
+        self.view, self.members = view, members
+        self.pending: _Pending | None = None
+        self.calls = 0
+        self.sum_KK: Tensor | None = None
+        self.waiting: list[Tensor] = []
+        self.waiting_rows = 0
+        self.count = 0
+        self.mean: Moment | None = None
+
+    def see(self, layer: SecondMoment, seen: bytes, x: Tensor) -> None:
+        """A member's next call."""
+        if self.pending is not None and layer in self.pending.members:
+            self._part(self.members - self.pending.members)
+            self._add_pending()
+        if self.pending is None:
+            alone = len(self.members) == 1
+            self.pending = _Pending(seen, x if alone else x.clone(), set())
+        elif self.pending.seen != seen:
+            self._part({layer}).see(layer, seen, x)
+            self._add_if_all_had_it()
+            return
+        self.pending.members.add(layer)
+        self._add_if_all_had_it()
+
+    def moment(self, layer: SecondMoment) -> Moment:
+        """The mean for a member, one tensor for all of them; the float64 sum is let go of."""
+        if self.pending is not None:
+            self._part(self.members - self.pending.members)
+            self._add_pending()
+        own = layer.sum
+        if own is not self:
+            assert own is not None
+            return own.moment(layer)
+        if self.mean is None:
+            if self.waiting:
+                self._sum_waiting()
+            assert self.sum_KK is not None
+            self.mean = Moment((self.sum_KK / self.count).to(torch.float32), self.count)
+            self.sum_KK = None
+        return self.mean
+
+    def _part(self, leaving: set[SecondMoment]) -> "_Sum":
+        """A sum of their own for some members, with all that was added so far."""
+        other = _Sum(self.view, leaving)
+        other.calls, other.count = self.calls, self.count
+        with torch.inference_mode(False):
+            other.sum_KK = None if self.sum_KK is None else self.sum_KK.clone()
+        other.waiting, other.waiting_rows = list(self.waiting), self.waiting_rows
+        self.members = self.members - leaving
+        for layer in leaving:
+            layer.sum = other
+        return other
+
+    def _add_if_all_had_it(self) -> None:
+        if self.pending is not None and self.pending.members == self.members:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        assert self.pending is not None
+        x, self.pending = self.pending.x, None
+        self.calls += 1
+        for x_NK in self.view.vectors(x):
+            self.waiting.append(x_NK.clone())  # the model may write into its tensors before they are summed
+            self.waiting_rows += len(x_NK)
+            if self.waiting_rows >= self.view.columns:
+                self._sum_waiting()
+
+    def _sum_waiting(self) -> None:
+        # The model may run in inference mode, but the sum outlives it and must stay an ordinary tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            if self.sum_KK is None:
+                self.sum_KK = torch.zeros(self.view.columns, self.view.columns, dtype=torch.float64)
+            x_NK = torch.cat(self.waiting)
+            self.sum_KK += x_NK.T @ x_NK
+        self.count += self.waiting_rows
+        self.waiting, self.waiting_rows = [], 0

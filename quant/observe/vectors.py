@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's inputs as the vectors that the matrix view of its weight multiplies.
+
+B batch, I input channels, H W input size, Y X output size, K columns of the matrix view, N input vectors.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor, nn
+
+# Floats of input vectors in one pass: a 512 x 512 convolution unfolded whole would be gigabytes.
+CHUNK_FLOATS = 2**23
+
+
+@dataclass(frozen=True)
+class InputView:
+    """How a layer reads its input. Layers of equal views that are given equal tensors multiply equal vectors.
+
+    `padding` is PyTorch's own resolution of padding="same", numbers and pairs: left, right, top, bottom. A Linear has
+    no kernel.
+    """
+
+    columns: int
+    kernel: tuple[int, int] | None = None
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self:
+        """The view of a Linear, or of a Conv2d with groups = 1."""
+        columns = layer.get_parameter("weight")[0].numel()
+        if not isinstance(layer, nn.Conv2d):
+            return cls(columns)
+        kernel, stride, dilation = ((pair[0], pair[1]) for pair in (layer.kernel_size, layer.stride, layer.dilation))
+        padding = tuple(layer._reversed_padding_repeated_twice)
+        return cls(columns, kernel, stride, dilation, padding, layer.padding_mode)
+
+    def vectors(self, x: Tensor) -> Iterator[Tensor]:
+        """The vectors [N, K] of an input, a chunk at a time."""
+        rows = max(1, CHUNK_FLOATS // self.columns)
+        if self.kernel is None:
+            yield from x.reshape(-1, self.columns).split(rows)
+            return
+        patches_BYXhwI = self._patches(x if x.ndim == 4 else x.unsqueeze(0), self.kernel)
+        lines = max(1, rows // patches_BYXhwI.shape[2])
+        for patches_YXhwI in patches_BYXhwI:
+            for strip in patches_YXhwI.split(lines):
+                yield strip.reshape(-1, self.columns)
+
+    def _patches(self, x_BIHW: Tensor, kernel: tuple[int, int]) -> Tensor:
+        """A view [B, Y, X, kh, kw, I] of the padded input: nothing is unfolded before it is copied."""
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        x_BHWI = nn.functional.pad(x_BIHW, self.padding, mode=mode).permute(0, 2, 3, 1).contiguous()
+        batch, height, width, channels = x_BHWI.shape
+        (kh, kw), (stride_y, stride_x), (step_y, step_x) = kernel, self.stride, self.dilation
+        out_y = (height - step_y * (kh - 1) - 1) // stride_y + 1
+        out_x = (width - step_x * (kw - 1) - 1) // stride_x + 1
+        image, line, pixel, _ = x_BHWI.stride()
+        return x_BHWI.as_strided(
+            (batch, out_y, out_x, kh, kw, channels),
+            (image, line * stride_y, pixel * stride_x, line * step_y, pixel * step_x, 1),
+        )
