@@ -111,6 +111,6 @@ def _absent(target: Target, model: LoadedModel) -> list[Estimate]:
     return found
 
 
-def show_estimates(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each estimate of a plan's summary."""
-    return [f"  estimated: {each['what']} {format_bytes(each['bytes'])} ({each['why']})" for each in estimates]
+def show_estimates(estimates: Sequence[Estimate]) -> list[str]:
+    """Returns a line for each estimate of a plan."""
+    return [f"  estimated: {each.what} {format_bytes(each.bytes)} ({each.why})" for each in estimates]

@@ -56,14 +56,14 @@ class StandIns(Mapping[str, CompressedTensor]):
 def full(configs: Path, out: Path) -> dict[str, Any]:
     from turbopocket.export.checkpoint.load import load_shapes
     from turbopocket.export.families.components import components_of
-    from turbopocket.export.plan import plan_source
+    from turbopocket.export.plan import plan
     from turbopocket.export.recipe import make_recipe
     from turbopocket.export.targets.coreml import program as coreml
 
     compress = {"formats": FORMATS, "budget": BUDGET}
     values = {"model": {"source": str(configs)}, "target": {"name": "coreml"}, "compress": compress}
-    planned = plan_source(make_recipe(values, "test"), None)
-    chosen = {name: parse_format(text) for name, text in planned["layers"].items()}
+    planned = plan(make_recipe(values, "test"))
+    chosen = {name: parse_format(text) for name, text in planned.layers.items()}
     components = {}
     for component in components_of(load_shapes(str(configs)), all_states=False):
         fill_all_but_layers(component.module)

@@ -171,7 +171,7 @@ def test_formats_that_the_system_can_not_read_are_refused(
     tiny_sdxl: Path, tmp_path: Path, turbopocket: Callable[..., Any]
 ) -> None:
     ran = turbopocket(
-        *("build", tiny_sdxl, "--target", "coreml", "--deployment", "iOS17"),
+        *("build", tiny_sdxl, "--target", "coreml", "--set", "target.coreml.deployment=iOS17"),
         *("--formats", "int4-g8", "--out", tmp_path / "art"),
     )
     assert ran.code == 1

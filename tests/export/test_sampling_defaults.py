@@ -283,7 +283,7 @@ def test_distillation_takes_its_teachers_guidance_by_the_same_rule(
     folder = named("my-model", scheduler=TRAILING)
     for file in tiny_sdxl.rglob("*.safetensors"):
         shutil.copyfile(file, folder / file.relative_to(tiny_sdxl))
-    short = ("--iterations", 1, "--batch", 1, "--steps", 1)
+    short = ("--iterations", 1, "--set", "distill.batch=1", "--steps", 1)
     ran = turbopocket("distill", folder, *short, "--out", tmp_path / "student")
     assert ran.code == 1
     assert "my-model does not tell with how much guidance it is to be drawn" in ran.err
@@ -294,4 +294,4 @@ def test_distillation_takes_its_teachers_guidance_by_the_same_rule(
     told = "guidance 2 assumed: its name is dreamshaper-xl-v2-turbo (DreamShaper XL Turbo)"
     assert json.loads(ran.out)["notes"] == [told]
     run = json.loads((tmp_path / "student.run" / "run.json").read_text())
-    assert run["options"]["guidance"] == 2.0
+    assert run["guidance"] == 2.0
