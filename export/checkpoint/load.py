@@ -99,7 +99,7 @@ def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, 
     latents = _sample_size(configs["unet"], checkpoint.config_folder("unet"), family)
     model = LoadedModel(
         name=checkpoint.name,
-        family=family.name,
+        family=family,
         folder=folder,
         modules=modules,
         tokenizers=tokenizers,

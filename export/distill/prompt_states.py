@@ -29,7 +29,7 @@ class PromptStates:
     def conditional(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (N, T, D), and for SDXL `text_embeds` (N, P) and `time_ids` (N, 6)."""
         encoded = {name: self._encode(name, encoder, prompts) for name, encoder in self._encoders.items()}
-        if self._model.family == "sd":
+        if self._model.family.name == "sd":
             return {"encoder_hidden_states": encoded["text_encoder"].last_hidden_state}
         size = self._model.image_size
         time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self._device)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model family is, and what loading a checkpoint gives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from ...runtimes.image_size import ImageSize
+from ...runtimes.manifest import ComponentSpec
+from ...runtimes.pipeline import Pipeline
+from .graphs import Component
 from .keys import KeyTable
-
-FamilyName = Literal["sdxl", "sd"]
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,45 @@ class ModuleSpec:
 
 
 @dataclass(frozen=True)
+class GraphOptions:
+    """Which graphs are asked of a family: for pictures of these `sizes`, at least one.
+
+    Without `all_states` text encoders give only the hidden states that a pipeline reads. `image_to_image` adds what
+    reads a first picture.
+    """
+
+    sizes: Sequence[ImageSize]
+    all_states: bool = True
+    image_to_image: bool = False
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """Everything that tells one kind of checkpoint from another; a new family is one more of these values.
 
     Tokenizer `tokenizer<suffix>` belongs to module `text_encoder<suffix>`. `other_pipeline_classes` draw alike. `keys`
     are those of model_index.json beside the parts; `pipeline_defaults` are the pipeline's own values for settings that
     a model_index.json leaves out.
+
+    `components` gives a model's graphs in the order in which drawing runs them, `pipeline` says how drawing puts them
+    together, from what a manifest says of each. `denoiser` is the module, and graph, that is asked at every step;
+    `guidance` the pipeline's own where a call says nothing. `scheduler_settings` are what the pipeline takes whatever
+    the scheduler's config says. diffusers' pipeline is made with the further arguments `diffusers_parts` (None and
+    False switch off what judges or marks pictures), and called with `diffusers_call`.
     """
 
-    name: FamilyName
+    name: str
     pipeline_class: str
     modules: Mapping[str, ModuleSpec]
     keys: KeyTable
+    components: Callable[["LoadedModel", GraphOptions], list[Component]]
+    pipeline: Callable[["LoadedModel", Mapping[str, ComponentSpec]], Pipeline]
+    guidance: float
+    denoiser: str = "unet"
+    tokenizer_class: str = "CLIPTokenizer"
+    scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
+    diffusers_parts: Mapping[str, Any] = field(default_factory=dict)
+    diffusers_call: Mapping[str, Any] = field(default_factory=dict)
     other_pipeline_classes: tuple[str, ...] = ()
     pipeline_defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -91,7 +119,7 @@ class LoadedModel:
     """
 
     name: str
-    family: FamilyName
+    family: ModelFamily
     folder: Path
     modules: Mapping[str, nn.Module]
     tokenizers: Mapping[str, Path]
@@ -104,3 +132,8 @@ class LoadedModel:
     has_weights: bool
     weights: Mapping[str, Path]
     notes: tuple[str, ...] = ()
+
+    @property
+    def denoiser(self) -> Any:
+        """The module that is asked at every step."""
+        return self.modules[self.family.denoiser]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ...quant.layers import compressible_layers, weight_of
 from ...runtimes.image_size import ImageSize
-from .base import LoadedModel
+from .base import GraphOptions, LoadedModel
 from .graphs import Component, text_encoder_component, unet_component, vae_decoder_component, vae_encoder_component
 from .sizes import latent_size
 
@@ -18,18 +18,23 @@ def components_of(
 ) -> list[Component]:
     """Returns the graphs in the order in which drawing runs them; they share the model's modules.
 
-    `sizes` are those of pictures that the graphs must take, the model's own when there are none. Without `all_states`
-    text encoders give only the hidden states that a pipeline reads. `image_to_image` adds what reads a first picture.
+    `sizes` are those of pictures that the graphs must take, the model's own when there are none. The rest is as in
+    `GraphOptions`.
     """
-    latents = [latent_size(model, size) for size in sizes or (model.image_size,)]
+    return model.family.components(model, GraphOptions(sizes or (model.image_size,), all_states, image_to_image))
+
+
+def unet_components(model: LoadedModel, options: GraphOptions) -> list[Component]:
+    """Returns the graphs of a model of CLIP text encoders, a UNet and a VAE."""
+    latents = [latent_size(model, size) for size in options.sizes]
     free = len(latents) > 1
     traced = _traced_latents(model.modules["unet"], latents) if free else latents[0]
     encoders = {name: module for name, module in model.modules.items() if name.startswith("text_encoder")}
     tokens = model.text_tokens
     picture = ImageSize(*(side * model.vae_scale_factor for side in traced))
     return [
-        *(text_encoder_component(module, name, all_states, tokens) for name, module in encoders.items()),
-        *([vae_encoder_component(model.modules["vae"], picture, free)] if image_to_image else []),
+        *(text_encoder_component(module, name, options.all_states, tokens) for name, module in encoders.items()),
+        *([vae_encoder_component(model.modules["vae"], picture, free)] if options.image_to_image else []),
         unet_component(model.modules["unet"], traced, tokens, free),
         vae_decoder_component(model.modules["vae"], traced, free),
     ]

@@ -114,7 +114,7 @@ def test_unknown_component_is_refused_with_the_known_ones(toy_artifact: Path, to
             r"graph's inputs have sample as float32 \[1, 4, 6, 6\], the manifest says",
         ),
         ("inputs", {"shape": [1, 4, 6, "width"]}, r"the manifest says float32 \[1, 4, 6, 'width'\]"),
-        ("inputs", {"name": "latents"}, "unet: inputs are missing latents; unknown sample"),
+        ("outputs", {"shape": [1, 4, 6, "width"]}, r"the manifest says float32 \[1, 4, 6, 'width'\]"),
         ("outputs", {"shape": [1, 4, 6, 7]}, r"graph's outputs have out_sample as float32 \[1, 4, 6, 6\]"),
     ],
 )
@@ -156,7 +156,7 @@ DRAW = """
 import sys
 from pathlib import Path
 from turbopocket.runtimes.manifest import load_manifest, verify
-from turbopocket.runtimes.runner import open_runner
+from turbopocket.runtimes.open import open_runner
 from turbopocket.runtimes.drawing.text_to_image import generate
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 

@@ -23,6 +23,7 @@ from ..file.mil import Constant, Operation
 from ..file.program import Program
 
 # each module registers its ops when it is imported
+from . import ops_elementwise, ops_image, ops_linear, ops_norm, ops_shape  # noqa: F401
 from .arithmetic import Arithmetic, to_fp16
 from .registry import OPS, Given, Op, as_tensor
 
