@@ -19,6 +19,8 @@ from turbopocket.export.targets.side_files import write_swift_files
         ("unet.mid_block.resnets.1.conv1", "unet.mid_block.resnets.1"),
         ("unet.conv_in", "unet.conv_in"),
         ("text_encoder.encoder.layers.3.mlp.fc1", "text_encoder.layers.3"),
+        ("text_encoder.encoder.block.3.layer.0.SelfAttention.q", "text_encoder.block.3"),
+        ("transformer.transformer_blocks.7.attn1.to_q", "transformer.transformer_blocks.7"),
         ("vae_decoder.decoder.layers.4.conv.2", "vae_decoder.layers.4"),
         ("vae_decoder.post_quant_conv", "vae_decoder.post_quant_conv"),
         ("decoder.decoder.layers.4.conv.2", "decoder.layers.4"),

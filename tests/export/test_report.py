@@ -233,7 +233,7 @@ def test_shipped_bytes_by_folder_add_up_to_the_artifact() -> None:
 def test_blocks_split_their_bytes_by_format() -> None:
     plan = _data().plan
     encoder, block = block_bars(plan, format_classes(plan))
-    assert (encoder.label, block.label) == ("text_encoder", "unet.down_blocks.0")
+    assert (encoder.label, block.label) == ("text_encoder.layers.0", "unet.down_blocks.0")
     assert [(piece.label, piece.bytes) for piece in block.segments] == [("int4-g32", 20_736), ("fp16", 73_728)]
     assert sum(piece.percent for piece in block.segments) == pytest.approx(100)
 
