@@ -20,7 +20,8 @@ class ModuleSpec:
     """One PyTorch module of a family: the class its folder must hold, and what is done about each key of its config.
 
     `renames` turn published tensor names into the class's own: (regular expression, replacement), in order.
-    `others` are classes that the folder may hold instead.
+    `others` are classes that the folder may hold instead, `former_names` those that files gave this class before.
+    `tied` are names of one tensor, each with the other that is stored where it is not; the class knows both.
     """
 
     library: Literal["diffusers", "transformers"]
@@ -28,11 +29,22 @@ class ModuleSpec:
     keys: KeyTable
     renames: tuple[tuple[str, str], ...] = ()
     others: tuple["ModuleSpec", ...] = ()
+    former_names: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Every name that a config may have for the class."""
+        return (self.class_name, *self.former_names)
 
     @property
     def named(self) -> list[str]:
         """Library and class, as a model_index.json names them."""
         return [self.library, self.class_name]
+
+    def is_named(self, library_and_class: Any) -> bool:
+        """Whether that is how a model_index.json names the class, now or before."""
+        return library_and_class in [[self.library, name] for name in self.class_names]
 
     @property
     def titled(self) -> str:
