@@ -54,5 +54,5 @@ class PromptStates:
 def _tokenizer(model: LoadedModel, encoder: str) -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
-        file.write_bytes(tokenizer_json(model.tokenizers[encoder], model.text_tokens))
+        file.write_bytes(tokenizer_json(model.tokenizers[encoder], model.family.tokenizer, model.text_tokens))
         return Tokenizer(file, model.text_tokens, model.prompt_replacements.get(encoder, {}))

@@ -13,6 +13,7 @@ from ...runtimes.manifest import ComponentSpec
 from ...runtimes.pipeline import Pipeline
 from .graphs import Component
 from .keys import KeyTable
+from .tokenizers import CLIP, TokenizerKind
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,11 @@ class ModelFamily:
     `components` gives a model's graphs in the order in which drawing runs them, `pipeline` says how drawing puts them
     together, from what a manifest says of each. `denoiser` is the module, and graph, that is asked at every step;
     `guidance` the pipeline's own where a call says nothing. `scheduler_settings` are what the pipeline takes whatever
-    the scheduler's config says. diffusers' pipeline is made with the further arguments `diffusers_parts` (None and
+    the scheduler's config says. `check` raises TurbopocketError for modules that do not fit each other.
+    `tokenizer` is the kind of all tokenizers, `prompt_tokens` how many ids a prompt has where the pipeline says it.
+    `old_least_sample_size` is what a smaller `sample_size` means in a file by diffusers before 0.9.0.
+
+    diffusers' pipeline is made with the further arguments `diffusers_parts` (None and
     False switch off what judges or marks pictures), and called with `diffusers_call`.
     """
 
@@ -91,9 +96,12 @@ class ModelFamily:
     keys: KeyTable
     components: Callable[["LoadedModel", GraphOptions], list[Component]]
     pipeline: Callable[["LoadedModel", Mapping[str, ComponentSpec]], Pipeline]
+    check: Callable[[Mapping[str, nn.Module], Path], None]
     guidance: float
     denoiser: str = "unet"
-    tokenizer_class: str = "CLIPTokenizer"
+    tokenizer: TokenizerKind = CLIP
+    prompt_tokens: int | None = None
+    old_least_sample_size: int = 1
     scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
     diffusers_parts: Mapping[str, Any] = field(default_factory=dict)
     diffusers_call: Mapping[str, Any] = field(default_factory=dict)
@@ -121,13 +129,13 @@ class ModelFamily:
 class LoadedModel:
     """One checkpoint: its modules in eval mode, fp32, without gradients, and the settings of its pipeline.
 
-    `folder` holds the pipeline's own settings. `modules` has `text_encoder`, `text_encoder_2` (SDXL only), `unet`
-    and `vae`; `weights` says in which folder or single file each of them is stored, `notes` what of all this was
+    `folder` holds the pipeline's own settings. `modules` are those of the family, such as `text_encoder`, `unet` and
+    `vae`; `weights` says in which folder or single file each of them is stored, `notes` what of all this was
     assumed. `tokenizers` maps each text encoder to the folder of its tokenizer. With `has_weights` false every tensor
     is on the meta device, and tokenizers and the scheduler's config may be absent, which then says its class alone.
     `text_tokens` is how many ids every text encoder reads. `prompt_replacements` are, for a text encoder, tokens that
     stand for several vectors and the text that names all of these.
-    `image_size` is the picture that the UNet was trained for, in pixels.
+    `image_size` is the picture that the denoiser was trained for, in pixels.
     """
 
     name: str

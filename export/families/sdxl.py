@@ -6,6 +6,7 @@ from .base import ModelFamily, ModuleSpec
 from .components import unet_components
 from .pipelines import stable_diffusion_xl
 from .sd import CLIP_TEXT, TINY_VAE, VAE_RENAMES
+from .unet_widths import check_unet
 
 SDXL = ModelFamily(
     name="sdxl",
@@ -19,6 +20,7 @@ SDXL = ModelFamily(
     keys=key_tables.SDXL_PIPELINE,
     components=unet_components,
     pipeline=stable_diffusion_xl,
+    check=check_unet,
     guidance=5.0,
     diffusers_parts={"add_watermarker": False},
     pipeline_defaults={"force_zeros_for_empty_prompt": True},

@@ -78,4 +78,5 @@ def t5_encoder_component(model: nn.Module, name: str, tokens: int) -> Component:
         module=_T5(name, _Encoder(model, tokens)),
         example_inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         output_names=("last_hidden_state",),
+        role="text encoder",
     )

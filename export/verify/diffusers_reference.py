@@ -108,10 +108,10 @@ def diffusers_picture(
         try:
             pictures = pipeline(
                 prompt,
-                negative_prompt=negative_prompt,
                 num_inference_steps=sampler.steps if steps is None else steps,
                 guidance_scale=sampler.guidance_scale if guidance is None else guidance,
                 output_type="np",
+                **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
                 **begin,
                 **model.family.diffusers_call,
             ).images
@@ -255,7 +255,7 @@ def _pipeline(model: LoadedModel, kind: SamplerKind, image_to_image: bool) -> It
 
 def _tokenizer(model: LoadedModel, encoder: str) -> Any:
     """diffusers takes the number of a prompt's ids from here, and fails where the folder names none (1e30)."""
-    tokenizer_class = getattr(transformers, model.family.tokenizer_class)
+    tokenizer_class = getattr(transformers, model.family.tokenizer.class_name)
     tokenizer = tokenizer_class.from_pretrained(model.tokenizers[encoder], local_files_only=True)
     tokenizer.model_max_length = model.text_tokens
     return tokenizer
