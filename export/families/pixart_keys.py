@@ -7,7 +7,6 @@ from .key_tables import (
     DIFFUSERS,
     EPSILON,
     FILE,
-    LATENT_SIDE,
     MOST_IDS,
     TOKEN,
     TOKENIZER,

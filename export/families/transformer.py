@@ -40,7 +40,7 @@ class _SizedPatches(nn.Module):
 
 
 def position_tables(patches: Any, size: ImageSize) -> tuple[Tensor, Tensor]:
-    """Returns the sines and cosines of each column [width, D/2] and of each row [height, D/2] of patches, on the CPU."""
+    """Returns sines and cosines of each column [width, D/2] and of each row [height, D/2] of patches, on the CPU."""
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
     grid = (size.height // patches.patch_size, size.width // patches.patch_size)
@@ -83,7 +83,7 @@ class TransformerModule(ComponentModule):
         prediction: Tensor = self.model(
             hidden_states,
             encoder_hidden_states,
-            timestep=timestep.reshape(1).expand(batch),
+            timestep=timestep.expand(batch),
             added_cond_kwargs=told,
             encoder_attention_mask=encoder_attention_mask,
             return_dict=False,
@@ -92,7 +92,7 @@ class TransformerModule(ComponentModule):
 
 
 def transformer_component(transformer: nn.Module, latent_size: ImageSize, text_tokens: int) -> Component:
-    """`hidden_states` [B, C, h, w], `timestep` [], `encoder_hidden_states` [B, T, D] (all float32) and
+    """`hidden_states` [B, C, h, w], `timestep` [] or [B], `encoder_hidden_states` [B, T, D] (all float32) and
     `encoder_attention_mask` [B, T] (int64: 1 for a prompt's ids, 0 for padding) to `out_sample` [B, C', h, w].
 
     C' is 2C where the transformer was trained to predict a variance too: the first C channels are the prediction.

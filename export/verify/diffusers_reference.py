@@ -193,7 +193,7 @@ def _recorded(model: LoadedModel, pipeline: Pipeline) -> Iterator[dict[str, list
     def denoiser_ran(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> None:
         arrays = _given(module, given, options, denoiser.latents)
         for index in reversed(range(len(outputs[0]))):
-            own = {name: value if value.ndim == 0 else value[index] for name, value in arrays.items()}
+            own = {name: value if value.ndim == 0 else np.asarray(value[index]) for name, value in arrays.items()}
             calls[denoiser.component].append(_Call(own, outputs[0][index].numpy()[None]))
 
     def vae_decode(latents: Tensor, *arguments: Any, **options: Any) -> Any:
