@@ -4,10 +4,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...quant.layers import compressible_layers, weight_of
 from ...runtimes.image_size import ImageSize
+from ...runtimes.manifest import ComponentSpec, TensorSpec
 from .base import GraphOptions, LoadedModel
 from .graphs import Component, text_encoder_component, unet_component, vae_decoder_component, vae_encoder_component
 from .sizes import latent_size
@@ -49,6 +51,16 @@ def _traced_latents(unet: Any, latents: Sequence[ImageSize]) -> ImageSize:
     levels = 2**unet.num_upsamplers
     uneven = any(side % levels for size in latents for side in size)
     return ImageSize(2 * levels + uneven, 2 * levels + uneven)
+
+
+def described(component: Component) -> ComponentSpec:
+    """Returns what a manifest would say of a graph, as far as a pipeline asks: names, types, shapes of its inputs."""
+    inputs = [
+        TensorSpec(name=name, dtype="int64" if tensor.dtype == torch.int64 else "float32", shape=list(tensor.shape))
+        for name, tensor in component.example_inputs.items()
+    ]
+    outputs = [TensorSpec(name=name, dtype="float32", shape=[]) for name in component.output_names]
+    return ComponentSpec(file=component.name, inputs=inputs, outputs=outputs)
 
 
 def layers_of(components: Sequence[Component]) -> dict[str, nn.Module]:

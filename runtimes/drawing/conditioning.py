@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
+from ..image_size import ImageSize
 from ..manifest import Manifest
 from ..pipeline import Feed, GuidanceFeed, MaskFeed, NumbersFeed, TextFeed
 from ..runner import Runner, component_spec
@@ -68,6 +69,12 @@ def guidance_embedding(scale: float, width: int) -> NDArray[np.float32]:
     return embedding[None].astype(np.float32)
 
 
+def picture_numbers(feed: NumbersFeed, size: ImageSize) -> NDArray[np.float32]:
+    """The numbers [1, n] for a picture of that size."""
+    words = {"height": size.height, "width": size.width, "aspect_ratio": size.height / size.width}
+    return np.array([[words[each] if isinstance(each, str) else each for each in feed.values]], dtype=np.float32)
+
+
 def unconditional(
     runner: Runner,
     manifest: Manifest,
@@ -107,9 +114,7 @@ def _fed(
         case MaskFeed():
             return read[feed.component].mask[None].astype(np.float32)
         case NumbersFeed():
-            image = manifest.image
-            words = {"height": image.height, "width": image.width, "aspect_ratio": image.height / image.width}
-            return np.array([[words[v] if isinstance(v, str) else v for v in feed.values]], dtype=np.float32)
+            return picture_numbers(feed, manifest.image.size)
         case GuidanceFeed():
             raise TypeError("the guidance is no part of a prompt")
 
