@@ -82,7 +82,11 @@ def _other_parameters(component: Component) -> int:
 
 def _side_files(target: Target, model: LoadedModel, components: Sequence[Component], size: ImageSize) -> int:
     """Bytes of the small files that can be written from what the model's folder holds."""
-    there = {encoder: folder for encoder, folder in model.tokenizers.items() if has_vocabulary(folder, model.family.tokenizer)}
+    there = {
+        encoder: folder
+        for encoder, folder in model.tokenizers.items()
+        if has_vocabulary(folder, model.family.tokenizer)
+    }
     with tempfile.TemporaryDirectory() as scratch:
         names: Mapping[str, Any] = {component.name: component for component in components}
         target.write_side_files(replace(model, tokenizers=there), names, size, Path(scratch))

@@ -21,7 +21,7 @@ from .header import StoredTensor
 from .index import family_of, modules_of, pipeline_config, read_pipeline_index, scheduler_class
 from .json_object import read_json_object
 from .lora.file import LoraFile
-from .lora.merge import merge_lora
+from .lora.merge import merge_lora, require_adaptable
 from .source import Checkpoint, resolve
 from .tokenizer import prompt_rules, tokenizer_json
 from .weights import checked_tensors, empty_module, fill_weights
@@ -52,6 +52,8 @@ def load(
     """
     checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=True)
     model, specs = _described(checkpoint, has_weights=True)
+    if lora:
+        require_adaptable(model)
     stored = {  # every header before any values, so that a broken denoiser is known before gigabytes are read
         component: _stored(checkpoint, component, spec, model.modules[component]) for component, spec in specs.items()
     }

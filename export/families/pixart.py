@@ -26,7 +26,7 @@ def pixart_components(model: LoadedModel, options: GraphOptions) -> list[Compone
     if len(options.sizes) > 1:
         asked = ", ".join(map(str, options.sizes))
         raise TurbopocketError(
-            f"{model.name} was asked for {asked}, and where its patches lie is a part of its graph; one size is allowed",
+            f"{model.name} was asked for {asked}, and its graph says where patches lie; one size is allowed",
             hint="build one artifact for each size",
         )
     if options.image_to_image:
@@ -72,7 +72,9 @@ def check_pixart(modules: Mapping[str, Any], folder: Path) -> None:
     config = transformer.config
     read = config.cross_attention_dim if config.caption_channels is None else config.caption_channels
     if read != text.config.d_model:
-        raise TurbopocketError(f"{folder}: the transformer takes text {read} wide, text_encoder gives {text.config.d_model}")
+        raise TurbopocketError(
+            f"{folder}: the transformer takes text {read} wide, text_encoder gives {text.config.d_model}"
+        )
     if config.in_channels != vae.config.latent_channels:
         raise TurbopocketError(
             f"{folder}: the transformer takes {config.in_channels} channels, the VAE's latents have "
@@ -90,8 +92,8 @@ def check_pixart(modules: Mapping[str, Any], folder: Path) -> None:
         )
     if transformer.use_additional_conditions and config.sample_size != TOLD_AT:
         raise TurbopocketError(
-            f"{path}: use_additional_conditions is true and sample_size {config.sample_size}; diffusers' pipeline tells "
-            f"a transformer sizes at {TOLD_AT} alone"
+            f"{path}: use_additional_conditions is true and sample_size {config.sample_size}; diffusers' pipeline "
+            f"tells a transformer sizes at {TOLD_AT} alone"
         )
 
 

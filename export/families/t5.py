@@ -30,7 +30,9 @@ class _Encoder(nn.Module):
         states = self.encoder.embed_tokens(input_ids)
         bias = torch.where(attention_mask[:, None, None, :] > 0, self.position_bias(input_ids.device), MASKED)
         for block in self.encoder.block:
-            states = block(states, position_bias=bias)[0]
+            attention, feed_forward = block.layer
+            states = attention(states, position_bias=bias)[0]
+            states = states + gated(feed_forward.DenseReluDense, feed_forward.layer_norm(states))
         last: Tensor = self.encoder.final_layer_norm(states)
         return last
 
@@ -48,6 +50,12 @@ class _Encoder(nn.Module):
         positions = torch.arange(self.tokens, device=device)
         pairs = by_distance[positions[None, :] - positions[:, None] + (self.tokens - 1)]
         return pairs.permute(2, 0, 1)[None]
+
+
+def gated(layers: Any, x: Tensor) -> Tensor:
+    """wo(act(wi_0 x) * wi_1 x). transformers' own asks for the weight of wo, which a target's layer need not have."""
+    y: Tensor = layers.wo(layers.act(layers.wi_0(x)) * layers.wi_1(x))
+    return y
 
 
 def bucket_bounds(attention: Any, tokens: int) -> list[int]:

@@ -15,8 +15,8 @@ class TokenizerKind:
 
     `marks` are the special tokens that it cannot do without. `needs` is the package that reads those files, if they
     need one. `normalizes` says that the pipeline writes a prompt in lower case and without white space around it; a
-    tokenizer.json of ours does so itself. `multi_vector` says that the pipeline puts several vectors in the place of one
-    added token (textual inversion).
+    tokenizer.json of ours does so itself. `multi_vector` says that the pipeline puts several vectors in the place of
+    one added token (textual inversion).
     """
 
     class_name: str

@@ -40,7 +40,7 @@ class _SizedPatches(nn.Module):
 
 
 def position_tables(patches: Any, size: ImageSize) -> tuple[Tensor, Tensor]:
-    """Returns the sines and cosines of each column [width, D/2] and of each row [height, D/2] of patches, on the CPU."""
+    """Returns sines and cosines of each column [width, D/2] and of each row [height, D/2] of patches, on the CPU."""
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
     grid = (size.height // patches.patch_size, size.width // patches.patch_size)

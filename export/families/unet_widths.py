@@ -26,7 +26,7 @@ def check_unet(modules: Mapping[str, Any], folder: Path) -> None:
         )
     if unet["out_channels"] != latent_channels:
         raise TurbopocketError(
-            f"{folder}: the UNet gives {unet['out_channels']} channels, {latent_channels} are needed, as many as it takes"
+            f"{folder}: the UNet gives {unet['out_channels']} channels, {latent_channels} are needed, as it takes"
         )
     if unet["addition_embed_type"] == "text_time":
         pooled = (unet["projection_class_embeddings_input_dim"] or 0) - 6 * (unet["addition_time_embed_dim"] or 0)

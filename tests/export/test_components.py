@@ -9,6 +9,7 @@ import pytest
 
 from turbopocket.export.checkpoint.load import load_shapes, tokenizer_json
 from turbopocket.export.families.components import group_name
+from turbopocket.export.families.tokenizers import CLIP
 from turbopocket.export.targets.side_files import write_swift_files
 
 
@@ -38,7 +39,7 @@ def test_the_swift_package_gets_its_vocabulary_out_of_tokenizer_json(left: str, 
 
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "model"))
     tokenizer = folder / "tokenizer"
-    (tokenizer / "tokenizer.json").write_bytes(tokenizer_json(tokenizer))
+    (tokenizer / "tokenizer.json").write_bytes(tokenizer_json(tokenizer, CLIP))
     for name in {"vocab.json", "merges.txt"} - set(left.split(", ")):
         (tokenizer / name).unlink()
     out = tmp_path / "art"

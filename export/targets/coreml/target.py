@@ -12,6 +12,7 @@ from ....quant.ranges import Ranges
 from ....runtimes.compare.rows import Limits
 from ....runtimes.coreml import apple
 from ....runtimes.coreml.evaluate.evaluator import Mode
+from ....runtimes.coreml.interface import package_file
 from ....runtimes.coreml.lint import UNVERIFIED, lint
 from ....runtimes.coreml.runner import CoreMLRunner
 from ....runtimes.image_size import ImageSize
@@ -55,8 +56,11 @@ class CoreML(Target):
     def components(
         self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
     ) -> list[Component]:
+        components = components_of(model, sizes, all_states=False, image_to_image=image_to_image)
+        for component in components:
+            package_file(component.name)  # raises where there is no package for it
         require_even_levels(model, sizes, "Core ML packages")  # which enlarge by whole factors only
-        return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
+        return components
 
     def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
         return coreml.storable(format, kind, shape, self.options.deployment)
