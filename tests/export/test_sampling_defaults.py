@@ -13,7 +13,7 @@ import pytest
 
 from turbopocket.export.checkpoint.load import FAMILIES, load_shapes
 from turbopocket.export.recipe import make_recipe, parse_recipe
-from turbopocket.export.sampling.defaults import PIPELINE_GUIDANCE, Sampling, sampling_of
+from turbopocket.export.sampling.defaults import Sampling, sampling_of
 from turbopocket.export.sampling.spec import with_sampling
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.manifest import load_manifest
@@ -49,7 +49,7 @@ def sampling(folder: Path, *lora: str, **given: Any) -> Sampling:
 def test_the_pipelines_guidance_is_what_diffusers_calls_them_with() -> None:
     for family in FAMILIES:
         call = inspect.signature(getattr(diffusers, family.pipeline_class).__call__)
-        assert call.parameters["guidance_scale"].default == PIPELINE_GUIDANCE[family.name]
+        assert call.parameters["guidance_scale"].default == family.guidance
 
 
 def test_a_model_without_any_sign_gets_thirty_steps_and_its_pipelines_guidance_and_is_told_so(
