@@ -104,8 +104,8 @@ def _read(folder: Path, kind: TokenizerKind) -> Any:
         raise TurbopocketError(f"{folder} has neither tokenizer.json nor {missing}")
     if not (folder / "tokenizer.json").is_file() and kind.needs and importlib.util.find_spec(kind.needs) is None:
         raise TurbopocketError(
-            f"{folder} has {' and '.join(kind.vocabulary)} and no tokenizer.json; the package {kind.needs}, which reads "
-            "that, is not installed",
+            f"{folder} has {' and '.join(kind.vocabulary)} and no tokenizer.json; the package {kind.needs}, which "
+            "reads that, is not installed",
             hint=f"pip install {kind.needs} protobuf, or have transformers save the tokenizer where they are installed",
         )
     for name in ("tokenizer.json", *kind.vocabulary, "added_tokens.json"):
