@@ -153,10 +153,20 @@ def test_a_broken_spiece_model_is_refused(content: bytes, spiece: Path) -> None:
 TRANSFORMER, TEXT, TOKENIZER = "transformer/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("sigma", TRANSFORMER, {"use_additional_conditions": True}, "the pipeline of PixArt-Sigma tells no sizes"),
-    ("sigma", TRANSFORMER, {"norm_type": "ada_norm_zero"}, "norm_type is 'ada_norm_zero'; supported: 'ada_norm_single'"),
+    (
+        "sigma",
+        TRANSFORMER,
+        {"norm_type": "ada_norm_zero"},
+        "norm_type is 'ada_norm_zero'; supported: 'ada",
+    ),
     ("sigma", TRANSFORMER, {"out_channels": 9}, "out_channels is 9; 4, or 8 of which half is a variance, are allowed"),
-    ("sigma", TRANSFORMER, {"in_channels": 3, "out_channels": 6}, "the transformer takes 3 channels, the VAE's latents"),
-    ("sigma", TRANSFORMER, {"caption_channels": 64}, "the transformer takes text 64 wide, text_encoder gives 32"),
+    (
+        "sigma",
+        TRANSFORMER,
+        {"in_channels": 3, "out_channels": 6},
+        "takes 3 channels, the VAE's",
+    ),
+    ("sigma", TRANSFORMER, {"caption_channels": 64}, "takes text 64 wide, text_encoder gives 32"),
     ("sigma", TRANSFORMER, {"sample_size": 15}, "a multiple of patch_size, 2, is needed"),
     ("sigma", TRANSFORMER, {"cross_attention_dim": 64}, "such a model does not run on a prompt alone"),
     ("sigma", TRANSFORMER, {"magic": 3}, "'magic' is 3, a setting of a PixArtTransformer2DModel that is not known"),
