@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from turbopocket.export.checkpoint.hub import wanted_files
 from turbopocket.export.checkpoint.load import load, load_shapes, tokenizer_json
 from turbopocket.export.checkpoint.lora.file import LoraFile
 from turbopocket.export.families.tokenizers import T5
@@ -132,6 +133,11 @@ def test_a_spiece_model_becomes_a_tokenizer_json(spiece: Path, tmp_path: Path) -
     expected = T5Tokenizer.from_pretrained(spiece)("a red cat on the square", padding="max_length", max_length=30)
     assert found.ids.tolist() == expected.input_ids
     assert load(str(spiece.parent)).text_tokens == 300
+
+
+def test_a_hub_repository_gives_its_spiece_model() -> None:
+    names = ["model_index.json", "tokenizer/spiece.model", "tokenizer/readme.md", "transformer/config.json"]
+    assert wanted_files(names, ["tokenizer"], ()) == ["model_index.json", "tokenizer/spiece.model"]
 
 
 def test_a_spiece_model_without_its_package_is_refused(spiece: Path, monkeypatch: pytest.MonkeyPatch) -> None:
