@@ -115,7 +115,7 @@ def spiece(sigma: Path) -> Path:
     (tokenizer / "words.txt").write_text("\n".join(f"{a} {b}" for a in WORDS for b in WORDS))
     marks = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "pad_piece": "<pad>", "minloglevel": 2}
     prefix = str(tokenizer / "spiece")
-    trainer.train(input=str(tokenizer / "words.txt"), model_prefix=prefix, vocab_size=40, **marks)
+    trainer.train(input=str(tokenizer / "words.txt"), model_prefix=prefix, vocab_size=30, **marks)
     for name in ("words.txt", "spiece.vocab", "tokenizer.json"):
         (tokenizer / name).unlink()
     special = {"additional_special_tokens": [f"<extra_id_{index}>" for index in range(100)]}

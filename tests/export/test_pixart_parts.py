@@ -41,7 +41,10 @@ def inputs_of(component: Component) -> dict[str, torch.Tensor]:
     mask = (torch.arange(TOKENS)[None] < torch.tensor([[9], [1]])).long()
     known = {"input_ids": torch.randint(3, 150, (2, TOKENS)), "timestep": torch.tensor(731.5)} | TOLD
     known |= {"attention_mask": mask, "encoder_attention_mask": mask}
-    return {name: known.get(name, torch.randn_like(value)) for name, value in component.example_inputs.items()}
+    return {
+        name: known[name] if name in known else torch.randn_like(value)
+        for name, value in component.example_inputs.items()
+    }
 
 
 @torch.no_grad()
