@@ -21,7 +21,7 @@ from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.components import layers_of
 from turbopocket.export.families.graphs import Component
 from turbopocket.export.output.kept import RANGES_FILE, WEIGHTS_FILE
-from turbopocket.export.plan import plan_source
+from turbopocket.export.plan import plan
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import Recipe, make_recipe
 from turbopocket.export.targets.registry import TARGETS, open_target
@@ -81,7 +81,7 @@ def test_from_folder_to_picture(checkpoint: Checkpoint, target: str, tmp_path: P
     checkpoint.make(folder)
     recipe = _recipe(checkpoint, target, folder)
     quiet = StageProgress(quiet=True)
-    estimated = plan_source(recipe, None)["fixed_bytes"]
+    estimated = plan(recipe).fixed_bytes
     built = build(recipe, tmp_path / "art", overwrite=False, progress=quiet)
     assert estimated == pytest.approx(built.plan.fixed_bytes, rel=0.25)  # nearly all graph, in models this small
     assert set(built.gaps.lowering) == set(open_target(recipe.target).runtime_names)
