@@ -46,6 +46,8 @@ ArtifactFolders = Annotated[Path, typer.Argument(help="An artifact, or a folder 
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
 SET_HELP = "Any other key of the recipe, such as target.coreml.deployment=iOS17; see `recipe show`. May be repeated."
 Assigned = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
+SET_DISTILL_HELP = "Any other key, such as distill.method=mse; see `recipe show --distill`. May be repeated."
+AssignedToDistill = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_DISTILL_HELP)]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
 LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
@@ -146,7 +148,7 @@ def distill(
     source: Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket.")] = None,
     config: Config = None,
     recipe: RecipeFile = None,
-    assigned: Assigned = None,
+    assigned: AssignedToDistill = None,
     steps: Annotated[
         int | None, typer.Option(help="Most steps of the student, 1 to 8; it also learns all fewer ones.")
     ] = None,
