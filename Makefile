@@ -40,7 +40,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=.typing $(BIN)/lint-imports
 
 bench: setup
 	$(BIN)/python benchmarks/unet.py
@@ -71,7 +71,7 @@ bench-quality: setup
 bench-executorch: export OMP_NUM_THREADS = 1
 bench-executorch: setup
 	$(RUN) build --target executorch --budget 14MB --out build/executorch --overwrite
-	$(RUN) build --target executorch --budget 14MB --activations static --out build/executorch-static --overwrite
+	$(RUN) build --target executorch --budget 14MB --set target.executorch.activations=static --out build/executorch-static --overwrite
 	$(BIN)/python benchmarks/alignment.py build/executorch build/executorch-static --out benchmarks/results/alignment_executorch.json
 	$(BIN)/python benchmarks/readme_tables.py
 
@@ -88,20 +88,20 @@ arm64: export OMP_NUM_THREADS = 1
 arm64: setup
 	$(ARM64) --budget 8MB --out build/arm64/onnx
 	$(ARM64) --budget 14MB --target executorch --out build/arm64/executorch
-	$(ARM64) --budget 14MB --target executorch --activations static --out build/arm64/executorch-static
+	$(ARM64) --budget 14MB --target executorch --set target.executorch.activations=static --out build/arm64/executorch-static
 	$(BIN)/python benchmarks/arm64.py build/arm64/onnx build/arm64/executorch build/arm64/executorch-static
 
 train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all
 
 # The shipped student, then the baseline it has to beat: regression for as many network evaluations.
-DISTILL := $(RUN) distill pocket --steps 4 --batch 32 --guidance 2
+DISTILL := $(RUN) distill --recipe pocket-turbo
 distill-pocket distill-baseline bench-distill: export OMP_NUM_THREADS = 1
 distill-pocket: setup
-	$(DISTILL) --iterations 600 --student-lr 1.5e-4 --fake-lr 6e-4 --out build/pocket-turbo
+	$(DISTILL) --out build/pocket-turbo
 
 distill-baseline: setup
-	$(DISTILL) --method mse --iterations 122 --student-lr 3e-4 --out build/pocket-mse
+	$(DISTILL) --set distill.method=mse --iterations 122 --set distill.student_lr=3e-4 --out build/pocket-mse
 
 # Students beside their teacher, and TDM with each of its devices off: over an hour of one core that has AVX-512 BF16.
 bench-distill: distill-pocket distill-baseline

@@ -10,7 +10,7 @@ Everyone draws prompt i of the test split from the noise of seed i. Networks are
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,20 @@ from picture_rows import write_rows
 from torch import Tensor
 
 from turbopocket.export.checkpoint.load import load
-from turbopocket.export.distill.distil import DistillRequest, devices_without, distil, fastest_precision
+from turbopocket.export.distill.distill import distill, fastest_precision
 from turbopocket.export.distill.prompt_states import PromptStates
-from turbopocket.export.progress import StageProgress
+from turbopocket.export.distill.recipe import DistillRecipe
+from turbopocket.export.settings import with_values
 from turbopocket.pocket.evaluate import first_noise, frechet_distance, write_json
 from turbopocket.pocket.judge import Judge, alignment, features, load_judge
 from turbopocket.pocket.render import render
 from turbopocket.pocket.scenes import sample_scenes
 from turbopocket.quant.distill.denoiser import Denoiser
 from turbopocket.quant.distill.diffusion import Diffusion
-from turbopocket.quant.distill.options import DEVICE_NAMES, DistillOptions
-from turbopocket.quant.distill.steps import FixedIntervals, even_walk
+from turbopocket.quant.distill.options import Devices
+from turbopocket.quant.distill.steps import FixedIntervals, Step, even_walk
 from turbopocket.quant.distill.tdm import guided_clean_and_noise
-from turbopocket.quant.distill.trajectory_mse import network_evaluations
+from turbopocket.quant.distill.trajectory_mse import TEACHER_STEPS
 from turbopocket.runtimes.schedule import SamplerSpec, alphas_cumprod
 from turbopocket.runtimes.scheduler_classes import config_for
 
@@ -134,18 +135,16 @@ def shown(painter: Painter) -> Tensor:
     return painter.draw(SHOWN_PROMPTS, range(len(SHOWN_PROMPTS)))
 
 
-def ablate(teacher: str, options: DistillOptions, folder: Path, frechet_pictures: int) -> dict[str, Any]:
+def ablate(recipe: DistillRecipe, folder: Path, frechet_pictures: int) -> dict[str, Any]:
     """All devices, each one off, and regression for as many network evaluations: one run each, equal compute."""
     judge, results, rows = load_judge(), {}, {}
-    runs: list[tuple[str, str, list[str]]] = [("all devices", "tdm", [])]
-    runs += [(f"without {name}", "tdm", [name]) for name in DEVICE_NAMES]
-    for title, method, without in [*runs, ("mse", "mse", [])]:
-        iterations = options.iterations if method == "tdm" else mse_iterations(options)
+    runs: list[tuple[str, str, dict[str, bool]]] = [("all devices", "tdm", {})]
+    runs += [(f"without {each.name}", "tdm", {f"distill.devices.{each.name}": False}) for each in fields(Devices)]
+    for title, method, without in [*runs, ("mse", "mse", {})]:
+        iterations = recipe.distill.iterations if method == "tdm" else mse_iterations(recipe.distill.iterations)
         out = folder / title.replace(" ", "-")
         if not out.is_dir():
-            chosen = replace(options, iterations=iterations, devices=devices_without(without))
-            request = DistillRequest(teacher, 4, method, chosen, guidance=GUIDANCE)
-            distil(request, out, False, StageProgress())
+            distill(with_values(recipe, {"distill.method": method, "distill.iterations": iterations, **without}), out)
         results[title] = {"iterations": iterations}
         for steps in (4, 2, 1):
             painter = Painter(str(out), steps, 1.0, step_biases=True)
@@ -158,12 +157,24 @@ def ablate(teacher: str, options: DistillOptions, folder: Path, frechet_pictures
     return results
 
 
-def mse_iterations(options: DistillOptions) -> int:
-    """How many iterations of regression cost as many network evaluations as the options' iterations of TDM."""
+def network_evaluations(walk: Sequence[Step], guidance: float) -> tuple[float, float]:
+    """Forward passes that one iteration costs by TDM and by regression; a backward pass counts as two.
+
+    TDM: half the walk to get there, the student's step and the fake score's update with gradient, the fake and the
+    guided teacher without. Regression: the teacher's whole trajectory, and every student step with gradient.
+    """
+    asks = 2 if guidance > 1 else 1
+    tdm = (len(walk) - 1) / 2 + 3 + 3 + 1 + asks
+    per_step = -(-TEACHER_STEPS // len(walk))
+    return tdm, per_step * len(walk) * asks + 3 * len(walk)
+
+
+def mse_iterations(iterations: int) -> int:
+    """How many iterations of regression cost as many network evaluations as these of TDM."""
     schedule = FixedIntervals(1000, range(1, 5))
     costs = np.array([network_evaluations(schedule.walk(count), guidance=2.0) for count in schedule.counts])
     tdm, mse = schedule.odds @ costs
-    return round(options.iterations * float(tdm / mse))
+    return round(iterations * float(tdm / mse))
 
 
 def main() -> None:
@@ -184,8 +195,10 @@ def main() -> None:
     if asked.what == "students":
         results = compare_students(asked.teacher, *[*asked.folders, None][:2], asked.frechet_pictures)
     else:
-        options = DistillOptions(asked.iterations, batch=asked.batch, **rates)
-        results = ablate(asked.teacher, options, asked.runs, asked.frechet_pictures)
+        training = {"iterations": asked.iterations, "batch": asked.batch, **rates}
+        values = {f"distill.{key}": value for key, value in training.items()}
+        values |= {"teacher.source": asked.teacher, "teacher.guidance": GUIDANCE}
+        results = ablate(with_values(DistillRecipe(), values), asked.runs, asked.frechet_pictures)
     about = {"prompts": PROMPTS, "split": "test"}
     if asked.what == "ablations":
         about |= {"batch": asked.batch, **rates, "guidance": GUIDANCE, "precision": fastest_precision()}

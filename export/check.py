@@ -33,9 +33,14 @@ from .verify.table import parity_summary, show_parity, show_remarks
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found. `gaps` is None when only the files could be checked; `why_not` then says why.
+    """What a check found.
 
-    `unverified` lists what only a device can tell, `notes` what to know of the model and of how it ran on this machine.
+    Attributes:
+        manifest: the artifact's, whose files are as it says.
+        gaps: what compression changed and what lowering did, per component and timestep; None when only the files
+            could be checked, and `why_not` then says why.
+        unverified: what only a device can tell; notes: what to know of the model and of how it ran on this machine.
+        emulated: gaps on emulated CPUs, by name.
     """
 
     manifest: Manifest
@@ -81,14 +86,22 @@ class Checked:
         show_remarks(self.unverified, self.notes, console)
 
 
-def check(artifact: Path, progress: StageProgress, cpus: Sequence[str] = (), cache: Path | None = None) -> Checked:
+def check(
+    artifact: Path | str,
+    progress: StageProgress | None = None,
+    cpus: Sequence[str] = (),
+    cache: Path | None = None,
+) -> Checked:
     """Verifies every file against the manifest, then measures both gaps again, and once more on each emulated CPU.
+
+    What is wrong with the numbers is the outcome's `failure`; `progress` is told of each stage, by default on stderr.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
     model; without the former only the files are checked. Raises TurbopocketError for files that do not match, and for
     emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or could not be compared with PyTorch.
     """
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
+    artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
     manifest = load_manifest(artifact)
     recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")

@@ -112,7 +112,7 @@ def _bundled_row(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "installed": True,
-        "family": model.family,
+        "family": model.family.name,
         "fp16_bytes": sum(2 * parameter_count(component) for component in components_of(model)),
         "image_size": str(model.image_size),
     }

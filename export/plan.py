@@ -4,7 +4,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from rich.table import Table
 from ..ground.errors import TurbopocketError
 from ..quant.account import account
 from ..quant.formats import LayerFormat
-from ..quant.plan import LayerChoices, Plan, plan, smallest_total_bytes
+from ..quant.plan import Choice, LayerChoices, Plan, smallest_total_bytes
+from ..quant.plan import plan as least_loss
 from ..quant.sensitivity import estimate_from_shapes, load_choices
 from .build.candidates import candidate_formats
-from .build.fixed_bytes import fixed_bytes, show_estimates
+from .build.fixed_bytes import Estimate, fixed_bytes, show_estimates
 from .checkpoint.load import load_shapes
 from .families.base import LoadedModel
 from .families.components import component_name, group_name, layers_of, parameter_count, shapes_of
@@ -29,10 +30,97 @@ from .targets.registry import open_target
 from .units import format_bytes
 
 
-def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
-    """Returns the plan of a recipe's model and what each part of it weighs, from configs alone.
+@dataclass(frozen=True)
+class Weighed:
+    """Layers that belong together: how many, their weights, and bytes as fp16 and as planned."""
 
-    With `measured` (a build's choices.json) losses are measured ones, else every weight counts alike.
+    layers: int
+    weights: int
+    fp16_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a recipe's model will weigh, all in bytes, and in which format each layer would be stored.
+
+    Attributes:
+        model: its name; target: what it is lowered to; loss_model: "shapes", or the file of the measured losses.
+        plan: the formats chosen, layer by layer.
+        fixed_bytes: graphs, uncompressed tensors, tokenizers, configs and the manifest; `estimates` says which of them
+            were not there to be counted, and how they were estimated.
+        smallest_bytes: of the smallest artifact that the recipe allows.
+        fp16_bytes: of the whole model in fp16.
+        components, groups: what each component, and each group of layers of one kind and place, weighs.
+        parts: bytes of codes, scales, codebooks and so on of all layers together.
+        average_bits: stored bits for each weight of a compressed layer; kept: layers in floating point.
+        notes: what of the model and its sampling was assumed, or will be asked for by a build.
+    """
+
+    model: str
+    target: str
+    loss_model: str
+    plan: Plan
+    estimates: tuple[Estimate, ...]
+    smallest_bytes: int
+    fp16_bytes: int
+    components: Mapping[str, Weighed]
+    groups: Mapping[str, Weighed]
+    parts: Mapping[str, int]
+    average_bits: float
+    kept: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files of the artifact."""
+        return self.plan.total_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of all that is no layer's weight."""
+        return self.plan.fixed_bytes
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What the recipe allows; None: anything."""
+        return self.plan.budget_bytes
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Layer name to format, such as `int4-g32`."""
+        return {choice.layer: choice.format for choice in self.plan.choices}
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the plan as JSON values."""
+        return {
+            "model": self.model,
+            "notes": list(self.notes),
+            "target": self.target,
+            "loss_model": self.loss_model,
+            "budget_bytes": self.budget_bytes,
+            "total_bytes": self.total_bytes,
+            "fixed_bytes": self.fixed_bytes,
+            "estimated": [asdict(each) for each in self.estimates],
+            "smallest_bytes": self.smallest_bytes,
+            "predicted_loss": self.plan.predicted_loss,
+            "fp16_bytes": self.fp16_bytes,
+            "components": {name: asdict(each) for name, each in self.components.items()},
+            "groups": {name: asdict(each) for name, each in self.groups.items()},
+            "formats": _by_format(self.plan),
+            "parts": dict(self.parts),
+            "average_bits": self.average_bits,
+            "kept": list(self.kept),
+            "layers": self.layers,
+        }
+
+
+def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
+    """Says in seconds what a recipe's model will weigh, from its configs alone: no weights are read.
+
+    With `measured` (a build's choices.json) losses are measured ones, else every weight counts alike. Of several
+    targets it is the first one's. Raises OverBudget when nothing that the recipe allows fits, and TurbopocketError for
+    a model that can not be read and for measurements of another one.
     """
     target = open_target(recipe.target)
     model = load_shapes(recipe.model.source, recipe.model.config)
@@ -40,32 +128,27 @@ def plan_source(recipe: Recipe, measured: Path | None) -> dict[str, Any]:
     components = target.components(model, sizes, recipe.sampler.image_to_image)
     shapes = shapes_of(layers_of(components))
     formats = candidate_formats(target, shapes, recipe.compress.formats, recipe.compress.pin)
-    choices = estimate_from_shapes(shapes, formats) if measured is None else _measured(measured, shapes, formats)
+    known = estimate_from_shapes(shapes, formats) if measured is None else _measured(Path(measured), shapes, formats)
+    choices = list(known.values())
     beside = fixed_bytes(target, model, components, sizes[0])
-    fixed = beside.total
     pins = recipe.compress.pin
-    decided = plan(list(choices.values()), recipe.compress.budget_bytes, fixed, pins)
+    decided = least_loss(choices, recipe.compress.budget_bytes, beside.total, pins)
     accounted = account(decided.choices)
-    return {
-        "model": model.name,
-        "notes": [*model.notes, *_notes_on_sampling(recipe, model)],
-        "target": recipe.target.name,
-        "loss_model": "shapes" if measured is None else str(measured),
-        "budget_bytes": recipe.compress.budget_bytes,
-        "total_bytes": decided.total_bytes,
-        "fixed_bytes": decided.fixed_bytes,
-        "estimated": [asdict(each) for each in beside.estimates],
-        "smallest_bytes": smallest_total_bytes(list(choices.values()), fixed, pins),
-        "predicted_loss": decided.predicted_loss,
-        "fp16_bytes": sum(2 * parameter_count(component) for component in components),
-        "components": _by(decided, component_name),
-        "groups": _by(decided, group_name),
-        "formats": _by_format(decided),
-        "parts": accounted.part_bytes,
-        "average_bits": accounted.average_bits(),
-        "kept": accounted.kept,
-        "layers": {choice.layer: choice.format for choice in decided.choices},
-    }
+    return Planned(
+        model=model.name,
+        target=recipe.target.name,
+        loss_model="shapes" if measured is None else str(measured),
+        plan=decided,
+        estimates=tuple(beside.estimates),
+        smallest_bytes=smallest_total_bytes(choices, beside.total, pins),
+        fp16_bytes=sum(2 * parameter_count(component) for component in components),
+        components=_by(decided, component_name),
+        groups=_by(decided, group_name),
+        parts=accounted.part_bytes,
+        average_bits=accounted.average_bits(),
+        kept=tuple(accounted.kept),
+        notes=(*model.notes, *_notes_on_sampling(recipe, model)),
+    )
 
 
 def _notes_on_sampling(recipe: Recipe, model: LoadedModel) -> tuple[str, ...]:
@@ -96,19 +179,16 @@ def _measured(
     return narrowed
 
 
-def _by(decided: Plan, key: Callable[[str], str]) -> dict[str, dict[str, int]]:
-    sums: dict[str, dict[str, int]] = {}
+def _by(decided: Plan, key: Callable[[str], str]) -> dict[str, Weighed]:
+    together: dict[str, list[Choice]] = defaultdict(list)
     for choice in decided.choices:
-        entry = sums.setdefault(key(choice.layer), {"layers": 0, "weights": 0, "fp16_bytes": 0, "bytes": 0})
-        weights = math.prod(choice.shape)
-        for name, count in (
-            ("layers", 1),
-            ("weights", weights),
-            ("fp16_bytes", 2 * weights),
-            ("bytes", choice.nbytes),
-        ):
-            entry[name] += count
-    return sums
+        together[key(choice.layer)].append(choice)
+    return {name: _weighed(choices) for name, choices in together.items()}
+
+
+def _weighed(choices: Sequence[Choice]) -> Weighed:
+    weights = sum(math.prod(choice.shape) for choice in choices)
+    return Weighed(len(choices), weights, 2 * weights, sum(choice.nbytes for choice in choices))
 
 
 def _by_format(decided: Plan) -> dict[str, dict[str, int]]:
@@ -120,29 +200,28 @@ def _by_format(decided: Plan) -> dict[str, dict[str, int]]:
     return dict(sums)
 
 
-def show_plan(summary: Mapping[str, Any], console: Console) -> None:
+def show_plan(planned: Planned, console: Console) -> None:
     """Prints the plan for a person: bytes per component, per group of layers and per format."""
-    for title, key in (("component", "components"), ("group of layers", "groups")):
+    for title, weighed in (("component", planned.components), ("group of layers", planned.groups)):
         table = Table(title=None, header_style="bold")
         table.add_column(title)
         for column in ("layers", "weights", "fp16", "planned"):
             table.add_column(column, justify="right")
-        for name, entry in summary[key].items():
-            sizes = format_bytes(entry["fp16_bytes"]), format_bytes(entry["bytes"])
-            table.add_row(name, str(entry["layers"]), f"{entry['weights']:,}", *sizes)
+        for name, each in weighed.items():
+            sizes = format_bytes(each.fp16_bytes), format_bytes(each.bytes)
+            table.add_row(name, str(each.layers), f"{each.weights:,}", *sizes)
         console.print(table)
-    for name, entry in summary["formats"].items():
+    for name, entry in _by_format(planned.plan).items():
         console.print(f"{name:14} {entry['layers']:4} layers {format_bytes(entry['bytes']):>12}", highlight=False)
-    parts = ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in summary["parts"].items())
-    console.print(f"{summary['average_bits']:.3f} bits per weight: {parts}", highlight=False)
-    if summary["kept"]:
-        console.print(f"{len(summary['kept'])} layers in floating point, {summary['kept'][0]} first", highlight=False)
-    console.print(f"{'everything else':14} {format_bytes(summary['fixed_bytes']):>22}", highlight=False)
-    for line in show_estimates(summary["estimated"]):
+    parts = ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in planned.parts.items())
+    console.print(f"{planned.average_bits:.3f} bits per weight: {parts}", highlight=False)
+    if planned.kept:
+        console.print(f"{len(planned.kept)} layers in floating point, {planned.kept[0]} first", highlight=False)
+    console.print(f"{'everything else':14} {format_bytes(planned.fixed_bytes):>22}", highlight=False)
+    for line in show_estimates(planned.estimates):
         console.print(line, highlight=False, soft_wrap=True)
-    for note in summary["notes"]:
+    for note in planned.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    budget = summary["budget_bytes"]
-    within = f" of {format_bytes(budget)} allowed" if budget else ""
-    console.print(f"total {format_bytes(summary['total_bytes'])}{within}", highlight=False)
-    console.print(f"smallest possible {format_bytes(summary['smallest_bytes'])}", highlight=False)
+    within = f" of {format_bytes(planned.budget_bytes)} allowed" if planned.budget_bytes else ""
+    console.print(f"total {format_bytes(planned.total_bytes)}{within}", highlight=False)
+    console.print(f"smallest possible {format_bytes(planned.smallest_bytes)}", highlight=False)

@@ -4,41 +4,26 @@
 No stage receives a Recipe; `build` hands each stage the values it needs.
 """
 
-import tomllib
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import tomli_w
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
-from ..ground.errors import TurbopocketError
+from ..quant.finetune import FineTuneOptions
 from ..quant.fit import parse_fit
 from ..quant.formats import parse_format
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import SamplerKind
 from .checkpoint.lora.file import LoraFile
+from .settings import Section, make_settings, parse_settings, read_settings
 from .units import parse_bytes
 
 MAX_GUIDANCE = 50.0
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """Where the float model comes from."""
 
     source: str = "pocket-turbo"
@@ -49,7 +34,7 @@ class ModelSection(_Section):
     """LoRA files merged into the weights before compression, in order: "FILE", or "FILE:0.8" for a strength of 0.8."""
 
 
-class OnnxSection(_Section):
+class OnnxSection(Section):
     """How ONNX Runtime is to run it."""
 
     accuracy_level: Literal[0, 1, 4] = 1
@@ -58,7 +43,7 @@ class OnnxSection(_Section):
     """Save weights in the layout of this machine's CPU kernels: less memory, but only for the same kind of CPU."""
 
 
-class CoreMLSection(_Section):
+class CoreMLSection(Section):
     """What Core ML packages are to need."""
 
     deployment: Literal["iOS17", "iOS18", "iOS26"] = "iOS18"
@@ -73,7 +58,7 @@ class CoreMLSection(_Section):
         return value
 
 
-class ExecuTorchSection(_Section):
+class ExecuTorchSection(Section):
     """How ExecuTorch programs are to run."""
 
     activations: Literal["dynamic", "static"] = "dynamic"
@@ -92,7 +77,7 @@ SEVERAL_SIZES: tuple[TargetName, ...] = ("onnx",)
 """Targets of which one artifact draws several sizes."""
 
 
-class TargetSection(_Section):
+class TargetSection(Section):
     """What the phone runs; of the sections for single targets, the named one's counts."""
 
     name: TargetName = "onnx"
@@ -110,7 +95,7 @@ class TargetSection(_Section):
         return self
 
 
-class CompressSection(_Section):
+class CompressSection(Section):
     """How many bytes may be shipped and what may be done to get there."""
 
     budget: str | None = None
@@ -130,12 +115,32 @@ class CompressSection(_Section):
             parse_bytes(value)
         return value
 
+    @field_validator("formats")
+    @classmethod
+    def _formats_are_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for text in values:
+            parse_format(text)
+        return values
+
+    @field_validator("pin")
+    @classmethod
+    def _pinned_formats_are_known(cls, values: Mapping[str, str]) -> Mapping[str, str]:
+        for text in values.values():
+            parse_format(text)
+        return values
+
+    @field_validator("fit")
+    @classmethod
+    def _fit_is_known(cls, value: str) -> str:
+        parse_fit(value)
+        return value
+
     @property
     def budget_bytes(self) -> int | None:
         return None if self.budget is None else parse_bytes(self.budget)
 
 
-class ImageSection(_Section):
+class ImageSection(Section):
     """What pictures the artifact draws."""
 
     sizes: tuple[str, ...] = ()
@@ -154,7 +159,7 @@ class ImageSection(_Section):
         return tuple(parse_size(text) for text in self.sizes)
 
 
-class SamplerSection(_Section):
+class SamplerSection(Section):
     """How the artifact draws; calibration, parity and phones use the same steps."""
 
     kind: Literal["model", SamplerKind] = "model"
@@ -170,7 +175,7 @@ class SamplerSection(_Section):
     """
 
 
-class CalibrateSection(_Section):
+class CalibrateSection(Section):
     """What the layers are shown before they are compressed."""
 
     pictures: int = Field(default=16, ge=1, le=4096)
@@ -178,18 +183,7 @@ class CalibrateSection(_Section):
     """A text file, one prompt a line; without it the model's own training prompts, or the built-in list."""
 
 
-class FineTuneSection(_Section):
-    """Training of what lies around the codes, so that each component gives the float model's outputs again."""
-
-    iterations: int = Field(default=0, ge=0)
-    """Of each component; 0 leaves it out."""
-    pictures: int = Field(default=256, ge=1, le=16384)
-    """Drawn by the float model; its calls are what is trained on, every eighth held out."""
-    batch: int = Field(default=16, ge=1, le=1024)
-    learning_rate: float = Field(default=5e-3, gt=0)
-
-
-class ParitySection(_Section):
+class ParitySection(Section):
     """What must hold before an artifact counts as built."""
 
     pictures: int = Field(default=4, ge=1, le=64)
@@ -202,7 +196,7 @@ class ParitySection(_Section):
     """
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One build, whole: the sections of a recipe file."""
 
     model: ModelSection = ModelSection()
@@ -211,7 +205,7 @@ class Recipe(_Section):
     image: ImageSection = ImageSection()
     sampler: SamplerSection = SamplerSection()
     calibrate: CalibrateSection = CalibrateSection()
-    finetune: FineTuneSection = FineTuneSection()
+    finetune: FineTuneOptions = FineTuneOptions()
     parity: ParitySection = ParitySection()
     seed: int = Field(default=0, ge=0)
 
@@ -232,87 +226,21 @@ class Recipe(_Section):
         targets = {name: self.target.model_copy(update={"name": name, "also": ()}) for name in names}
         return {name: self.model_copy(update={"target": target}) for name, target in targets.items()}
 
-    def to_toml(self) -> str:
-        """Returns the recipe with every default filled in, as TOML that `load_recipe` reads back."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
 
 def load_recipe(source: str | Path) -> Recipe:
-    """Returns the recipe in a TOML file, or a shipped one by name (`turbopocket recipe show` lists them).
+    """Returns the recipe in a TOML file, or a shipped one by name (`demo`, `codebooks`).
 
     Raises TurbopocketError when the file is missing, is not TOML, or holds a key or value that is not known;
     the message lists the known ones.
     """
-    path = Path(source)
-    if path.suffix != ".toml" and not path.exists():
-        shipped = resources.files("turbopocket.export.recipes") / f"{source}.toml"
-        if not shipped.is_file():
-            raise TurbopocketError(
-                f"recipe {str(source)!r} is neither a .toml file nor a shipped recipe; "
-                f"shipped are {', '.join(shipped_recipes())}"
-            )
-        return parse_recipe(shipped.read_text(), str(source))
-    try:
-        return parse_recipe(path.read_text(), str(path))
-    except OSError as error:
-        raise TurbopocketError(f"recipe {path} can not be read: {error.strerror}") from error
-
-
-def shipped_recipes() -> tuple[str, ...]:
-    """Returns the names of the recipes in the package."""
-    folder = resources.files("turbopocket.export.recipes")
-    return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml")))
+    return parse_settings(Recipe, *read_settings(source, Recipe))
 
 
 def parse_recipe(text: str, name: str) -> Recipe:
     """Returns the recipe that `text` holds; `name` is what errors call it."""
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise TurbopocketError(f"{name} is not TOML: {error}") from error
-    return make_recipe(values, name)
+    return parse_settings(Recipe, text, name)
 
 
 def make_recipe(values: Mapping[str, Any], name: str) -> Recipe:
     """Returns a checked Recipe from nested values, as a TOML file holds them."""
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise TurbopocketError(f"{name}: {_explain(error)}") from error
-    try:
-        for text in (*recipe.compress.formats, *recipe.compress.pin.values()):
-            parse_format(text)
-        parse_fit(recipe.compress.fit)
-    except TurbopocketError as error:
-        raise TurbopocketError(f"{name}: {error}", error.hint) from error
-    return recipe
-
-
-def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """Returns `recipe` with the command line's values, by dotted key; None leaves a key as it is."""
-    values = recipe.model_dump()
-    for dotted, value in overrides.items():
-        *path, key = dotted.split(".")
-        section = values
-        for part in path:
-            section = section[part]
-        if value is not None:
-            section[key] = value
-    return make_recipe(values, "command line")
-
-
-def _explain(error: ValidationError) -> str:
-    """Returns the first complaint in the house's words: key, what was found, what is known."""
-    first = error.errors()[0]
-    if isinstance(first.get("ctx", {}).get("error"), Exception):
-        return str(first["ctx"]["error"])
-    *path, key = (str(part) for part in first["loc"])
-    if first["type"] != "extra_forbidden":
-        return f"{'.'.join([*path, key])} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    section: type[BaseModel] = Recipe
-    for part in path:
-        annotation = section.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        section = annotation
-    where = f" in [{'.'.join(path)}]" if path else ""
-    return f"unknown key `{key}`{where}: known are {', '.join(f'`{name}`' for name in section.model_fields)}"
+    return make_settings(Recipe, values, name)

@@ -8,6 +8,7 @@ shipped steps, so text encoders and the VAE's decoder are tuned like the UNet. N
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,30 @@ HELD_OUT = 8
 
 @dataclass(frozen=True)
 class FineTuneOptions:
-    """Adam on `batch` calls at a time; each tensor is measured in its own root mean square, so one rate is for all.
+    """Training of what lies around the codes, by Adam; these are the keys of a recipe's `[finetune]`.
 
-    The rate falls to zero over the iterations. Scales that a group of weights shares get `group_scale_digits`
-    significant bits, as many as the runtime keeps.
+    Attributes:
+        iterations: of each component; 0 leaves it out.
+        pictures: drawn by the float model; its calls are what is trained on, every eighth held out.
+        batch: calls at a time.
+        learning_rate: falls to zero over the iterations; one is for all, as each tensor is measured in its own root
+            mean square.
     """
 
-    iterations: int
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    iterations: int = 0
+    pictures: int = 256
     batch: int = 16
     learning_rate: float = 5e-3
-    seed: int = 0
-    group_scale_digits: int = FP16_DIGITS
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("iterations", 0, 10**9), ("pictures", 1, 16384), ("batch", 1, 1024)):
+            if not least <= getattr(self, name) <= most:
+                raise TurbopocketError(
+                    f"fine-tuning: {name} = {getattr(self, name)}: allowed are {least:,} to {most:,}"
+                )
+        if not 0 < self.learning_rate < float("inf"):
+            raise TurbopocketError(f"fine-tuning: learning_rate = {self.learning_rate}: more than 0 is needed")
 
 
 @dataclass(frozen=True)
@@ -85,16 +99,19 @@ def fine_tune(
     weights: Mapping[str, CompressedTensor],
     calls: Calls,
     options: FineTuneOptions,
+    seed: int = 0,
+    group_scale_digits: int = FP16_DIGITS,
     advance: Callable[[], None] = lambda: None,
 ) -> FineTuned:
     """Trains what belongs to `module`, whose parameters are called `<layer>.weight` for the layers in `weights`.
 
-    The module keeps its own parameters. Same arguments, same result. `advance` is called after each iteration.
+    Scales that a group of weights shares get `group_scale_digits` significant bits, as many as the runtime keeps. The
+    module keeps its own parameters. Same arguments, same result. `advance` is called after each iteration.
     TurbopocketError for fewer calls than two, or when the loss is no longer finite.
     """
     if len(calls) < 2:
         raise TurbopocketError(f"fine-tuning needs 2 calls or more, one of them held out, not {len(calls)}")
-    order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(options.seed))
+    order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(seed))
     held_out = calls.some(order[: max(1, len(calls) // HELD_OUT)])
     shown = calls.some(order[len(held_out) :])
     energies = [max(float(each.double().square().mean()), 1e-30) for each in calls.outputs]
@@ -112,7 +129,7 @@ def fine_tune(
 
     before = held_out_loss()
     optimizer = torch.optim.Adam(student.trained, lr=options.learning_rate, betas=(0.9, 0.98))
-    batches = _batches(len(shown), options.batch, options.seed)
+    batches = _batches(len(shown), options.batch, seed)
     for iteration in range(options.iterations):
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * (1 - iteration / options.iterations)
@@ -126,7 +143,7 @@ def fine_tune(
         step_loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         advance()
-    tuned = student.stored(options.group_scale_digits)
+    tuned = student.stored(group_scale_digits)
     student = _Student(module, tuned)
     after = held_out_loss()
     return FineTuned(tuned, before, after) if after < before else FineTuned(dict(weights), before, after)

@@ -4,14 +4,17 @@
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..ground.errors import TurbopocketError
 from .image_size import ImageSize
+from .pipeline import Name, Pipeline, Record, SamplerTable
 from .schedule import SamplerSpec, validation_summary
+from .upgrade import upgraded
 
 __all__ = [
     "MANIFEST_NAME",
@@ -19,6 +22,8 @@ __all__ = [
     "ComponentSpec",
     "FileEntry",
     "ImageSpec",
+    "LoopSpec",
+    "LoopTensor",
     "Manifest",
     "SamplerSpec",
     "TensorSpec",
@@ -30,7 +35,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 
 def _inside(path: str) -> str:
@@ -44,14 +49,9 @@ def _inside(path: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Token = Annotated[str, Field(min_length=1)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class FileEntry(_Record):
+class FileEntry(Record):
     """One stored file: its path inside the artifact, its length and its hash."""
 
     path: RelativePath
@@ -59,27 +59,71 @@ class FileEntry(_Record):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class TensorSpec(_Record):
+class TensorSpec(Record):
     """A named tensor; a dimension is a number, or a name when it may vary from call to call."""
 
-    name: str = Field(min_length=1)
+    name: Name
     dtype: Literal["float32", "float16", "int64", "int32", "uint8", "int8", "bool"]
     shape: list[PositiveInt | str]
 
 
-class ComponentSpec(_Record):
-    """One graph the phone runs: its main file, and its tensors in the graph's order.
+class LoopTensor(TensorSpec):
+    """A tensor as the loop has it, and how the file has it: under the name `tensor`, with that tensor's number type.
 
-    `data` is an ExecuTorch program's .ptd file, which a program whose weights lie apart must be opened with.
+    The file's first dimension is how many items it takes at once; the loop asks for as many as it likes. `layout`:
+    `repeated`, the loop's scalar or [1] once an item; `B D 1 T`, the loop's [B, T, D] with its tokens last.
+    """
+
+    tensor: Name
+    layout: Literal["as it is", "repeated", "B D 1 T"] = "as it is"
+
+
+class LoopSpec(Record):
+    """How the loop names and shapes what goes in and what comes out, where a target's files do it otherwise."""
+
+    inputs: list[LoopTensor] = Field(min_length=1)
+    outputs: list[LoopTensor] = Field(min_length=1)
+
+
+class ComponentSpec(Record):
+    """One graph the phone runs: its main file, and the tensors that its files have, in the graph's order.
+
+    `data` is an ExecuTorch program's .ptd file, which a program whose weights lie apart must be opened with. `packages`
+    are Core ML's, to be run one after the other: each is given, by name, what it asks for of the inputs and of what
+    those before it gave. `loop` is there when the loop's tensors are not the files' own.
     """
 
     file: RelativePath
     data: RelativePath | None = None
+    packages: list[RelativePath] = Field(default_factory=list)
     inputs: list[TensorSpec] = Field(min_length=1)
     outputs: list[TensorSpec] = Field(min_length=1)
+    loop: LoopSpec | None = None
+
+    @property
+    def loop_inputs(self) -> Sequence[TensorSpec]:
+        """What goes in, as the loop has it."""
+        return self.inputs if self.loop is None else self.loop.inputs
+
+    @property
+    def loop_outputs(self) -> Sequence[TensorSpec]:
+        """What comes out, as the loop has it."""
+        return self.outputs if self.loop is None else self.loop.outputs
+
+    @model_validator(mode="after")
+    def _loop_has_the_files_tensors(self) -> "ComponentSpec":
+        if self.loop is not None:
+            for side, loop, own in (
+                ("inputs", self.loop.inputs, self.inputs),
+                ("outputs", self.loop.outputs, self.outputs),
+            ):
+                named, there = sorted(each.tensor for each in loop), sorted(each.name for each in own)
+                if named != there:
+                    raise ValueError(f"loop.{side} stand for {', '.join(named)}; the file has {', '.join(there)}")
+        return self
 
 
-class ImageSpec(_Record):
+class ImageSpec(Record):
     """The picture in pixels, and its latents, which the VAE has as z: `runtimes.latents` turns one into the other.
 
     latents = (z - latents_mean) * vae_scaling_factor / latents_std, by channel; a model may have no mean and deviation.
@@ -128,29 +172,32 @@ class ImageSpec(_Record):
         return self
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """Everything a reader of an artifact may rely on; `files` lists all its files but `manifest.json`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
-    name: str = Field(min_length=1)
-    family: Literal["sdxl", "sd"]
+    schema_version: Literal[2] = SCHEMA_VERSION
+    name: Name
+    family: Name
+    """For people: nothing that draws asks for it."""
     target: Literal["onnx", "coreml", "executorch"]
     files: list[FileEntry]
     components: dict[str, ComponentSpec]
     tokenizers: dict[str, RelativePath]
-    prompt_replacements: dict[str, dict[Token, str]] = {}
+    prompt_replacements: dict[str, dict[Name, str]] = Field(default_factory=dict)
     """For a text encoder: tokens in a prompt that stand for several vectors, and what to write in their place."""
+    pipeline: Pipeline
     sampler: SamplerSpec
+    sampler_table: SamplerTable | None = None
+    """The sampler's steps in numbers; None in an artifact from before manifests had them."""
     only_these_steps: bool = False
     """Whether the weights are those of a student for exactly the sampler's steps."""
     image: ImageSpec
     """What it draws when no size is asked for."""
     sizes: list[ImageSize] = Field(min_length=1)
     """[height, width] in pixels of all pictures that it draws; the first is that of `image`."""
-    force_zeros_for_empty_prompt: bool
     tools: dict[str, str]
     recipe: str
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
     """What the build assumed where neither the recipe nor the model said it, a sentence each."""
     plan: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
@@ -179,16 +226,6 @@ class Manifest(_Record):
         """The same at the size of picture `index` of several: all sizes in turn, the default first."""
         return self.at_size(self.sizes[index % len(self.sizes)])
 
-    @model_validator(mode="before")
-    @classmethod
-    def _draws_its_image(cls, values: Any) -> Any:
-        """An artifact from before there were several sizes draws that of `image`."""
-        if not isinstance(values, dict) or "sizes" in values:
-            return values
-        image = values.get("image")
-        size = (image.get("height"), image.get("width")) if isinstance(image, dict) else getattr(image, "size", None)
-        return values | {"sizes": [size]}
-
     @model_validator(mode="after")
     def _sizes_are_whole(self) -> "Manifest":
         image = self.image
@@ -209,6 +246,7 @@ class Manifest(_Record):
         if MANIFEST_NAME in paths:
             raise ValueError(f"files lists {MANIFEST_NAME}, which cannot hold its own hash")
         needed = {file for spec in self.components.values() for file in (spec.file, spec.data) if file is not None}
+        needed |= {f"{package}/Manifest.json" for spec in self.components.values() for package in spec.packages}
         needed |= {f"{folder}/tokenizer.json" for folder in self.tokenizers.values()}
         if missing := needed - set(paths):
             raise ValueError(f"{', '.join(sorted(missing))} is used but not in files")
@@ -218,12 +256,29 @@ class Manifest(_Record):
             raise ValueError(f"prompt_replacements names {', '.join(sorted(strangers))}, which has no tokenizer")
         return self
 
+    @model_validator(mode="after")
+    def _pipeline_fits_the_components(self) -> "Manifest":
+        if mute := set(self.pipeline.text_encoders) - set(self.tokenizers):
+            raise ValueError(f"pipeline: text encoder {', '.join(sorted(mute))} has no tokenizer")
+        for component, side, name in self.pipeline.uses():
+            if component not in self.components:
+                raise ValueError(f"pipeline names {component}, which is not a component")
+            spec = self.components[component]
+            there = [each.name for each in (spec.loop_inputs if side == "input" else spec.loop_outputs)]
+            if name not in there:
+                raise ValueError(f"pipeline names {side} {name} of {component}, which has {', '.join(there)}")
+        asked = self.pipeline.denoiser
+        fed = {asked.latents, asked.timestep, *asked.inputs}
+        if hungry := [each.name for each in self.components[asked.component].loop_inputs if each.name not in fed]:
+            raise ValueError(f"pipeline does not say what feeds input {', '.join(hungry)} of {asked.component}")
+        return self
+
 
 def load_manifest(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`, true to the schema; `verify` compares it with the files.
 
-    Raises TurbopocketError for a missing or unreadable file, broken JSON, another schema version or a wrong
-    field, of which it names the first.
+    One of an older schema is brought up to this one. Raises TurbopocketError for a missing or unreadable file, broken
+    JSON, an unknown schema version or a wrong field, of which it names the first.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -236,8 +291,16 @@ def load_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:  # broken syntax, absurd numbers, absurd nesting
         raise TurbopocketError(f"{path} is not JSON: {error}", hint="the file may be cut off: build again") from error
     version = found.get("schema_version") if isinstance(found, dict) else None
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise TurbopocketError(f"{path} has schema_version {version!r}: this version reads {SCHEMA_VERSION}")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise TurbopocketError(
+            f"{path} has schema_version {version!r}: this version reads 1 to {SCHEMA_VERSION}",
+            hint="a newer turbopocket wrote it: install that" if newer else None,
+        )
+    try:
+        text = text if version == SCHEMA_VERSION else json.dumps(upgraded(found))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise TurbopocketError(f"{path} is not what schema_version {version} says: {error!r}") from error
     try:
         return Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:

@@ -28,6 +28,7 @@ class Checkpoint:
     steps: int = 2
     guidance: float = 1.0
     recipe: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("onnx", "coreml", "executorch")
 
 
 def text_config(hidden: int, layers: int = 2, activation: str = "quick_gelu") -> Any:
@@ -234,6 +235,23 @@ def _zero_snr(folder: Path) -> None:
     write_sd(folder, sd2_unet, ddim)
 
 
+def _pixart_sigma(folder: Path) -> None:
+    from .pixart_checkpoints import write_sigma
+
+    write_sigma(folder)
+
+
+def _pixart_alpha(folder: Path) -> None:
+    from .pixart_checkpoints import write_alpha
+
+    write_alpha(folder)
+
+
+NO_PACKAGE = ("onnx", "executorch")
+"""Targets of what Apple's Swift package knows no Core ML package for."""
+SMALL: dict[str, Any] = {"image": {"sizes": ["32x32"]}}
+"""Of a model of published size: its own picture would take minutes."""
+
 CHECKPOINTS = (
     Checkpoint("sd15", "sd", "Stable Diffusion 1.5", "PNDM", _sd15, guidance=5.0),
     Checkpoint("sd21", "sd", "Stable Diffusion 2.1, which predicts v", "DDIM", _sd21, guidance=5.0),
@@ -245,6 +263,25 @@ CHECKPOINTS = (
     Checkpoint("lcm", "sd", "LCM that is told its guidance (Dreamshaper v7)", "LCM", _lcm, guidance=8.0),
     Checkpoint("tiny-vae", "sdxl", "a tiny autoencoder (TAESDXL)", "DPM-Solver++ 2M, Karras", _tiny_vae, guidance=5.0),
     Checkpoint("zero-snr", "sd", "zero terminal SNR, predicting v", "DDIM, trailing", _zero_snr, guidance=5.0),
+    Checkpoint(
+        "pixart-sigma",
+        "pixart-sigma",
+        "PixArt-Sigma",
+        "DPM-Solver++ 2M",
+        _pixart_sigma,
+        guidance=4.5,
+        targets=NO_PACKAGE,
+    ),
+    Checkpoint(
+        "pixart-alpha",
+        "pixart-alpha",
+        "PixArt-Alpha, which is told sizes at 1024 pixels",
+        "Euler",
+        _pixart_alpha,
+        guidance=4.5,
+        recipe=SMALL,
+        targets=NO_PACKAGE,
+    ),
 )
 
 
@@ -329,7 +366,7 @@ REFUSED = (
         "pipeline class 'StableDiffusionXLImg2ImgPipeline' is not supported",
     ),
     Refused(
-        "diffusion transformers (FLUX, SD 3, PixArt)",
+        "other diffusion transformers (FLUX, SD 3)",
         "sdxl",
         _edited("model_index.json", _class_name="FluxPipeline"),
         "pipeline class 'FluxPipeline' is not supported",
@@ -340,9 +377,9 @@ REFUSED = (
 
 def models_page() -> str:
     """Returns the tables of docs/models.md: every row of the matrix, and every refusal."""
-    lines = ["| kind of checkpoint | family | scheduler | onnx, coreml, executorch |", "| --- | --- | --- | --- |"]
+    lines = ["| kind of checkpoint | family | scheduler | built, checked and drawn |", "| --- | --- | --- | --- |"]
     lines += [
-        f"| {each.what} | `{each.family}` | {each.scheduler} | built, checked and drawn |" for each in CHECKPOINTS
+        f"| {each.what} | `{each.family}` | {each.scheduler} | {', '.join(each.targets)} |" for each in CHECKPOINTS
     ]
     lines += ["", "| not supported | what is said |", "| --- | --- |"]
     lines += [f"| {each.name} | … {each.says} … |" for each in REFUSED]

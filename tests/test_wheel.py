@@ -31,16 +31,18 @@ def test_wheel_owns_one_name_and_no_bare_folder(wheel_names: set[str]) -> None:
 def test_wheel_holds_every_source_file(wheel_names: set[str]) -> None:
     sources = {
         f"turbopocket/{path.relative_to(ROOT).as_posix()}"
-        for folder in ("export", "quant", "runtimes", "pocket")
+        for folder in ("ground", "export", "quant", "runtimes", "pocket")
         for path in (ROOT / folder).rglob("*.py")
-    }
+    } | {f"turbopocket/{path.name}" for path in (ROOT / "api").glob("*.py")}
     assert sources <= wheel_names
 
 
 @pytest.mark.parametrize(
     "name",
     [
+        "py.typed",
         "export/recipes/demo.toml",
+        "export/recipes/distill/pocket-turbo.toml",
         "export/recipes/prompts.txt",
         "export/report/page.html.jinja",
         "runtimes/executorch/native/CMakeLists.txt",

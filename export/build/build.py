@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ...ground.arrays import Arrays
-from ...ground.errors import ParityFailed
+from ...ground.errors import ParityFailed, TurbopocketError
 from ...quant.account import layer_snr_db
 from ...quant.calibrate import ranges_of
 from ...quant.compress import compress, decompressed
-from ...quant.finetune import Calls, FineTuneOptions, fine_tune
+from ...quant.finetune import Calls, fine_tune
 from ...quant.fit import measuring_fit, parse_fit
 from ...quant.formats import CompressedTensor
 from ...quant.observe import LayerStats
@@ -54,13 +54,30 @@ RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in the unit of `ru_maxrss`."""
 
 
-def build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, workers: Workers = IN_TURN) -> Built:
-    """Makes the artifact `out` and `<out>.report/` beside it, both or neither; `workers` fit its layers.
+def build(
+    recipe: Recipe,
+    out: Path | str,
+    overwrite: bool = False,
+    progress: StageProgress | None = None,
+    workers: Workers = IN_TURN,
+) -> Built:
+    """Compresses a model to a byte budget, lowers it for the recipe's one target, and holds it against PyTorch.
+
+    Makes the artifact `out` and `<out>.report/` beside it, both or neither; with `overwrite` in the place of others.
+    `workers` fit its layers; `progress` is told of each stage, by default on stderr.
 
     Raises TurbopocketError for bad input, OverBudget when nothing allowed fits, and ParityFailed
     when the runtime does not compute what PyTorch computes; then nothing is written.
     """
-    out = output_path(out)
+    if recipe.target.also:
+        raise TurbopocketError(
+            f"an artifact is for one target, {', '.join(recipe.per_target())} are asked for",
+            hint="build_targets makes one artifact for each",
+        )
+    return _build(recipe, output_path(Path(out)), overwrite, progress or StageProgress(), workers)
+
+
+def _build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, workers: Workers) -> Built:
     with (
         claimed(out, lambda: refuse_build(out, overwrite)) as claim,
         checkpoints(out) as run,
@@ -163,9 +180,7 @@ def _fine_tune(
     if not asked.iterations:
         return weights, {}
     stored, losses = dict(weights), {}
-    options = FineTuneOptions(
-        asked.iterations, asked.batch, asked.learning_rate, bench.recipe.seed, bench.target.group_scale_digits
-    )
+    how = asked, bench.recipe.seed, bench.target.group_scale_digits
     with bench.progress.stage("fine-tune", asked.pictures + asked.iterations * len(bench.components)) as advance:
         recorder = Recorder(torch_runner(bench.components))
         one_size = session.of_one_size()  # calls are trained on in batches
@@ -178,7 +193,7 @@ def _fine_tune(
                     for call in calls
                 ]
             )
-            tuned = fine_tune(component.module, weights, seen, options, advance)
+            tuned = fine_tune(component.module, weights, seen, *how, advance)
             stored |= tuned.weights
             losses[component.name] = HeldOutLoss(before=tuned.before, after=tuned.after)
     return stored, losses

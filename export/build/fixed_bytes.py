@@ -84,7 +84,11 @@ def _other_parameters(component: Component) -> int:
 
 def _side_files(target: Target, model: LoadedModel, components: Sequence[Component], size: ImageSize) -> int:
     """Bytes of the small files that can be written from what the model's folder holds."""
-    there = {encoder: folder for encoder, folder in model.tokenizers.items() if has_vocabulary(folder)}
+    there = {
+        encoder: folder
+        for encoder, folder in model.tokenizers.items()
+        if has_vocabulary(folder, model.family.tokenizer)
+    }
     with tempfile.TemporaryDirectory() as scratch:
         names: Mapping[str, Any] = {component.name: component for component in components}
         target.write_side_files(replace(model, tokenizers=there), names, size, Path(scratch))
@@ -95,7 +99,7 @@ def _absent(target: Target, model: LoadedModel) -> list[Estimate]:
     """What the model's folder lacks, as CLIP's tokenizers and a scheduler's config commonly are."""
     found = []
     for index, (encoder, folder) in enumerate(model.tokenizers.items()):
-        if has_vocabulary(folder):
+        if has_vocabulary(folder, model.family.tokenizer):
             continue
         config: Any = model.modules[encoder].config
         names = [*target.tokenizer_files, *(target.first_tokenizer_files if index == 0 else ())]
@@ -111,6 +115,6 @@ def _absent(target: Target, model: LoadedModel) -> list[Estimate]:
     return found
 
 
-def show_estimates(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each estimate of a plan's summary."""
-    return [f"  estimated: {each['what']} {format_bytes(each['bytes'])} ({each['why']})" for each in estimates]
+def show_estimates(estimates: Sequence[Estimate]) -> list[str]:
+    """Returns a line for each estimate of a plan."""
+    return [f"  estimated: {each.what} {format_bytes(each.bytes)} ({each.why})" for each in estimates]

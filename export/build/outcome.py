@@ -15,7 +15,16 @@ from ..verify.table import parity_summary, show_parity, show_remarks
 
 @dataclass(frozen=True)
 class Built:
-    """Where an artifact and its report lie, and what they came to."""
+    """Where an artifact and its report lie, and what they came to.
+
+    Attributes:
+        folder: the artifact; report: the page in the folder beside it.
+        total_bytes: of all files of the artifact.
+        plan: the format of each layer, and the bytes that were planned.
+        gaps: what compression changed and what lowering did, per component and timestep.
+        unverified: what only a device can tell; notes: what to know of the model and of how it ran on this machine.
+        stage_seconds: how long each stage took.
+    """
 
     folder: Path
     report: Path

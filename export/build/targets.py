@@ -13,11 +13,15 @@ from .build import build
 from .outcome import Built
 
 
-def build_targets(recipe: Recipe, out: Path, overwrite: bool, quiet: bool, workers: Workers = IN_TURN) -> list[Built]:
+def build_targets(
+    recipe: Recipe, out: Path | str, overwrite: bool = False, quiet: bool = False, workers: Workers = IN_TURN
+) -> list[Built]:
     """Makes the artifact `out` for the recipe's target, or `out/<target>` for each when there are several.
 
-    An artifact has its report beside it. Raises what `build` raises; then nothing is written.
+    An artifact has its report beside it. Progress is told on stderr unless `quiet`. Raises what `build` raises; then
+    nothing is written.
     """
+    out = Path(out)
     recipes = recipe.per_target()
     if len(recipes) == 1:
         return [build(recipe, out, overwrite, StageProgress(quiet), workers)]

@@ -49,8 +49,8 @@ def _shapes(component: Component) -> dict[str, tuple[int, ...]]:
 
 def _wanted(model: LoadedModel, component: Component) -> dict[str, tuple[int, ...]]:
     """Shapes that the loop relies on."""
-    if component.name == "unet":
-        return {"out_sample": tuple(component.example_inputs["sample"].shape)}
-    if component.name == "vae_decoder":
-        return {"sample": (component.example_inputs["latent_sample"].shape[0], 3, *model.image_size)}
-    return {}
+    latents, *_ = component.example_inputs.values()
+    predicted = (len(latents), model.denoiser.config.out_channels, *latents.shape[2:])
+    picture = (len(latents), 3, *model.image_size)
+    wanted = {"denoiser": predicted, "decoder": picture}.get(component.role)
+    return {} if wanted is None else dict.fromkeys(component.output_names, wanted)

@@ -78,7 +78,7 @@ def wanted_files(names: Iterable[str], folders: Collection[str], weights_of: Col
     wanted = ["model_index.json"]
     for folder in sorted(set(folders) & by_folder.keys()):
         present = by_folder[folder]
-        chosen = {name for name in present if name.endswith((".json", ".txt"))}
+        chosen = {name for name in present if name.endswith((".json", ".txt", "spiece.model"))}
         if folder in weights_of:
             chosen |= {file for stem in STEMS for file in _one_set_of_weights(present, stem)}
         wanted += [f"{folder}/{name}" for name in sorted(chosen)]

@@ -10,8 +10,6 @@ from ..families.base import ModelFamily, ModuleSpec
 from ..families.keys import Honoured, check_config, shown
 from .json_object import read_json_object
 
-TOKENIZER_CLASSES = [["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]]
-
 
 def read_pipeline_index(folder: Path) -> dict[str, Any]:
     """Returns model_index.json; raises TurbopocketError when there is none or it is not a JSON object."""
@@ -51,8 +49,8 @@ def _check_parts(index: dict[str, Any], folder: Path, family: ModelFamily, confi
         if not (folder / name).is_dir() and not (configs_only and name not in family.modules):
             raise TurbopocketError(f"{folder} has no folder {name!r}, which its model_index.json names")
     for name in family.tokenizers:
-        if index[name] not in TOKENIZER_CLASSES:
-            raise TurbopocketError(f"{path}: {name!r} is {shown(index[name])}; supported: {TOKENIZER_CLASSES[0]}")
+        if index[name] not in (classes := family.tokenizer.named):
+            raise TurbopocketError(f"{path}: {name!r} is {shown(index[name])}; supported: {classes[0]}")
 
 
 def modules_of(index: dict[str, Any], folder: Path, family: ModelFamily) -> dict[str, ModuleSpec]:
@@ -63,7 +61,7 @@ def modules_of(index: dict[str, Any], folder: Path, family: ModelFamily) -> dict
     chosen = {}
     for name, spec in family.modules.items():
         known = [spec, *spec.others]
-        match = next((each for each in known if each.named == index[name]), None)
+        match = next((each for each in known if each.is_named(index[name])), None)
         if match is None:
             supported = " or ".join(str(each.named) for each in known)
             path = folder / "model_index.json"

@@ -12,6 +12,7 @@ from ...ground.errors import TurbopocketError
 from ...runtimes.image_size import ImageSize
 from ...runtimes.scheduler_classes import has_no_betas
 from ..families.base import LoadedModel, ModelFamily, ModuleSpec
+from ..families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from ..families.sd import SD
 from ..families.sdxl import SDXL
 from ..families.student import tell_steps
@@ -20,7 +21,7 @@ from .header import StoredTensor
 from .index import family_of, modules_of, pipeline_config, read_pipeline_index, scheduler_class
 from .json_object import read_json_object
 from .lora.file import LoraFile
-from .lora.merge import merge_lora
+from .lora.merge import merge_lora, require_adaptable
 from .source import Checkpoint, resolve
 from .tokenizer import prompt_rules, tokenizer_json
 from .weights import checked_tensors, empty_module, fill_weights
@@ -35,9 +36,8 @@ __all__ = [
     "tokenizer_json",
 ]
 
-FAMILIES: tuple[ModelFamily, ...] = (SDXL, SD)
+FAMILIES: tuple[ModelFamily, ...] = (SDXL, SD, PIXART_ALPHA, PIXART_SIGMA)
 ALL_FOLDERS = frozenset(folder for family in FAMILIES for folder in family.folders)
-SMALLEST_OLD_SAMPLE_SIZE = 64
 
 
 def load(
@@ -52,13 +52,15 @@ def load(
     """
     checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=True)
     model, specs = _described(checkpoint, has_weights=True)
-    stored = {  # every header before any values, so that a broken UNet is known before gigabytes are read
+    if lora:
+        require_adaptable(model)
+    stored = {  # every header before any values, so that a broken denoiser is known before gigabytes are read
         component: _stored(checkpoint, component, spec, model.modules[component]) for component, spec in specs.items()
     }
     for component, tensors in stored.items():
         fill_weights(model.modules[component], tensors)
     if steps is not None:
-        tell_steps(model.modules["unet"], model.weights["unet"], steps)
+        tell_steps(model.denoiser, model.weights[model.family.denoiser], steps)
     for asked in lora:
         merge_lora(model, asked)
     return model
@@ -92,14 +94,14 @@ def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, 
     specs = modules_of(index, folder, family)
     modules = {name: empty_module(checkpoint.config_folder(name), spec) for name, spec in specs.items()}
     configs: dict[str, Any] = {name: module.config for name, module in modules.items()}
-    _check_widths(configs, folder)
+    family.check(modules, folder)
     vae_scale_factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     tokenizers = {f"text_encoder{t.removeprefix('tokenizer')}": folder / t for t in family.tokenizers}
-    rules = prompt_rules(tokenizers, configs, with_files=has_weights)
-    latents = _sample_size(configs["unet"], checkpoint.config_folder("unet"), family)
+    rules = prompt_rules(tokenizers, configs, family.tokenizer, has_weights, family.prompt_tokens)
+    latents = _sample_size(configs[family.denoiser], checkpoint.config_folder(family.denoiser), family)
     model = LoadedModel(
         name=checkpoint.name,
-        family=family.name,
+        family=family,
         folder=folder,
         modules=modules,
         tokenizers=tokenizers,
@@ -117,38 +119,6 @@ def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, 
     return model, specs
 
 
-def _check_widths(configs: Mapping[str, Any], folder: Path) -> None:
-    """Raises TurbopocketError when modules that were made for different pipelines lie in one folder."""
-    unet, vae = configs["unet"], configs["vae"]
-    latent_channels = vae["latent_channels"]
-    encoders = [name for name in configs if name.startswith("text_encoder")]
-    text_width = sum(configs[name].hidden_size for name in encoders)
-    if unet["cross_attention_dim"] != text_width:
-        raise TurbopocketError(
-            f"{folder}: the UNet takes text {unet['cross_attention_dim']} wide, "
-            f"{' and '.join(encoders)} give {text_width}"
-        )
-    if unet["in_channels"] != latent_channels:
-        raise TurbopocketError(
-            f"{folder}: the UNet takes {unet['in_channels']} channels, the VAE's latents have "
-            f"{latent_channels}; inpainting and editing models are not supported"
-        )
-    if unet["addition_embed_type"] == "text_time":
-        pooled = (unet["projection_class_embeddings_input_dim"] or 0) - 6 * (unet["addition_time_embed_dim"] or 0)
-        given = configs["text_encoder_2"].projection_dim
-        if pooled != given:
-            raise TurbopocketError(
-                f"{folder}: the UNet takes pooled text {pooled} wide beside six sizes, text_encoder_2 gives {given}"
-            )
-    for key in ("latents_mean", "latents_std"):
-        found = vae.get(key)
-        if found is not None and len(found) != latent_channels:
-            raise TurbopocketError(
-                f"{folder / 'vae' / 'config.json'}: {key} has {len(found)} numbers, one for each of {latent_channels} "
-                "latent channels is needed"
-            )
-
-
 def _scheduler_config(checkpoint: Checkpoint, index: dict[str, Any], required: bool) -> dict[str, Any]:
     """The scheduler's config, of the class that the pipeline makes of it; that alone where it is absent and may be.
 
@@ -160,14 +130,14 @@ def _scheduler_config(checkpoint: Checkpoint, index: dict[str, Any], required: b
     return {"_class_name": drawn_by} | config if has_no_betas(config) else config | {"_class_name": drawn_by}
 
 
-def _sample_size(unet: Any, folder: Path, family: ModelFamily) -> ImageSize:
-    """The latents' size that the UNet was trained for.
+def _sample_size(denoiser: Any, folder: Path, family: ModelFamily) -> ImageSize:
+    """The latents' size that the denoiser was trained for.
 
     Stable Diffusion saved by diffusers before 0.9.0 may say 32, and its pipeline takes 64.
     """
-    size, saved_by = unet["sample_size"], str(unet.get("_diffusers_version", ""))
-    if isinstance(size, int) and family.name == "sd" and re.match(r"0\.[0-8]\.", saved_by):
-        size = max(size, SMALLEST_OLD_SAMPLE_SIZE)
+    size, saved_by = denoiser["sample_size"], str(denoiser.get("_diffusers_version", ""))
+    if isinstance(size, int) and re.match(r"0\.[0-8]\.", saved_by):
+        size = max(size, family.old_least_sample_size)
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, list | tuple) or len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides):
         raise TurbopocketError(

@@ -35,7 +35,7 @@ def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
     """
     path = folder / "config.json"
     config = _own_part(read_json_object(path))
-    if config.get("_class_name", spec.class_name) != spec.class_name:
+    if config.get("_class_name", spec.class_name) not in spec.class_names:
         raise TurbopocketError(f"{path} is of class {shown(config['_class_name'])}; supported: {spec.class_name!r}")
     module_class: Any = getattr(importlib.import_module(spec.library), spec.class_name)
     config_class = getattr(module_class, "config_class", None)  # transformers: a typed config object
@@ -46,7 +46,8 @@ def empty_module(folder: Path, spec: ModuleSpec) -> nn.Module:
         if config_class is not None:
             module = module_class(config_class(**given))
         else:
-            about = {key: config[key] for key in ABOUT_FILE if key in config}
+            own = config | dict.fromkeys(config.keys() & {"_class_name"}, spec.class_name)
+            about = {key: own[key] for key in ABOUT_FILE if key in own}
             module = module_class.from_config(about | given)
     empty: nn.Module = module.eval().requires_grad_(False)
     return empty
@@ -65,7 +66,7 @@ def checked_tensors(
 
     Raises TurbopocketError when a tensor is missing, unexpected, of another shape (then with `hint`) or dtype.
     """
-    stored = _renamed(found, spec)
+    stored = _with_tied(_renamed(found, spec), spec)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check_names_and_shapes(expected, stored, where, hint)
     for tensor in stored.values():
@@ -94,6 +95,14 @@ def _renamed(stored: Mapping[str, StoredTensor], spec: ModuleSpec) -> dict[str, 
     return renamed
 
 
+def _with_tied(stored: dict[str, StoredTensor], spec: ModuleSpec) -> dict[str, StoredTensor]:
+    """The tensors under both names of those that have two; where both are stored, the class reads the owner's."""
+    for alias, owner in spec.tied.items():
+        if (tensor := stored.get(owner, stored.get(alias))) is not None:
+            stored[owner] = stored[alias] = tensor
+    return stored
+
+
 def _check_names_and_shapes(
     expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], where: Path, hint: str | None
 ) -> None:
@@ -118,10 +127,17 @@ def _shown(names: Iterable[str]) -> str:
 
 
 def read_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """Returns the values of stored tensors in fp32; raises TurbopocketError when any is NaN or infinite."""
+    """Returns the values of stored tensors in fp32; raises TurbopocketError when any is NaN or infinite.
+
+    Names of one and the same `StoredTensor` get one tensor.
+    """
     with ExitStack() as stack:
         files = {file: stack.enter_context(_opened(file)) for file in {t.file for t in stored.values()}}
-        return {name: _finite(_taken(files[t.file].get_tensor(t.name), t), t) for name, t in stored.items()}
+        read: dict[int, Tensor] = {}  # what has two names is read, and kept, once
+        for tensor in stored.values():
+            if id(tensor) not in read:
+                read[id(tensor)] = _finite(_taken(files[tensor.file].get_tensor(tensor.name), tensor), tensor)
+        return {name: read[id(tensor)] for name, tensor in stored.items()}
 
 
 def _taken(values: Tensor, tensor: StoredTensor) -> Tensor:

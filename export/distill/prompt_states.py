@@ -4,15 +4,19 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...ground.errors import TurbopocketError
+from ...runtimes.drawing.conditioning import picture_numbers
 from ...runtimes.drawing.tokenizer import Tokenizer
+from ...runtimes.pipeline import Feed, NumbersFeed, TextFeed
 from ..checkpoint.load import tokenizer_json
 from ..families.base import LoadedModel
+from ..families.components import components_of, described
+from ..families.graphs import Component
 
 
 class PromptStates:
@@ -20,39 +24,49 @@ class PromptStates:
 
     def __init__(self, model: LoadedModel, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._encoders: dict[str, nn.Module] = {
-            name: module.to(device) for name, module in model.modules.items() if name.startswith("text_encoder")
-        }
+        components = components_of(model)
+        self._pipeline = model.family.pipeline(model, {each.name: described(each) for each in components})
+        self._encoders = {each.name: each for each in components if each.role == "text encoder"}
+        for each in self._encoders.values():
+            each.module.to(device)
         self._tokenizers = {name: _tokenizer(model, name) for name in self._encoders}
 
     @torch.no_grad()
     def conditional(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """`encoder_hidden_states` (N, T, D), and for SDXL `text_embeds` (N, P) and `time_ids` (N, 6)."""
-        encoded = {name: self._encode(name, encoder, prompts) for name, encoder in self._encoders.items()}
-        if self._model.family == "sd":
-            return {"encoder_hidden_states": encoded["text_encoder"].last_hidden_state}
-        size = self._model.image_size
-        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self._device)
+        """The denoiser's inputs that hold for all steps, such as `encoder_hidden_states` (N, T, D).
+
+        Raises TurbopocketError for a model whose denoiser is told more than outputs of text encoders and sizes.
+        """
+        encoded = {name: self._encode(encoder, prompts) for name, encoder in self._encoders.items()}
         return {
-            "encoder_hidden_states": torch.cat([outputs.hidden_states[-2] for outputs in encoded.values()], -1),
-            "text_embeds": encoded["text_encoder_2"].text_embeds,
-            "time_ids": time_ids.expand(len(prompts), -1),
+            name: self._fed(name, feed, encoded, len(prompts)) for name, feed in self._pipeline.denoiser.inputs.items()
         }
 
     def unconditional(self, conditional: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What guidance steers away from: zeros or the empty prompt, as the model has it."""
-        if self._model.pipeline_config.get("force_zeros_for_empty_prompt", False):
-            return {n: value if n == "time_ids" else torch.zeros_like(value) for n, value in conditional.items()}
-        count = len(conditional["encoder_hidden_states"])
+        if self._pipeline.without_prompt == "zeros":
+            feeds = self._pipeline.denoiser.inputs
+            return {n: torch.zeros_like(v) if isinstance(feeds[n], TextFeed) else v for n, v in conditional.items()}
+        count = len(next(iter(conditional.values())))
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.conditional([""]).items()}
 
-    def _encode(self, name: str, encoder: nn.Module, prompts: Sequence[str]) -> Any:
-        ids = np.stack([self._tokenizers[name].encode(prompt).ids for prompt in prompts])
-        return encoder(torch.from_numpy(ids).to(self._device), output_hidden_states=True)
+    def _fed(self, name: str, feed: Feed, encoded: Mapping[str, Mapping[str, Tensor]], count: int) -> Tensor:
+        match feed:
+            case TextFeed():
+                return torch.cat([encoded[each.component][each.output] for each in feed.join], -1)
+            case NumbersFeed():
+                numbers = torch.from_numpy(picture_numbers(feed, self._model.image_size))
+                return numbers.to(self._device).expand(count, -1)
+        raise TurbopocketError(f"{self._model.name} can not be distilled: its denoiser is told {name} ({feed.kind})")
+
+    def _encode(self, encoder: Component, prompts: Sequence[str]) -> dict[str, Tensor]:
+        ids = np.stack([self._tokenizers[encoder.name].encode(prompt).ids for prompt in prompts])
+        outputs = encoder.module(torch.from_numpy(ids).to(self._device))
+        return dict(zip(encoder.output_names, outputs, strict=True))
 
 
 def _tokenizer(model: LoadedModel, encoder: str) -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
-        file.write_bytes(tokenizer_json(model.tokenizers[encoder], model.text_tokens))
+        file.write_bytes(tokenizer_json(model.tokenizers[encoder], model.family.tokenizer, model.text_tokens))
         return Tokenizer(file, model.text_tokens, model.prompt_replacements.get(encoder, {}))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model family is, and what loading a checkpoint gives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +9,11 @@ from typing import Any, Literal
 from torch import nn
 
 from ...runtimes.image_size import ImageSize
+from ...runtimes.manifest import ComponentSpec
+from ...runtimes.pipeline import Pipeline
+from .graphs import Component
 from .keys import KeyTable
-
-FamilyName = Literal["sdxl", "sd"]
+from .tokenizers import CLIP, TokenizerKind
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class ModuleSpec:
     """One PyTorch module of a family: the class its folder must hold, and what is done about each key of its config.
 
     `renames` turn published tensor names into the class's own: (regular expression, replacement), in order.
-    `others` are classes that the folder may hold instead.
+    `others` are classes that the folder may hold instead, `former_names` those that files gave this class before.
+    `tied` are names of one tensor, each with the other that is stored where it is not; the class knows both.
     """
 
     library: Literal["diffusers", "transformers"]
@@ -27,11 +30,22 @@ class ModuleSpec:
     keys: KeyTable
     renames: tuple[tuple[str, str], ...] = ()
     others: tuple["ModuleSpec", ...] = ()
+    former_names: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Every name that a config may have for the class."""
+        return (self.class_name, *self.former_names)
 
     @property
     def named(self) -> list[str]:
         """Library and class, as a model_index.json names them."""
         return [self.library, self.class_name]
+
+    def is_named(self, library_and_class: Any) -> bool:
+        """Whether that is how a model_index.json names the class, now or before."""
+        return library_and_class in [[self.library, name] for name in self.class_names]
 
     @property
     def titled(self) -> str:
@@ -45,18 +59,52 @@ class ModuleSpec:
 
 
 @dataclass(frozen=True)
+class GraphOptions:
+    """Which graphs are asked of a family: for pictures of these `sizes`, at least one.
+
+    Without `all_states` text encoders give only the hidden states that a pipeline reads. `image_to_image` adds what
+    reads a first picture.
+    """
+
+    sizes: Sequence[ImageSize]
+    all_states: bool = True
+    image_to_image: bool = False
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """Everything that tells one kind of checkpoint from another; a new family is one more of these values.
 
     Tokenizer `tokenizer<suffix>` belongs to module `text_encoder<suffix>`. `other_pipeline_classes` draw alike. `keys`
     are those of model_index.json beside the parts; `pipeline_defaults` are the pipeline's own values for settings that
     a model_index.json leaves out.
+
+    `components` gives a model's graphs in the order in which drawing runs them, `pipeline` says how drawing puts them
+    together, from what a manifest says of each. `denoiser` is the module, and graph, that is asked at every step;
+    `guidance` the pipeline's own where a call says nothing. `scheduler_settings` are what the pipeline takes whatever
+    the scheduler's config says. `check` raises TurbopocketError for modules that do not fit each other.
+    `tokenizer` is the kind of all tokenizers, `prompt_tokens` how many ids a prompt has where the pipeline says it.
+    `old_least_sample_size` is what a smaller `sample_size` means in a file by diffusers before 0.9.0.
+
+    diffusers' pipeline is made with the further arguments `diffusers_parts` (None and
+    False switch off what judges or marks pictures), and called with `diffusers_call`.
     """
 
-    name: FamilyName
+    name: str
     pipeline_class: str
     modules: Mapping[str, ModuleSpec]
     keys: KeyTable
+    components: Callable[["LoadedModel", GraphOptions], list[Component]]
+    pipeline: Callable[["LoadedModel", Mapping[str, ComponentSpec]], Pipeline]
+    check: Callable[[Mapping[str, nn.Module], Path], None]
+    guidance: float
+    denoiser: str = "unet"
+    tokenizer: TokenizerKind = CLIP
+    prompt_tokens: int | None = None
+    old_least_sample_size: int = 1
+    scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
+    diffusers_parts: Mapping[str, Any] = field(default_factory=dict)
+    diffusers_call: Mapping[str, Any] = field(default_factory=dict)
     other_pipeline_classes: tuple[str, ...] = ()
     pipeline_defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,17 +129,17 @@ class ModelFamily:
 class LoadedModel:
     """One checkpoint: its modules in eval mode, fp32, without gradients, and the settings of its pipeline.
 
-    `folder` holds the pipeline's own settings. `modules` has `text_encoder`, `text_encoder_2` (SDXL only), `unet`
-    and `vae`; `weights` says in which folder or single file each of them is stored, `notes` what of all this was
+    `folder` holds the pipeline's own settings. `modules` are those of the family, such as `text_encoder`, `unet` and
+    `vae`; `weights` says in which folder or single file each of them is stored, `notes` what of all this was
     assumed. `tokenizers` maps each text encoder to the folder of its tokenizer. With `has_weights` false every tensor
     is on the meta device, and tokenizers and the scheduler's config may be absent, which then says its class alone.
     `text_tokens` is how many ids every text encoder reads. `prompt_replacements` are, for a text encoder, tokens that
     stand for several vectors and the text that names all of these.
-    `image_size` is the picture that the UNet was trained for, in pixels.
+    `image_size` is the picture that the denoiser was trained for, in pixels.
     """
 
     name: str
-    family: FamilyName
+    family: ModelFamily
     folder: Path
     modules: Mapping[str, nn.Module]
     tokenizers: Mapping[str, Path]
@@ -104,3 +152,8 @@ class LoadedModel:
     has_weights: bool
     weights: Mapping[str, Path]
     notes: tuple[str, ...] = ()
+
+    @property
+    def denoiser(self) -> Any:
+        """The module that is asked at every step."""
+        return self.modules[self.family.denoiser]

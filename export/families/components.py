@@ -4,12 +4,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...ground.names import LayerName
 from ...quant.layers import compressible_layers, weight_of
 from ...runtimes.image_size import ImageSize
-from .base import LoadedModel
+from ...runtimes.manifest import ComponentSpec, TensorSpec
+from .base import GraphOptions, LoadedModel
 from .graphs import Component, text_encoder_component, unet_component, vae_decoder_component, vae_encoder_component
 from .sizes import latent_size
 
@@ -19,18 +21,23 @@ def components_of(
 ) -> list[Component]:
     """Returns the graphs in the order in which drawing runs them; they share the model's modules.
 
-    `sizes` are those of pictures that the graphs must take, the model's own when there are none. Without `all_states`
-    text encoders give only the hidden states that a pipeline reads. `image_to_image` adds what reads a first picture.
+    `sizes` are those of pictures that the graphs must take, the model's own when there are none. The rest is as in
+    `GraphOptions`.
     """
-    latents = [latent_size(model, size) for size in sizes or (model.image_size,)]
+    return model.family.components(model, GraphOptions(sizes or (model.image_size,), all_states, image_to_image))
+
+
+def unet_components(model: LoadedModel, options: GraphOptions) -> list[Component]:
+    """Returns the graphs of a model of CLIP text encoders, a UNet and a VAE."""
+    latents = [latent_size(model, size) for size in options.sizes]
     free = len(latents) > 1
     traced = _traced_latents(model.modules["unet"], latents) if free else latents[0]
     encoders = {name: module for name, module in model.modules.items() if name.startswith("text_encoder")}
     tokens = model.text_tokens
     picture = ImageSize(*(side * model.vae_scale_factor for side in traced))
     return [
-        *(text_encoder_component(module, name, all_states, tokens) for name, module in encoders.items()),
-        *([vae_encoder_component(model.modules["vae"], picture, free)] if image_to_image else []),
+        *(text_encoder_component(module, name, options.all_states, tokens) for name, module in encoders.items()),
+        *([vae_encoder_component(model.modules["vae"], picture, free)] if options.image_to_image else []),
         unet_component(model.modules["unet"], traced, tokens, free),
         vae_decoder_component(model.modules["vae"], traced, free),
     ]
@@ -45,6 +52,16 @@ def _traced_latents(unet: Any, latents: Sequence[ImageSize]) -> ImageSize:
     levels = 2**unet.num_upsamplers
     uneven = any(side % levels for size in latents for side in size)
     return ImageSize(2 * levels + uneven, 2 * levels + uneven)
+
+
+def described(component: Component) -> ComponentSpec:
+    """Returns what a manifest would say of a graph, as far as a pipeline asks: names, types, shapes of its inputs."""
+    inputs = [
+        TensorSpec(name=name, dtype="int64" if tensor.dtype == torch.int64 else "float32", shape=list(tensor.shape))
+        for name, tensor in component.example_inputs.items()
+    ]
+    outputs = [TensorSpec(name=name, dtype="float32", shape=[]) for name in component.output_names]
+    return ComponentSpec(file=component.name, inputs=inputs, outputs=outputs)
 
 
 def layers_of(components: Sequence[Component]) -> dict[str, nn.Module]:

@@ -7,16 +7,22 @@ our artifacts. Layers are named `<component>.<module path>`, as in `quant`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...runtimes.drawing.conditioning import TIMESTEP_COND
-from ...runtimes.drawing.latents import LATENT_PARAMETERS, LATENT_SAMPLE
-
 EXAMPLE_BATCH = 2
 """The batch of all example inputs: 1 would let tracing take the batch for a constant."""
+
+TIMESTEP_COND = "timestep_cond"
+"""A UNet's input for the guidance, where it is told that."""
+
+LATENT_PARAMETERS, LATENT_SAMPLE = "latent_parameters", "latent_sample"
+"""What a VAE's encoder gives: means and logarithms of variances, or z itself where it has no variances."""
+
+Role = Literal["text encoder", "denoiser", "decoder", "encoder"]
+"""What a graph is for: reading prompts, predicting at every step, latents to a picture, a picture to latents."""
 
 
 class ComponentModule(nn.Module):
@@ -41,7 +47,7 @@ class Component:
     """One graph: its module, and the names of the tensors that go in (with an example of each) and come out.
 
     The first dimension of every input that has dimensions is the batch and may vary. So may those in `free`, which has
-    their names by tensor (inputs and outputs) and index; all others are fixed.
+    their names by tensor (inputs and outputs) and index; all others are fixed. `role` is what the graph is for.
     """
 
     name: str
@@ -49,6 +55,7 @@ class Component:
     example_inputs: dict[str, Tensor]
     output_names: tuple[str, ...]
     free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    role: Role = "denoiser"
 
     @property
     def layer_prefix(self) -> str:
@@ -112,6 +119,7 @@ def text_encoder_component(
         module=module,
         example_inputs={"input_ids": torch.zeros(EXAMPLE_BATCH, length, dtype=torch.int64)},
         output_names=names,
+        role="text encoder",
     )
 
 
@@ -220,6 +228,7 @@ def vae_encoder_component(vae: Any, image_size: tuple[int, int], free_size: bool
         example_inputs={"sample": torch.zeros(EXAMPLE_BATCH, vae.config.in_channels, *image_size)},
         output_names=(output,),
         free={"sample": PICTURE_SIDES, output: LATENT_SIDES} if free_size else {},
+        role="encoder",
     )
 
 
@@ -234,4 +243,5 @@ def vae_decoder_component(vae: Any, latent_size: tuple[int, int], free_size: boo
         example_inputs={"latent_sample": torch.zeros(EXAMPLE_BATCH, vae.config.latent_channels, *latent_size)},
         output_names=("sample",),
         free={"latent_sample": LATENT_SIDES, "sample": PICTURE_SIDES} if free_size else {},
+        role="decoder",
     )

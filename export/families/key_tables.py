@@ -174,7 +174,7 @@ GENERATION = (  # transformers kept the settings of text generation in every con
     *("target_lookbehind", "temperature", "top_k", "top_p", "typical_p", "use_cache"),
     *("decoder_start_token_id", "sep_token_id", "prefix", "task_specific_params"),
 )
-OTHER_MODELS = (  # kept in every config as well, and not read by CLIP
+OTHER_MODELS = (  # kept in every config as well, and not read by text encoders
     *("add_cross_attention", "cross_attention_hidden_size", "is_decoder", "is_encoder_decoder"),
     *("tie_encoder_decoder", "tie_word_embeddings", "finetuning_task", "problem_type", "id2label", "label2id"),
     *("num_labels", "tokenizer_class", "torchscript", "tf_legacy_loss", "use_bfloat16", "xla_device"),
@@ -182,7 +182,7 @@ OTHER_MODELS = (  # kept in every config as well, and not read by CLIP
 )
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
-CLIP_TEXT: KeyTable = {
+TRANSFORMERS: KeyTable = {
     **dict.fromkeys(GENERATION, LeftOut("a setting of text generation")),
     **dict.fromkeys(OTHER_MODELS, LeftOut("a setting of models of other kinds")),
     **dict.fromkeys(
@@ -197,8 +197,6 @@ CLIP_TEXT: KeyTable = {
     "quantization_config": Only((None,), "weights are read as floating point, and compressed here"),
     "pruned_heads": Only((None, {}), "the layers would have other shapes than the rest of the config says"),
     "per_layer_config": Only((None, {}), "each layer could then be of another shape"),
-    "use_attention_mask": Only((None, False), "the graph has no input that hides a prompt's padding"),
-    "model_type": Only((None, "clip_text_model"), "no other text encoder is read"),
     "architectures": FILE,
     "transformers_version": FILE,
     "_name_or_path": FILE,
@@ -209,6 +207,14 @@ CLIP_TEXT: KeyTable = {
     "output_hidden_states": LeftOut("the graph asks for them itself"),
     "output_attentions": LeftOut("the graph does not give them"),
     "return_dict": LeftOut("the graph asks for the outputs by name"),
+    "pad_token_id": NoEffect("the tokenizer says which id fills the end"),
+}
+"""What every config of transformers may hold."""
+
+CLIP_TEXT: KeyTable = {
+    **TRANSFORMERS,
+    "use_attention_mask": Only((None, False), "the graph has no input that hides a prompt's padding"),
+    "model_type": Only((None, "clip_text_model"), "no other text encoder is read"),
     "vocab_size": Graph(whole(1, MOST_IDS, "49,408")),
     "hidden_size": Graph(WIDTH),
     "intermediate_size": Graph(whole(1, 65_536, "at most 5,120")),
@@ -222,7 +228,6 @@ CLIP_TEXT: KeyTable = {
     "dropout": TRAINING,
     "initializer_range": TRAINING,
     "initializer_factor": TRAINING,
-    "pad_token_id": NoEffect("the tokenizer says which id fills the end"),
     "bos_token_id": NoEffect("the tokenizer says which id comes first"),
     "eos_token_id": Graph(one_whole(0, MOST_IDS - 1)),
 }
@@ -231,7 +236,7 @@ TOKEN = Graph()
 DECODING = NoEffect("used where ids become text again")
 CHAT = NoEffect("used in conversations")
 CALL = NoEffect("what a call of the tokenizer takes when it says nothing; the pipeline says it")
-ALWAYS = NoEffect("CLIP's rules are the same either way")
+ALWAYS = NoEffect("the class's rules are the same either way")
 
 TOKENIZER: KeyTable = {
     **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), TOKEN),
@@ -253,7 +258,6 @@ TOKENIZER: KeyTable = {
     ),
     "model_max_length": Honoured("the ids of a prompt", prompt_length),
     "max_len": Honoured("the ids of a prompt, by the name it had first", prompt_length),
-    "tokenizer_class": Only(("CLIPTokenizer", "CLIPTokenizerFast", None), "the text encoders are CLIP's"),
     "backend": Only((None, "tokenizers"), "no other library is used"),
     "padding_side": Only((None, "right"), "ids are filled up at the end"),
     "truncation_side": Only((None, "right"), "too long a prompt loses its end"),
@@ -261,6 +265,12 @@ TOKENIZER: KeyTable = {
     "init_inputs": Only((None, []), "they would take the place of other settings"),
     "trust_remote_code": Only((None, False), ELSEWHERE),
     **dict.fromkeys(("auto_map", "gguf_file", "fast_tokenizer_files"), Only((None,), ELSEWHERE)),
+}
+"""Of every class but for the class itself."""
+
+CLIP_TOKENIZER: KeyTable = {
+    **TOKENIZER,
+    "tokenizer_class": Only(("CLIPTokenizer", "CLIPTokenizerFast", None), "the text encoders are CLIP's"),
 }
 
 PIPELINE: KeyTable = {

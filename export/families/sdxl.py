@@ -3,7 +3,10 @@
 
 from . import key_tables
 from .base import ModelFamily, ModuleSpec
+from .components import unet_components
+from .pipelines import stable_diffusion_xl
 from .sd import CLIP_TEXT, TINY_VAE, VAE_RENAMES
+from .unet_widths import check_unet
 
 SDXL = ModelFamily(
     name="sdxl",
@@ -15,5 +18,10 @@ SDXL = ModelFamily(
         "vae": ModuleSpec("diffusers", "AutoencoderKL", key_tables.SDXL_VAE, VAE_RENAMES, (TINY_VAE,)),
     },
     keys=key_tables.SDXL_PIPELINE,
+    components=unet_components,
+    pipeline=stable_diffusion_xl,
+    check=check_unet,
+    guidance=5.0,
+    diffusers_parts={"add_watermarker": False},
     pipeline_defaults={"force_zeros_for_empty_prompt": True},
 )

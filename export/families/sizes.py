@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ...ground.errors import TurbopocketError
 from ...runtimes.image_size import ImageSize
@@ -31,9 +30,8 @@ def drawn_sizes(model: LoadedModel, asked: Sequence[ImageSize]) -> tuple[ImageSi
 
 def require_even_levels(model: LoadedModel, sizes: Sequence[ImageSize], what: str) -> None:
     """Raises TurbopocketError for a size that the UNet does not halve evenly at every level, as `what` needs it."""
-    unet: Any = model.modules["unet"]
     for size in sizes:
-        _require_multiple(size, model.vae_scale_factor * 2**unet.num_upsamplers, f"{what} of {model.name}")
+        _require_multiple(size, model.vae_scale_factor * 2**model.denoiser.num_upsamplers, f"{what} of {model.name}")
 
 
 def latent_size(model: LoadedModel, size: ImageSize) -> ImageSize:
@@ -53,7 +51,8 @@ def size_notes(model: LoadedModel, sizes: Sequence[ImageSize]) -> tuple[str, ...
 
 
 def _require_drawable(size: ImageSize, model: LoadedModel) -> None:
-    _require_multiple(size, math.lcm(PIPELINE_MULTIPLE, model.vae_scale_factor), model.name)
+    patch = model.denoiser.config.get("patch_size") or 1
+    _require_multiple(size, math.lcm(PIPELINE_MULTIPLE, model.vae_scale_factor * patch), model.name)
     height, width = latent_size(model, size)
     if height * width > MAX_LATENT_POSITIONS:
         raise TurbopocketError(

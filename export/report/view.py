@@ -2,24 +2,21 @@
 """What the report's template shows: every number, share and order decided here, nothing computed in HTML."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ...ground.names import LayerName
 from ...quant.formats import parse_format
-from ...quant.plan import Choice, Plan
+from ...quant.plan import Plan
 from ...runtimes.compare.rows import ParityRow
+from ..families.components import group_name
 from .charts import layer_chart, timestep_chart, tradeoff_chart
 from .data import ReportData
 
 _DRAWN_BY = {"float_model": "float", "stored": "stored weights", "artifact": "artifact"}
 TARGET_NAMES = {"onnx": "ONNX Runtime", "coreml": "Core ML", "executorch": "ExecuTorch"}
 _FORMAT_COLOURS = 6
-_BLOCK = re.compile(r"(.+?\.(?:\w*_blocks\.\d+|mid_block))\.")
-"""A U-shaped network's blocks: `unet.down_blocks.1`, `vae_decoder.mid_block`."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ def block_bars(plan: Plan, classes: Mapping[str, str]) -> tuple[Bar, ...]:
     """Returns bytes of the compressed layers by block of the network, in execution order, split by format."""
     blocks: dict[str, dict[str, int]] = {}
     for choice in plan.choices:
-        formats = blocks.setdefault(_block(choice), dict.fromkeys(classes, 0))
+        formats = blocks.setdefault(group_name(choice.layer), dict.fromkeys(classes, 0))
         formats[choice.format] += choice.nbytes
     return _bars(
         [
@@ -173,11 +170,6 @@ def block_bars(plan: Plan, classes: Mapping[str, str]) -> tuple[Bar, ...]:
             for block, formats in blocks.items()
         ]
     )
-
-
-def _block(choice: Choice) -> str:
-    match = _BLOCK.match(choice.layer)
-    return match[1] if match else LayerName.parse(choice.layer).component
 
 
 def _bars(rows: Sequence[tuple[str, Sequence[tuple[str, str, int]]]]) -> tuple[Bar, ...]:

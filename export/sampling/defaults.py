@@ -17,8 +17,6 @@ from ..recipe import MAX_GUIDANCE
 
 SAMPLING_FILE = "sampling.json"
 DEFAULT_STEPS = 30
-PIPELINE_GUIDANCE = {"sdxl": 5.0, "sd": 7.5}
-"""What diffusers' pipeline of each family takes where the call says nothing."""
 
 
 class SamplingFile(BaseModel):
@@ -133,7 +131,7 @@ def sampling_of(
         "guidance": own.guidance_scale if guidance is None else guidance,
     }
     signs = tuple(_named_signs(model, lora)) or tuple(_config_signs(model))
-    usual = {"steps": DEFAULT_STEPS, "guidance": PIPELINE_GUIDANCE[model.family]}
+    usual = {"steps": DEFAULT_STEPS, "guidance": model.family.guidance}
     missing = [name for name, value in given.items() if value is None]
     assumed = {name: _shared(name, signs) if signs else usual[name] for name in missing}
     why = " and ".join(f"{sign.where} ({sign.kind.title})" for sign in signs)
@@ -161,7 +159,7 @@ def model_sampling(model: LoadedModel) -> SamplingFile:
     Raises TurbopocketError naming the first thing in it that is not steps or guidance of a possible size.
     """
     path = model.folder / SAMPLING_FILE
-    if not path.is_file() or model.weights["unet"] != model.folder / "unet":
+    if not path.is_file() or model.weights[model.family.denoiser] != model.folder / model.family.denoiser:
         return SamplingFile()
     try:
         return SamplingFile.model_validate(read_json_object(path))
@@ -180,8 +178,8 @@ def _shared(name: str, signs: Sequence[Sign]) -> float | None:
 
 def _named_signs(model: LoadedModel, lora: Sequence[Path]) -> Iterator[Sign]:
     """Signs in the model's names, and in those of its LoRA files, each number and kind once."""
-    config: Any = model.modules["unet"].config
-    place = model.weights["unet"]
+    config: Any = model.denoiser.config
+    place = model.weights[model.family.denoiser]
     # A module's config is without it: it is about the file.
     origin = read_json_object(place / "config.json").get("_name_or_path") if place.is_dir() else None
     names = {
@@ -213,7 +211,7 @@ def _own_name(path: str) -> str:
 
 def _config_signs(model: LoadedModel) -> Iterator[Sign]:
     """The sign in a model's configs, if there is one."""
-    config: Any = model.modules["unet"].config
+    config: Any = model.denoiser.config
     scheduler = model.scheduler_config
     name = scheduler.get("_class_name")
     if config.get("time_cond_proj_dim"):

@@ -37,19 +37,15 @@ def sampler_spec(model: LoadedModel, section: SamplerSection) -> SamplerSpec:
 
 
 def scheduler_config(model: LoadedModel, kind: Literal["model", SamplerKind]) -> dict[str, Any]:
-    """Returns the model's scheduler config, of its own class (`model`) or of the class of a sampler's kind.
-
-    StableDiffusionPipeline takes two settings for outdated and never draws with them: a `steps_offset` other than 1
-    and `clip_sample`. Other pipelines of diffusers take the config as it is.
-    """
+    """Returns the model's scheduler config, of its own class (`model`) or of the class of a sampler's kind, with what
+    its pipeline never takes from a config."""
     config = dict(model.scheduler_config) if kind == "model" else config_for(model.scheduler_config, kind)
-    return config | {"steps_offset": 1, "clip_sample": False} if model.family == "sd" else config
+    return config | dict(model.family.scheduler_settings)
 
 
 def asks_twice(model: LoadedModel, sampler: SamplerSpec) -> bool:
-    """Whether every step asks the UNet with and without the prompt, to steer away from the latter."""
-    config: Any = model.modules["unet"].config
-    return sampler.guidance_scale > 1 and config.time_cond_proj_dim is None
+    """Whether every step asks the denoiser with and without the prompt, to steer away from the latter."""
+    return sampler.guidance_scale > 1 and model.denoiser.config.get("time_cond_proj_dim") is None
 
 
 def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:

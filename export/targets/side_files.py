@@ -28,7 +28,7 @@ def write_side_files(model: LoadedModel, components: Mapping[str, Any], size: Im
     """
     height, width = latent_size(model, size)
     drawn: dict[str, Any] = {"sample_size": height if height == width else [height, width]}
-    own = {"unet": drawn} if size != model.image_size else {}
+    own = {model.family.denoiser: drawn} if size != model.image_size else {}
     for component in components:
         config = model.modules[CONFIG_OWNERS.get(component, component)].config
         _write_json(folder / component / "config.json", _plain(config) | own.get(component, {}))
@@ -46,7 +46,7 @@ def write_tokenizers(model: LoadedModel, folder: Path, also: Sequence[str] = ())
         refuse_links_out(sorted(source.glob("*")), source.parent)
         target = folder / encoder.replace("text_encoder", "tokenizer")
         target.mkdir(parents=True, exist_ok=True)
-        (target / "tokenizer.json").write_bytes(tokenizer_json(source, model.text_tokens))
+        (target / "tokenizer.json").write_bytes(tokenizer_json(source, model.family.tokenizer, model.text_tokens))
         for name in also:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
@@ -74,7 +74,7 @@ def write_swift_files(model: LoadedModel, folder: Path) -> None:
         for file in found:
             shutil.copyfile(file, folder / file.name)
         return
-    rules = json.loads(tokenizer_json(source, model.text_tokens))["model"]
+    rules = json.loads(tokenizer_json(source, model.family.tokenizer, model.text_tokens))["model"]
     merges = [" ".join(pair) for pair in rules["merges"]]
     (folder / "vocab.json").write_text(json.dumps(rules["vocab"], ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
@@ -83,12 +83,13 @@ def write_swift_files(model: LoadedModel, folder: Path) -> None:
 def _model_index(model: LoadedModel, components: Mapping[str, Any]) -> dict[str, Any]:
     scheduler = model.scheduler_config["_class_name"]
     index: dict[str, Any] = {
-        "_class_name": {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}[model.family],
+        "_class_name": model.family.pipeline_class,
         "scheduler": ["diffusers", scheduler],
     }
     index |= {component: ["diffusers", "OnnxRuntimeModel"] for component in components}
     index |= {
-        encoder.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for encoder in model.tokenizers
+        encoder.replace("text_encoder", "tokenizer"): ["transformers", model.family.tokenizer.class_name]
+        for encoder in model.tokenizers
     }
     if "force_zeros_for_empty_prompt" in model.pipeline_config:
         index["force_zeros_for_empty_prompt"] = model.pipeline_config["force_zeros_for_empty_prompt"]

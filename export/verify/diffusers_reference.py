@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float model drawn by diffusers' own pipeline: what our loop, which every phone repeats, has to equal."""
 
+import inspect
 import math
 import sys
 import warnings
@@ -12,39 +13,38 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers.models.autoencoders import vae as vae_module
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from transformers import CLIPTokenizer
+from torch import Tensor, nn
 
 from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ...runtimes.compare.metrics import relative_error
-from ...runtimes.drawing.conditioning import TIMESTEP_COND
 from ...runtimes.drawing.sampler import NoiseSource
-from ...runtimes.drawing.text_to_image import VAE_ENCODER, FirstPicture, draw, seeded_noise
+from ...runtimes.drawing.text_to_image import FirstPicture, draw, seeded_noise
 from ...runtimes.manifest import Manifest
+from ...runtimes.pipeline import Pipeline
 from ...runtimes.runner import Runner
 from ...runtimes.scheduler_classes import SamplerKind
-from ..checkpoint.load import FAMILIES
 from ..families.base import LoadedModel
 from ..sampling.spec import scheduler_config
 from .gaps import TO_DIFFUSERS_ERROR, Difference, Session, ToDiffusers
 
 Picture = NDArray[np.float32]
 GUIDANCE_ERROR = 1e-3
-"""Of `timestep_cond`: sines of numbers in the thousands, which a frequency rounded the other way moves. PyTorch does so
-with one of 128, which makes 4e-5 at a guidance of 8.5 and 3.5e-4 at 50; a guidance that is 0.01 off makes 0.8."""
-DRAWN_APART = (VAE_ENCODER, "unet", "vae_decoder")
+"""Of what the denoiser is told of the guidance: sines of numbers in the thousands, which a frequency rounded the other
+way moves. PyTorch does so with one of 128, which makes 4e-5 at a guidance of 8.5 and 3.5e-4 at 50; a guidance that is
+0.01 off makes 0.8."""
 
 
 def compare_with_diffusers(model: LoadedModel, runner: Runner, session: Session) -> ToDiffusers:
     """Draws a picture of each size with diffusers' pipeline, then with our loop, and compares as they go.
 
     Where the artifact can begin with a picture, both then draw on from that one. `runner` runs the float modules of
-    `model`. Compared are all inputs of each call of the UNet and of the VAE's halves, what each gives on equal inputs,
-    and the picture. Our loop goes on from the outputs that diffusers had: with some samplers a difference of 1e-6
+    `model`. Compared are all inputs of each call of denoiser and VAE's halves, what each gives on equal inputs, and the
+    picture. Our loop goes on from the outputs that diffusers had: with some samplers a difference of 1e-6
     becomes another picture (33 dB between two right loops in thirty steps of DDIM with clipped samples, random weights
     and a guidance of 7.5).
     """
@@ -55,7 +55,7 @@ def compare_with_diffusers(model: LoadedModel, runner: Runner, session: Session)
 def _differences(model: LoadedModel, runner: Runner, session: Session, index: int) -> list[Difference]:
     """What was compared for the session's picture of that number, and where one can begin with it, for the next."""
     drawn, differences = _drawn_by_both(model, runner, session, index, None)
-    if VAE_ENCODER in session.manifest.components:
+    if session.manifest.pipeline.encoder is not None:
         strength = 0.5 if session.manifest.sampler.steps > 1 else 1.0
         first = FirstPicture(np.round(drawn * 255).astype(np.uint8), strength)
         differences += _drawn_by_both(model, runner, session, index, first)[1]
@@ -67,12 +67,13 @@ def _drawn_by_both(
 ) -> tuple[Picture, list[Difference]]:
     """diffusers' picture, and how ours and what led to it differ."""
     manifest, prompt, seed = session.manifest.of_picture(index), session.prompts[index], session.seed + index
-    with _recorded(model) as calls:
+    with _recorded(model, manifest.pipeline) as calls:
         expected = diffusers_picture(model, manifest, prompt, seed, first=first)
     size = f" at {manifest.image.size}" if len(manifest.sizes) > 1 else ""
-    following = _Following(runner, calls, size + ("" if first is None else " from a first picture"))
+    how = size + ("" if first is None else " from a first picture")
+    following = _Following(runner, manifest.pipeline, calls, how)
     found = draw(following, manifest, session.tokenizers, prompt, seeded_noise(seed), first=first)
-    for component in DRAWN_APART:
+    for component in calls:
         made, due = following.made[component], len(calls[component])
         following.note(f"the number of calls of {component}, {made} of {due}", np.array(made), np.array(due))
     following.note("the finished picture", found, expected)
@@ -107,11 +108,12 @@ def diffusers_picture(
         try:
             pictures = pipeline(
                 prompt,
-                negative_prompt=negative_prompt,
                 num_inference_steps=sampler.steps if steps is None else steps,
                 guidance_scale=sampler.guidance_scale if guidance is None else guidance,
                 output_type="np",
+                **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
                 **begin,
+                **model.family.diffusers_call,
             ).images
         except ValueError as error:  # what its checks of the request raise
             raise TurbopocketError(f"{type(pipeline).__name__} of diffusers refuses to draw: {error}") from error
@@ -128,27 +130,28 @@ class _Call:
 
 
 class _Following:
-    """A runner whose UNet and VAE are asked and answer as diffusers' did in the same call; differences are noted.
+    """A runner whose denoiser and VAE are asked and answer as diffusers' did in the same call; differences are noted.
 
     `how` tells this walk from others.
     """
 
-    def __init__(self, runner: Runner, calls: Mapping[str, list[_Call]], how: str) -> None:
-        self._runner, self._calls, self._how = runner, calls, how
-        self.made = dict.fromkeys(DRAWN_APART, 0)
+    def __init__(self, runner: Runner, pipeline: Pipeline, calls: Mapping[str, list[_Call]], how: str) -> None:
+        self._runner, self._pipeline, self._calls, self._how = runner, pipeline, calls, how
+        self.made = dict.fromkeys(calls, 0)
         self.differences: list[Difference] = []
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """The component's own outputs, or those of the same call in diffusers' pipeline."""
-        if component not in DRAWN_APART:
+        if component not in self._calls:
             return self._runner.run(component, inputs)
         self.made[component] += 1
         if self.made[component] > len(self._calls[component]):
             return self._runner.run(component, inputs)
         theirs, where = self._calls[component][self.made[component] - 1], f"call {self.made[component]} of {component}"
-        # What only this step decides comes first, `sample` last: it carries the faults of the steps before.
-        for name in sorted(inputs.keys() | theirs.inputs.keys(), key=lambda name: (name == "sample", name)):
-            limit = GUIDANCE_ERROR if name == TIMESTEP_COND else TO_DIFFUSERS_ERROR
+        # What only this step decides comes first, latents last: they carry the faults of the steps before.
+        latents = self._pipeline.denoiser.latents
+        for name in sorted(inputs.keys() | theirs.inputs.keys(), key=lambda name: (name == latents, name)):
+            limit = GUIDANCE_ERROR if name in self._pipeline.guidance_inputs else TO_DIFFUSERS_ERROR
             self.note(f"input {name} of {where}", inputs.get(name), theirs.inputs.get(name), limit)
         asked = {name: _like(theirs.inputs.get(name), value) for name, value in inputs.items()}
         ((name, output),) = self._runner.run(component, asked).items()
@@ -177,42 +180,51 @@ def _like(theirs: NDArray[Any] | None, ours: NDArray[Any]) -> NDArray[Any]:
 
 
 @contextmanager
-def _recorded(model: LoadedModel) -> Iterator[dict[str, list[_Call]]]:
-    """Lists that fill with the calls of UNet and VAE, one a picture of the batch, while the context is open.
+def _recorded(model: LoadedModel, pipeline: Pipeline) -> Iterator[dict[str, list[_Call]]]:
+    """Lists that fill with the calls of denoiser and VAE, one a picture of the batch, while the context is open.
 
     With guidance diffusers asks for two pictures at once, the unconditional one first; our loop asks for that last.
     """
-    calls: dict[str, list[_Call]] = {component: [] for component in DRAWN_APART}
+    calls: dict[str, list[_Call]] = {component: [] for component in pipeline.drawn_with}
     vae: Any = model.modules["vae"]
     decode, encode = vae.decode, vae.encode
+    denoiser, decoder, encoder = pipeline.denoiser, pipeline.decoder, pipeline.encoder
 
-    def unet_ran(_: object, arguments: tuple[Any, ...], options: dict[str, Any], outputs: tuple[Tensor]) -> None:
-        named = dict(zip(("sample", "timestep"), arguments, strict=True))
-        named |= {name: options.get(name) for name in ("encoder_hidden_states", "timestep_cond")}
-        named |= options.get("added_cond_kwargs") or {}
-        arrays = {name: value.numpy() for name, value in named.items() if value is not None}
+    def denoiser_ran(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> None:
+        arrays = _given(module, given, options, denoiser.latents)
         for index in reversed(range(len(outputs[0]))):
-            own = {name: value if value.ndim == 0 else value[index] for name, value in arrays.items()}
-            calls["unet"].append(_Call(own, outputs[0][index].numpy()[None]))
+            own = {name: value if value.ndim == 0 else np.asarray(value[index]) for name, value in arrays.items()}
+            calls[denoiser.component].append(_Call(own, outputs[0][index].numpy()[None]))
 
     def vae_decode(latents: Tensor, *arguments: Any, **options: Any) -> Any:
         outputs = decode(latents, *arguments, **options)
-        calls["vae_decoder"].append(_Call({"latent_sample": latents.numpy()}, outputs[0].numpy()))
+        calls[decoder.component].append(_Call({decoder.latents: latents.numpy()}, outputs[0].numpy()))
         return outputs
 
     def vae_encode(sample: Tensor, *arguments: Any, **options: Any) -> Any:
         outputs = encode(sample, *arguments, **options)
         said = outputs.latent_dist.parameters if hasattr(outputs, "latent_dist") else outputs.latents
-        calls[VAE_ENCODER].append(_Call({"sample": sample.numpy()}, said.numpy()))
+        if encoder is not None:
+            calls[encoder.component].append(_Call({encoder.picture: sample.numpy()}, said.numpy()))
         return outputs
 
-    hook = model.modules["unet"].register_forward_hook(unet_ran, with_kwargs=True)
+    hook = model.denoiser.register_forward_hook(denoiser_ran, with_kwargs=True)
     vae.decode, vae.encode = vae_decode, vae_encode
     try:
         yield calls
     finally:
         hook.remove()
         del vae.decode, vae.encode
+
+
+def _given(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], latents: str) -> Arrays:
+    """Every tensor of a call by its parameter's name, or its name in a dictionary; the first parameter is `latents`."""
+    signature = inspect.signature(module.forward)
+    first, *_ = signature.parameters
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*arguments, **options).arguments.items():
+        named |= value if isinstance(value, dict) else {latents if name == first else name: value}
+    return {name: value.numpy() for name, value in named.items() if isinstance(value, Tensor)}
 
 
 @contextmanager
@@ -222,37 +234,29 @@ def _pipeline(model: LoadedModel, kind: SamplerKind, image_to_image: bool) -> It
     StableDiffusionPipeline corrects configs that it takes for outdated, in place and with a warning.
     """
     config = scheduler_config(model, kind)
-    family = next(family for family in FAMILIES if family.name == model.family)
     parts: dict[str, Any] = {
         **model.modules,
         "scheduler": getattr(diffusers, config["_class_name"]).from_config(config),
         **{name.replace("text_encoder", "tokenizer"): _tokenizer(model, name) for name in model.tokenizers},
-        **_settings(model),
+        **model.pipeline_config,
+        **model.family.diffusers_parts,
     }
-    unet: Any = model.modules["unet"]
-    own_config = unet._internal_dict
+    own_config = model.denoiser._internal_dict
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ending = "Img2ImgPipeline" if image_to_image else "Pipeline"
-            pipeline = getattr(diffusers, family.pipeline_class.removesuffix("Pipeline") + ending)(**parts)
+            pipeline = getattr(diffusers, model.family.pipeline_class.removesuffix("Pipeline") + ending)(**parts)
             pipeline.set_progress_bar_config(disable=True)
             yield pipeline
     finally:
-        unet._internal_dict = own_config
-
-
-def _settings(model: LoadedModel) -> dict[str, Any]:
-    """What is left of the pipeline's arguments; None and False switch off what judges or marks pictures."""
-    if model.family == "sdxl":
-        force_zeros = model.pipeline_config["force_zeros_for_empty_prompt"]
-        return {"force_zeros_for_empty_prompt": force_zeros, "add_watermarker": False}
-    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        model.denoiser._internal_dict = own_config
 
 
 def _tokenizer(model: LoadedModel, encoder: str) -> Any:
     """diffusers takes the number of a prompt's ids from here, and fails where the folder names none (1e30)."""
-    tokenizer = CLIPTokenizer.from_pretrained(model.tokenizers[encoder], local_files_only=True)
+    tokenizer_class = getattr(transformers, model.family.tokenizer.class_name)
+    tokenizer = tokenizer_class.from_pretrained(model.tokenizers[encoder], local_files_only=True)
     tokenizer.model_max_length = model.text_tokens
     return tokenizer
 

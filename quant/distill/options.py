@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a distillation run may be told, with its source."""
+"""How a distillation run trains, with its source; these are keys of a recipe's `[distill]` as well."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ...ground.errors import TurbopocketError
 
@@ -20,6 +21,7 @@ class Devices:
         one_step_gradient: the gradient reaches through one solver step, else through the whole walk so far.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     separate_intervals: bool = True
     importance_weight: bool = True
     huber: bool = True
@@ -28,39 +30,41 @@ class Devices:
     one_step_gradient: bool = True
 
 
-DEVICE_NAMES = tuple(field.name for field in fields(Devices))
-
-
 @dataclass(frozen=True)
 class DistillOptions:
-    """One run. Learning rates are those of the released PixArt demo; small models take thirty times as much.
+    """How a run trains. Learning rates are those of the released PixArt demo; small models take thirty times as much.
 
     Attributes:
-        iterations: student updates; batch: prompts in each.
-        guidance: the teacher's classifier-free guidance scale; 1 or less asks it once.
+        iterations: student updates; batch: prompts in each, per process.
         student_lr, fake_lr: the fake score must be the faster learner (five times, in the released code).
         warmup_iterations: of both learning rates, which then fall along half a cosine to a tenth.
         ema_decay: of the average of the student's weights, which is what the run ends with.
-        max_gradient_norm: both networks' gradients are clipped to it.
+        max_gradient_norm: each network's gradients are clipped to it.
+        devices: of TDM, all on; checkpoint_every_s: seconds between checkpoints; log_every: iterations between logs.
     """
 
-    iterations: int
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    iterations: int = 2000
     batch: int = 32
-    guidance: float = 4.5
     student_lr: float = 4e-6
     fake_lr: float = 2e-5
     warmup_iterations: int = 50
     max_gradient_norm: float = 1.0
     ema_decay: float = 0.98
     devices: Devices = Devices()
-    seed: int = 0
     checkpoint_every_s: float = 300.0
     log_every: int = 25
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch"):
+        for name in ("iterations", "batch", "log_every"):
             if getattr(self, name) < 1:
                 raise TurbopocketError(f"{name} = {getattr(self, name)}: 1 or more is needed")
         for name in ("student_lr", "fake_lr"):
             if not 0 < getattr(self, name) < 1:
                 raise TurbopocketError(f"{name} = {getattr(self, name)}: a learning rate lies between 0 and 1")
+        if self.warmup_iterations < 0:
+            raise TurbopocketError(f"warmup_iterations = {self.warmup_iterations}: 0 or more is needed")
+        if not self.max_gradient_norm > 0:
+            raise TurbopocketError(f"max_gradient_norm = {self.max_gradient_norm}: more than 0 is needed")
+        if not 0 <= self.ema_decay < 1:
+            raise TurbopocketError(f"ema_decay = {self.ema_decay}: it lies between 0, and 1 which never moves")

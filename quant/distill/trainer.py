@@ -26,6 +26,8 @@ from .tdm import fake_loss, guided_clean_and_noise, student_loss, student_point
 from .trajectory_mse import teacher_trajectory, trajectory_loss
 
 Precision = Literal["no", "bf16", "fp16"]
+Role = Literal["student", "fake"]
+"""The networks that a method may train."""
 ADAM_BETAS, WEIGHT_DECAY = (0.0, 0.95), 1e-2
 CHECKPOINT = "checkpoint"
 FLOOR = 0.1  # of the peak learning rate, at the end
@@ -33,11 +35,20 @@ FLOOR = 0.1  # of the peak learning rate, at the end
 
 @dataclass(frozen=True)
 class Networks:
-    """Student and fake score train, the teacher is frozen."""
+    """Those that the method trains, by their roles, and the frozen teacher."""
 
-    student: Denoiser
-    fake: Denoiser
+    trained: Mapping[Role, Denoiser]
     teacher: Denoiser
+
+    @property
+    def student(self) -> Denoiser:
+        """What the run is for."""
+        return self.trained["student"]
+
+    @property
+    def fake(self) -> Denoiser:
+        """The score that follows the student, where the method trains one."""
+        return self.trained["fake"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class Task:
     """What a run is about, apart from its options.
 
     Attributes:
+        guidance: the teacher's classifier-free guidance scale; 1 or less asks it once.
+        seed: of everything random, with the iteration and the process.
         conditions_at: iteration -> (conditional, unconditional) conditions of its prompts.
         latent_shape: (C, h, w) of one sample.
         on_log: called with the iteration and the logged values; on_checkpoint: after each checkpoint.
@@ -54,6 +67,8 @@ class Task:
     schedule: StepSchedule
     conditions_at: Callable[[int], tuple[Conditions, Conditions]]
     latent_shape: tuple[int, ...]
+    guidance: float
+    seed: int
     on_log: Callable[[int, Mapping[str, float]], None]
     on_checkpoint: Callable[[int], None]
 
@@ -78,6 +93,14 @@ Update = Callable[
 """One iteration of a method: updates what it trains, returns the values to log."""
 
 
+@dataclass(frozen=True)
+class Method:
+    """A way to distil: what an iteration does, and which networks it trains; only these are made and kept."""
+
+    update: Update
+    trains: tuple[Role, ...]
+
+
 def distill(
     networks: Networks, task: Task, options: DistillOptions, folder: Path, accelerator: Accelerator, update: Update
 ) -> None:
@@ -86,28 +109,27 @@ def distill(
     At the end it holds the exponential moving average of its weights: a step from almost pure noise multiplies an
     error of the network by the inverse of the signal's share (15 at timestep 999), so it needs calm weights.
     """
-    student, fake = networks.student, networks.fake
-    optimisers = {
-        "student": _adamw(student, options.student_lr),
-        "fake": _adamw(fake, options.fake_lr),
-    }
-    student, fake, *prepared = accelerator.prepare(student, fake, *optimisers.values())
-    optimisers = dict(zip(optimisers, prepared, strict=True))
-    networks = Networks(student, fake, networks.teacher.to(accelerator.device))
-    averaged = EMAModel(_trained(student), decay=options.ema_decay)
+    peaks = {"student": options.student_lr, "fake": options.fake_lr}
+    roles = tuple(networks.trained)
+    made = [_adamw(network, peaks[role]) for role, network in networks.trained.items()]
+    prepared = accelerator.prepare(*networks.trained.values(), *made)
+    trained = dict(zip(roles, prepared, strict=False))
+    optimisers = dict(zip(roles, prepared[len(roles) :], strict=True))
+    networks = Networks(trained, networks.teacher.to(accelerator.device))
+    averaged = EMAModel(_trained(networks.student), decay=options.ema_decay)
     accelerator.register_for_checkpointing(averaged)
     first = restored_iteration(folder)
     if first:
         _restore(accelerator, folder / CHECKPOINT)
     saved = time.monotonic()
     for index in range(first, options.iterations):
-        for optimiser, peak in zip(optimisers.values(), (options.student_lr, options.fake_lr), strict=True):
+        for role, optimiser in optimisers.items():
             for group in optimiser.param_groups:
-                group["lr"] = peak * learning_rate_share(index, options)
-        seed = (options.seed * 1_000_003 + index) * 64 + accelerator.process_index
+                group["lr"] = peaks[role] * learning_rate_share(index, options)
+        seed = (task.seed * 1_000_003 + index) * 64 + accelerator.process_index
         batch = Batch(*task.conditions_at(index), torch.Generator().manual_seed(seed))
         values = update(networks, task, options, batch, accelerator, optimisers)
-        averaged.step(_trained(student))
+        averaged.step(_trained(networks.student))
         last = index + 1 == options.iterations
         if (index + 1) % options.log_every == 0 or last:
             task.on_log(index + 1, {name: float(value) for name, value in values.items()})
@@ -115,7 +137,7 @@ def distill(
             _save(folder, accelerator, index + 1)
             task.on_checkpoint(index + 1)
             saved = time.monotonic()
-    averaged.copy_to(_trained(student))
+    averaged.copy_to(_trained(networks.student))
 
 
 def learning_rate_share(iteration: int, options: DistillOptions) -> float:
@@ -160,7 +182,7 @@ def tdm_update(
     with accelerator.autocast():
         with torch.no_grad():
             asked = point.x_tau, point.tau_N, conditions
-            real, _ = guided_clean_and_noise(networks.teacher, diffusion, *asked, batch.unconditional, options.guidance)
+            real, _ = guided_clean_and_noise(networks.teacher, diffusion, *asked, batch.unconditional, task.guidance)
             fake_output = networks.fake(*asked, len(walk))
             fake, _ = diffusion.clean_and_noise(point.x_tau, fake_output, point.tau_N)
         loss = student_loss(point, real, fake, devices)
@@ -177,17 +199,20 @@ def mse_update(
     accelerator: Accelerator,
     optimisers: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """One update of the student towards the teacher's trajectory; the fake score is not used."""
+    """One update of the student towards the teacher's trajectory."""
     walk = task.schedule.draw(batch.generator)
     asked = walk, batch.noise(task, options, accelerator.device), batch.conditions, batch.unconditional
     with accelerator.autocast():
-        states = teacher_trajectory(networks.teacher, task.diffusion, *asked, options.guidance)
+        states = teacher_trajectory(networks.teacher, task.diffusion, *asked, task.guidance)
         loss = trajectory_loss(networks.student, task.diffusion, walk, states, batch.conditions)
     _step(networks.student, loss, optimisers["student"], options, accelerator)
     return {"student_loss": loss.detach()}
 
 
-METHODS: Mapping[str, Update] = {"tdm": tdm_update, "mse": mse_update}
+METHODS: Mapping[str, Method] = {
+    "tdm": Method(tdm_update, trains=("student", "fake")),
+    "mse": Method(mse_update, trains=("student",)),
+}
 
 
 def _save(folder: Path, accelerator: Accelerator, iteration: int) -> None:

@@ -47,15 +47,3 @@ def trajectory_loss(
         _, x_end = solver_step(student, diffusion, states[index], step, conditions, len(walk))
         losses.append((x_end - states[index + 1]).square().mean())
     return torch.stack(losses).mean()
-
-
-def network_evaluations(walk: Sequence[Step], guidance: float) -> tuple[float, float]:
-    """Forward passes that one iteration costs by TDM and by this baseline; a backward pass counts as two.
-
-    TDM: half the walk to get there, the student's step and the fake score's update with gradient, the fake and the
-    guided teacher without. The baseline: the teacher's whole trajectory, and every student step with gradient.
-    """
-    asks = 2 if guidance > 1 else 1
-    tdm = (len(walk) - 1) / 2 + 3 + 3 + 1 + asks
-    per_step = -(-TEACHER_STEPS // len(walk))
-    return tdm, per_step * len(walk) * asks + 3 * len(walk)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...ground.arrays import Arrays, check_names
+from ...ground.arrays import Arrays
 from ..manifest import Manifest
 from ..runner import check_inputs, component_spec
 from .apple import AppleEngine
 from .chain import Engine, run_chain
 from .evaluate.evaluator import Evaluator, Mode
 from .file.program import Program
-from .interface import layer_value, loop_outputs, package_inputs, package_names
+from .interface import item_count, layer_value, loop_outputs, package_inputs
 
 
 class CoreMLRunner:
@@ -41,20 +41,16 @@ class CoreMLRunner:
 
     def _run(self, component: str, inputs: Mapping[str, NDArray[Any]], also: Sequence[str]) -> tuple[Arrays, Arrays]:
         spec = component_spec(self.manifest, component)
-        check_inputs(component, spec.inputs, inputs)
-        engines = self._opened(component)
-        batch = engines[0].inputs[0].shape[0]
-        assert isinstance(batch, int)
-        count = next(len(value) for value in inputs.values() if value.ndim)
-        calls = [run_chain(engines, call, also) for call in package_inputs(component, inputs, batch)]
-        outputs = loop_outputs(component, [outputs for outputs, _ in calls], count)
-        check_names(component, "outputs", [tensor.name for tensor in spec.outputs], list(outputs))
+        check_inputs(component, spec.loop_inputs, inputs)
+        engines, count = self._opened(component), item_count(spec, inputs)
+        calls = [run_chain(engines, call, also) for call in package_inputs(spec, inputs)]
+        outputs = loop_outputs(spec, [outputs for outputs, _ in calls], count)
         joined = {name: np.concatenate([found[name] for _, found in calls])[:count] for name in also}
-        return {tensor.name: outputs[tensor.name] for tensor in spec.outputs}, joined
+        return outputs, joined
 
     def _opened(self, component: str) -> list[Engine]:
         if component not in self._engines:
-            packages = package_names(component_spec(self.manifest, component).file)
+            packages = component_spec(self.manifest, component).packages
             self._engines[component] = [_engine(self.folder / package, self.mode) for package in packages]
         return self._engines[component]
 

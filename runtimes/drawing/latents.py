@@ -9,43 +9,40 @@ from numpy.typing import NDArray
 
 from ...ground.errors import TurbopocketError
 from ..manifest import ImageSpec
+from ..pipeline import Encoder
 from .sampler import NoiseSource
 
 Array = NDArray[np.float32]
 
-LATENT_PARAMETERS, LATENT_SAMPLE = "latent_parameters", "latent_sample"
-"""What a VAE's encoder gives: means and logarithms of variances, or z itself where it has no variances; optimum-onnx's
-names for them."""
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 """diffusers' limits of what an encoder says."""
 
 
-def encoded_mean(outputs: Mapping[str, NDArray[Any]]) -> Array:
+def encoded_mean(encoder: Encoder, outputs: Mapping[str, NDArray[Any]]) -> Array:
     """The middle [N, C, h, w] of the z that an encoder's outputs stand for."""
-    if LATENT_SAMPLE in outputs:
-        return outputs[LATENT_SAMPLE].astype(np.float32)
-    return _parameters(outputs)[0]
+    return _parameters(encoder, outputs)[0]
 
 
-def encoded(outputs: Mapping[str, NDArray[Any]], noise: NoiseSource) -> Array:
+def encoded(encoder: Encoder, outputs: Mapping[str, NDArray[Any]], noise: NoiseSource) -> Array:
     """One z [N, C, h, w] of those that an encoder's outputs stand for; draws noise where they have a variance.
 
     Raises TurbopocketError for outputs of other names.
     """
-    if LATENT_SAMPLE in outputs:
-        return encoded_mean(outputs)
-    mean, log_variance = _parameters(outputs)
+    mean, log_variance = _parameters(encoder, outputs)
+    if log_variance is None:
+        return mean
     low, high = map(np.float32, LOG_VARIANCE_RANGE)
     deviation = np.exp(np.float32(0.5) * np.clip(log_variance, low, high))
     return mean + deviation * noise(mean.shape)
 
 
-def _parameters(outputs: Mapping[str, NDArray[Any]]) -> tuple[Array, Array]:
-    if LATENT_PARAMETERS not in outputs:
-        raise TurbopocketError(
-            f"vae_encoder has outputs {', '.join(outputs)}; {LATENT_PARAMETERS} or {LATENT_SAMPLE} is needed"
-        )
-    mean, log_variance = np.split(outputs[LATENT_PARAMETERS].astype(np.float32), 2, axis=1)
+def _parameters(encoder: Encoder, outputs: Mapping[str, NDArray[Any]]) -> tuple[Array, Array | None]:
+    if encoder.output not in outputs:
+        raise TurbopocketError(f"{encoder.component} has no output {encoder.output}: it has {', '.join(outputs)}")
+    given = outputs[encoder.output].astype(np.float32)
+    if encoder.gives == "latents":
+        return given, None
+    mean, log_variance = np.split(given, 2, axis=1)
     return mean, log_variance
 
 

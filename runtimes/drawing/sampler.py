@@ -42,6 +42,12 @@ class Sampler(ABC):
         self.spec = spec
         self.steps = steps
         self.timesteps = timesteps(spec, steps)
+        self.bound: Callable[[Array], Array] = self._bounded
+        """What is done to predicted clean latents before a step goes on from them."""
+
+    def _bounded(self, x_0: Array) -> Array:
+        limit = self.spec.clip_sample_range
+        return x_0 if limit is None else np.clip(x_0, -limit, limit)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -162,8 +168,7 @@ class _AlphaSampler(Sampler):
             x_0, eps = (x_t - sigma * model_output) / signal, model_output
         else:
             x_0, eps = signal * x_t - sigma * model_output, signal * model_output + sigma * x_t
-        limit = self.spec.clip_sample_range
-        return (x_0 if limit is None else np.clip(x_0, -limit, limit)), eps
+        return self.bound(x_0), eps
 
 
 class DdimSampler(_AlphaSampler):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SDXL and Stable Diffusion in numpy over any runner: the loop a phone has to repeat."""
+"""Text to image in numpy over any runner, as the manifest's pipeline says it: the loop a phone has to repeat."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ...ground.names import at_place
 from ..manifest import Manifest
+from ..pipeline import Encoder
 from ..runner import Runner, component_spec
 from .conditioning import condition, feed, guidance_condition, unconditional
 from .latents import encoded, from_vae, to_vae
@@ -19,8 +20,6 @@ from .sampler import Memory, NoiseSource, Sampler, make_sampler
 from .tokenizer import Tokenizer
 
 Array = NDArray[np.float32]
-VAE_ENCODER = "vae_encoder"
-"""The component that an artifact has when drawing can begin with a picture."""
 
 
 class NotFinite(TurbopocketError):
@@ -89,7 +88,7 @@ def draw(
     told = guidance_condition(manifest, scale)
     if told and negative_prompt is not None:
         raise TurbopocketError(
-            f"a negative prompt has no effect on {manifest.name}: its UNet is told the guidance, and asked once"
+            f"a negative prompt has no effect on {manifest.name}: its denoiser is told the guidance, and asked once"
         )
     with at_place(guided=True):
         conditions = [condition(runner, manifest, tokenizers, prompt) | told]
@@ -118,7 +117,7 @@ def exercise(
 ) -> NDArray[np.uint8]:
     """`generate`, with a call of every component: the encoder, which text needs not, reads the finished picture."""
     picture = generate(runner, manifest, tokenizers, prompt, seed, steps)
-    if VAE_ENCODER in manifest.components:
+    if manifest.pipeline.encoder is not None:
         _ask_encoder(runner, manifest, picture)
     return picture
 
@@ -131,21 +130,29 @@ def seeded_noise(seed: int) -> NoiseSource:
 
 def require_encoder(manifest: Manifest) -> None:
     """Raises TurbopocketError when the artifact can not begin with a picture."""
-    if VAE_ENCODER not in manifest.components:
+    _encoder(manifest)
+
+
+def _encoder(manifest: Manifest) -> Encoder:
+    if manifest.pipeline.encoder is None:
         raise TurbopocketError(
             f"{manifest.name} can not begin with a picture: this artifact was built without the VAE's encoder",
             hint="build another with image_to_image = true under [sampler] of its recipe",
         )
+    return manifest.pipeline.encoder
 
 
 def encode(runner: Runner, manifest: Manifest, pixels: NDArray[np.uint8], noise: NoiseSource) -> Array:
     """Clean latents [1, C, h, w] of a picture uint8 [H, W, 3], drawn from what the encoder takes for possible."""
-    return from_vae(manifest.image, encoded(_ask_encoder(runner, manifest, pixels), noise))
+    outputs = _ask_encoder(runner, manifest, pixels)
+    return from_vae(manifest.image, encoded(_encoder(manifest), outputs, noise))
 
 
 def _ask_encoder(runner: Runner, manifest: Manifest, pixels: NDArray[np.uint8]) -> Arrays:
     sample_HWC = pixels.astype(np.float32) / np.float32(255) * np.float32(2) - np.float32(1)
-    return runner.run(VAE_ENCODER, feed(manifest, VAE_ENCODER, {"sample": sample_HWC.transpose(2, 0, 1)[None]}))
+    encoder = _encoder(manifest)
+    picture = {encoder.picture: sample_HWC.transpose(2, 0, 1)[None]}
+    return runner.run(encoder.component, feed(manifest, encoder.component, picture))
 
 
 def _start(manifest: Manifest, sampler: Sampler, first: FirstPicture) -> int:
@@ -161,8 +168,10 @@ def _start(manifest: Manifest, sampler: Sampler, first: FirstPicture) -> int:
 
 def decode(runner: Runner, manifest: Manifest, latents: Array) -> Array:
     """The picture [H, W, 3] in 0..1 that clean latents [1, C, h, w] stand for."""
-    z = {"latent_sample": to_vae(manifest.image, latents)}
-    sample = runner.run("vae_decoder", feed(manifest, "vae_decoder", z))["sample"].astype(np.float32)
+    decoder = manifest.pipeline.decoder
+    z = {decoder.latents: to_vae(manifest.image, latents)}
+    outputs = runner.run(decoder.component, feed(manifest, decoder.component, z))
+    sample = outputs[decoder.output].astype(np.float32)
     return np.clip(sample[0] / 2 + 0.5, 0, 1).transpose(1, 2, 0)
 
 
@@ -177,22 +186,25 @@ def _denoise(
     noise: NoiseSource,
 ) -> Array:
     """Clean latents, from those that are as noisy as the model expects them at call `start`."""
-    memory = Memory()
+    memory, denoiser = Memory(), manifest.pipeline.denoiser
     for index in range(start, len(sampler.timesteps)):
         asked = {
-            "sample": sampler.scale_model_input(x_t, index),
-            "timestep": _shaped_timestep(manifest, sampler.timesteps[index]),
+            denoiser.latents: sampler.scale_model_input(x_t, index),
+            denoiser.timestep: _shaped_timestep(manifest, sampler.timesteps[index]),
         }
         outputs = []
         for guided, conditioned in zip((True, False), conditions, strict=False):
             with at_place(timestep=float(sampler.timesteps[index]), step=index, guided=guided):
-                outputs.append(_ask_unet(runner, manifest, asked | conditioned))
+                outputs.append(_prediction(runner, manifest, asked | conditioned))
         x_t, memory = sampler.step(index, x_t, _guided(outputs, scale), memory, noise)
     return x_t
 
 
-def _ask_unet(runner: Runner, manifest: Manifest, values: dict[str, NDArray[Any]]) -> Array:
-    return runner.run("unet", feed(manifest, "unet", values))["out_sample"].astype(np.float32)
+def _prediction(runner: Runner, manifest: Manifest, values: dict[str, NDArray[Any]]) -> Array:
+    denoiser = manifest.pipeline.denoiser
+    outputs = runner.run(denoiser.component, feed(manifest, denoiser.component, values))
+    output = outputs[denoiser.output].astype(np.float32)
+    return output if denoiser.channels == "all" else output[:, : output.shape[1] // 2]
 
 
 def _guided(outputs: list[Array], scale: float) -> Array:
@@ -204,8 +216,9 @@ def _guided(outputs: list[Array], scale: float) -> Array:
 
 
 def _shaped_timestep(manifest: Manifest, timestep: np.float32) -> Array:
-    """A scalar or [1], as the UNet's `timestep` input has it."""
-    for spec in component_spec(manifest, "unet").inputs:
-        if spec.name == "timestep":
+    """A scalar or [1], as the denoiser has it."""
+    denoiser = manifest.pipeline.denoiser
+    for spec in component_spec(manifest, denoiser.component).loop_inputs:
+        if spec.name == denoiser.timestep:
             return np.full([1] * len(spec.shape), timestep, dtype=np.float32)
-    raise TurbopocketError("unet has no input `timestep`")
+    raise TurbopocketError(f"{denoiser.component} has no input {denoiser.timestep}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's tokenizer as the text encoders want it: a fixed number of ids, and no word lost in silence."""
+"""A tokenizer as the text encoders want it: a fixed number of ids, and no word lost in silence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from ..runner import component_spec
 
 @dataclass(frozen=True)
 class Tokens:
-    """`ids` [length] int64, padded; `cut` is the end of the text that found no room, or None."""
+    """`ids` [length] int64, padded, and `mask` [length] int64, 1 for a token and 0 for padding; `cut` is the end of the
+    text that found no room, or None."""
 
     ids: NDArray[np.int64]
+    mask: NDArray[np.int64]
     cut: str | None
 
 
@@ -55,11 +57,12 @@ class Tokenizer:
         found = self._rules.encode(text)
         ids = found.ids
         if len(ids) <= self.length:
-            padding = [self.pad_id] * (self.length - len(ids))
-            return Tokens(np.array(ids + padding, dtype=np.int64), None)
+            padding = self.length - len(ids)
+            mask = [1] * len(ids) + [0] * padding
+            return Tokens(np.array(ids + [self.pad_id] * padding, np.int64), np.array(mask, np.int64), None)
         kept = ids[: self.length - 1] + ids[-1:]
         first_cut = found.offsets[self.length - 1][0]
-        return Tokens(np.array(kept, dtype=np.int64), text[first_cut:])
+        return Tokens(np.array(kept, np.int64), np.ones(self.length, np.int64), text[first_cut:])
 
     def _replaced(self, text: str) -> str:
         """The text with every vector of a token named that it holds.
@@ -88,7 +91,7 @@ class Tokenizer:
 
 
 def open_tokenizers(folder: Path, manifest: Manifest) -> Mapping[str, Tokenizer]:
-    """{component: its tokenizer}, with the length that the component's `input_ids` has in the manifest."""
+    """{component: its tokenizer}, with the length that the component's ids have in the manifest."""
     return {
         component: Tokenizer(
             folder / place / "tokenizer.json",
@@ -100,7 +103,8 @@ def open_tokenizers(folder: Path, manifest: Manifest) -> Mapping[str, Tokenizer]
 
 
 def _length(manifest: Manifest, component: str) -> int:
-    for spec in component_spec(manifest, component).inputs:
-        if spec.name == "input_ids" and spec.shape and isinstance(spec.shape[-1], int):
+    ids = manifest.pipeline.text_encoders[component].ids
+    for spec in component_spec(manifest, component).loop_inputs:
+        if spec.name == ids and spec.shape and isinstance(spec.shape[-1], int):
             return spec.shape[-1]
-    raise TurbopocketError(f"{component} has a tokenizer but no input `input_ids` of a fixed length")
+    raise TurbopocketError(f"{component} has a tokenizer but no input {ids} of a fixed length")

@@ -102,7 +102,7 @@ def artifact(built: Any, tmp_path: Path) -> Path:
 @pytest.fixture
 def turbopocket(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs the command in this process; a traceback fails the test, since main() lets only unknown errors through."""
-    from turbopocket.export.cli import main
+    from turbopocket.cli import main
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr("sys.argv", ["turbopocket", *map(str, arguments)])

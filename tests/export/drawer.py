@@ -16,7 +16,7 @@ from torch import nn
 from turbopocket.export.build.draft import pipeline_manifest
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.base import LoadedModel
-from turbopocket.export.families.graphs import Component
+from turbopocket.export.families.components import described
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.registry import open_target
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
@@ -26,7 +26,7 @@ from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import parse_format
 from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
-from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec
+from turbopocket.runtimes.manifest import Manifest
 from turbopocket.runtimes.open import open_runner
 from turbopocket.runtimes.runner import Runner
 
@@ -133,7 +133,7 @@ def drawer(folder: Path, out: Path, *lowered: str, **sampler: Any) -> Drawer:
     recipe = make_recipe({"model": {"source": str(folder)}, "sampler": {"steps": 3} | sampler}, "test")
     model, target = load(str(folder)), open_target(recipe.target)
     components = target.components(model, [model.image_size], recipe.sampler.image_to_image)
-    specs = {component.name: as_spec(component) for component in components}
+    specs = {component.name: described(component) for component in components}
     for component in components:
         if component.name in lowered:
             graph = target.trace(component)
@@ -143,13 +143,3 @@ def drawer(folder: Path, out: Path, *lowered: str, **sampler: Any) -> Drawer:
     target.write_side_files(model, specs, model.image_size, out)
     manifest = pipeline_manifest(model, recipe, specs, target.tools)
     return Drawer(model, Parts(open_runner(out, manifest), torch_runner(components), lowered), manifest, out)
-
-
-def as_spec(component: Component) -> ComponentSpec:
-    """What a manifest would say of it, as far as the loop reads it."""
-    inputs = [
-        TensorSpec(name=name, dtype="int64" if tensor.dtype == torch.int64 else "float32", shape=list(tensor.shape))
-        for name, tensor in component.example_inputs.items()
-    ]
-    outputs = [TensorSpec(name=name, dtype="float32", shape=[]) for name in component.output_names]
-    return ComponentSpec(file=component.name, inputs=inputs, outputs=outputs)

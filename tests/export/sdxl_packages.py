@@ -21,7 +21,8 @@ from torch import nn
 
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
-from turbopocket.runtimes.coreml.interface import package_file, package_inputs
+from turbopocket.runtimes.coreml.interface import loop_spec, package_file, package_inputs
+from turbopocket.runtimes.manifest import ComponentSpec
 
 FORMATS = ["int4-g32", "int4-row", "int8-row", "lut4-r16", "fp16"]
 BUDGET = "2.3GB"
@@ -56,14 +57,14 @@ class StandIns(Mapping[str, CompressedTensor]):
 def full(configs: Path, out: Path) -> dict[str, Any]:
     from turbopocket.export.checkpoint.load import load_shapes
     from turbopocket.export.families.components import components_of
-    from turbopocket.export.plan import plan_source
+    from turbopocket.export.plan import plan
     from turbopocket.export.recipe import make_recipe
     from turbopocket.export.targets.coreml import program as coreml
 
     compress = {"formats": FORMATS, "budget": BUDGET}
     values = {"model": {"source": str(configs)}, "target": {"name": "coreml"}, "compress": compress}
-    planned = plan_source(make_recipe(values, "test"), None)
-    chosen = {name: parse_format(text) for name, text in planned["layers"].items()}
+    planned = plan(make_recipe(values, "test"))
+    chosen = {name: parse_format(text) for name, text in planned.layers.items()}
     components = {}
     for component in components_of(load_shapes(str(configs)), all_states=False):
         fill_all_but_layers(component.module)
@@ -151,8 +152,10 @@ def evaluate(out: Path) -> dict[str, Any]:
 
     stored = dict(np.load(out / "reference.npz"))
     expected = stored.pop("expected")
-    (call,) = package_inputs("unet", stored, 1)
     program = Program.open(out / package_file("unet"))
+    loop = loop_spec("unet", program.inputs, program.outputs)
+    spec = ComponentSpec(file="Unet", inputs=list(program.inputs), outputs=list(program.outputs), loop=loop)
+    (call,) = package_inputs(spec, stored)
     report: dict[str, Any] = {"operations": len(program.operations)}
     for mode in ("fp32", "fp16"):
         started = time.process_time()

@@ -14,7 +14,7 @@ from turbopocket.export.build.candidates import candidate_formats
 from turbopocket.export.build.fixed_bytes import fixed_bytes
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.components import layers_of, parameter_count, shapes_of
-from turbopocket.export.plan import plan_source
+from turbopocket.export.plan import plan
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.export.targets.registry import open_target
@@ -42,11 +42,12 @@ def test_layer_without_any_format_is_named_with_every_reason() -> None:
 
 def test_parts_of_a_plan_and_its_fixed_bytes_are_its_total() -> None:
     recipe = make_recipe({"compress": {"formats": ["int4-g32", "fp16"], "pin": {"unet.conv_in": "fp16"}}}, "test")
-    summary = plan_source(recipe, None)
-    assert summary["fixed_bytes"] + sum(summary["parts"].values()) == summary["total_bytes"]
-    weights = sum(entry["weights"] for entry in summary["formats"].values())
-    assert summary["average_bits"] == pytest.approx(8 * sum(summary["parts"].values()) / weights)
-    assert "unet.conv_in" in summary["kept"]
+    planned = plan(recipe)
+    assert planned.fixed_bytes + sum(planned.parts.values()) == planned.total_bytes
+    weights = sum(each.weights for each in planned.components.values())
+    assert sum(each.bytes for each in planned.components.values()) == sum(planned.parts.values())
+    assert planned.average_bits == pytest.approx(8 * sum(planned.parts.values()) / weights)
+    assert "unet.conv_in" in planned.kept
 
 
 README = Path(__file__).parents[2] / "README.md"
@@ -79,11 +80,11 @@ def test_tokenizers_that_are_not_there_count_as_long_as_clips_own(
     configs = {name: content for name, content in FILES.items() if name.split("/")[-1] in CONFIG_NAMES}
     values = {"model": {"source": str(write_configs(tmp_path, configs))}, "target": {"name": target}}
     formats = {"compress": {"formats": ["int8-row", "fp16"]}}
-    estimated = {each["what"]: each for each in plan_source(make_recipe(values | formats, "test"), None)["estimated"]}
-    found = estimated["tokenizer"]["bytes"] + estimated["tokenizer_2"]["bytes"]
+    estimated = {each.what: each for each in plan(make_recipe(values | formats, "test")).estimates}
+    found = estimated["tokenizer"].bytes + estimated["tokenizer_2"].bytes
     assert found / 1e6 == pytest.approx(megabytes, abs=0.01)
     assert set(estimated) == {"graphs", "manifest", "tokenizer", "tokenizer_2", "scheduler"}
-    assert "49,408 ids" in estimated["tokenizer"]["why"]
+    assert "49,408 ids" in estimated["tokenizer"].why
 
 
 @pytest.mark.parametrize("target", ["onnx", "coreml", "executorch"])
@@ -103,8 +104,8 @@ def test_small_files_that_are_there_are_counted_to_the_byte(target: str, tiny_sd
 
 def test_a_larger_tokenizer_makes_a_larger_plan(tiny_sdxl: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "model"))
-    before = plan_source(make_recipe({"model": {"source": str(folder)}}, "test"), None)["fixed_bytes"]
+    before = plan(make_recipe({"model": {"source": str(folder)}}, "test")).fixed_bytes
     file = folder / "tokenizer/vocab.json"
     file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, indent=100))
-    after = plan_source(make_recipe({"model": {"source": str(folder)}}, "test"), None)["fixed_bytes"]
+    after = plan(make_recipe({"model": {"source": str(folder)}}, "test")).fixed_bytes
     assert after > before + 50_000

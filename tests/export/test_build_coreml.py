@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A build for Core ML, end to end: packages, parity in three arithmetics, drawing from the packages alone."""
 
+import json
 import math
 import shutil
 import sys
@@ -34,6 +35,13 @@ def recipe_of(values: dict[str, Any], model: Path, **compress: Any) -> Any:
 def built(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Built:
     out = tmp_path_factory.mktemp("coreml") / "art"
     recipe = recipe_of(recipe_values, tiny_sdxl, budget="1700kB")
+    return build(recipe, out, overwrite=False, progress=StageProgress(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def guided(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    out = tmp_path_factory.mktemp("coreml") / "guided"
+    recipe = recipe_of({**recipe_values, "sampler": {"steps": 1, "guidance": 3.0}}, tiny_sdxl, formats=["fp16"])
     return build(recipe, out, overwrite=False, progress=StageProgress(quiet=True))
 
 
@@ -112,17 +120,30 @@ def test_check_passes_and_finds_a_changed_weight_and_names_its_layer(
     assert "the first layer to diverge is vae_decoder." in ran.err
 
 
-def test_guidance_gives_the_unet_two_items(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path: Path) -> None:
-    values = {**recipe_values, "sampler": {"steps": 1, "guidance": 3.0}}
-    out = build(
-        recipe_of(values, tiny_sdxl, formats=["fp16"]),
-        tmp_path / "art",
-        overwrite=False,
-        progress=StageProgress(quiet=True),
+@pytest.mark.parametrize("folder", ["built", "guided"])
+def test_an_app_can_open_the_packages_by_the_manifest_alone(folder: str, request: pytest.FixtureRequest) -> None:
+    """Names, shapes and types are those that the packages' own descriptions give, in their order."""
+    artifact: Path = request.getfixturevalue(folder).folder
+    components = json.loads((artifact / "manifest.json").read_text())["components"]
+    for component in components.values():
+        programs = [Program.open(artifact / package) for package in component["packages"]]
+        assert component["inputs"] == [each.model_dump() for each in programs[0].inputs]
+        assert component["outputs"] == [each.model_dump() for each in programs[-1].outputs]
+        for side in ("inputs", "outputs"):
+            own = {each["name"]: each for each in component[side]}
+            assert [each["tensor"] for each in component["loop"][side]] == list(own)
+    states = components["unet"]["loop"]["inputs"][2]
+    assert (states["name"], states["layout"], states["shape"]) == (
+        "encoder_hidden_states",
+        "B D 1 T",
+        ["batch", 77, 96],
     )
-    sample = next(spec for spec in Program.open(out.folder / "Unet.mlpackage").inputs if spec.name == "sample")
+
+
+def test_guidance_gives_the_unet_two_items(guided: Built) -> None:
+    sample = next(spec for spec in Program.open(guided.folder / "Unet.mlpackage").inputs if spec.name == "sample")
     assert sample.shape[0] == 2
-    assert out.gaps.failure is None
+    assert guided.gaps.failure is None
 
 
 @pytest.fixture
@@ -171,7 +192,7 @@ def test_formats_that_the_system_can_not_read_are_refused(
     tiny_sdxl: Path, tmp_path: Path, turbopocket: Callable[..., Any]
 ) -> None:
     ran = turbopocket(
-        *("build", tiny_sdxl, "--target", "coreml", "--deployment", "iOS17"),
+        *("build", tiny_sdxl, "--target", "coreml", "--set", "target.coreml.deployment=iOS17"),
         *("--formats", "int4-g8", "--out", tmp_path / "art"),
     )
     assert ran.code == 1

@@ -18,7 +18,8 @@ from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.components import components_of
 from turbopocket.export.output.kept import WEIGHTS_FILE
 from turbopocket.export.progress import StageProgress
-from turbopocket.export.recipe import load_recipe, parse_recipe, with_overrides
+from turbopocket.export.recipe import load_recipe, parse_recipe
+from turbopocket.export.settings import with_values
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
 from turbopocket.export.verify.gaps import Session
 from turbopocket.quant.compress import decompressed, load_weights
@@ -80,7 +81,7 @@ def of_sizes(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "draw", spy)
-        built = build(with_overrides(load_recipe(recipe_toml), asked), out, overwrite=False, progress=QUIET)
+        built = build(with_values(load_recipe(recipe_toml), asked), out, overwrite=False, progress=QUIET)
     sizes = load_manifest(built.folder).sizes
     assert calibrated[:4] == [*sizes, sizes[0]], "what compression does to one size, it may not have seen at another"
     return built

@@ -82,7 +82,7 @@ def test_a_picture_takes_the_place_of_another_with_overwrite_only(
     out = tmp_path / "a.png"
     out.write_text("precious")
     with monkeypatch.context() as patch:
-        patch.setattr("turbopocket.export.draw.open_runner", lambda *_: pytest.fail("something was drawn"))
+        patch.setattr("turbopocket.export.artifact.open_runner", lambda *_: pytest.fail("something was drawn"))
         ran = turbopocket("generate", artifact, "a red circle", "-o", out)
         assert f"output {out} exists" in one_error(ran, 1)
         assert "hint: give another file, or --overwrite" in ran.err
@@ -201,6 +201,18 @@ def test_report_without_its_measurements_is_one_clear_error(turbopocket: Run, ar
         (["build", "pocket", "--out", "x", "--pin", "unet.conv_out"], "--pin 'unet.conv_out' is not GLOB=FORMAT"),
         (["build", "pocket", "--out", "x", "--steps", "0"], "sampler.steps = 0"),
         (["build", "pocket", "--out", "x", "--recipe", "fast"], "recipe 'fast' is neither a .toml file nor"),
+        (
+            ["build", "pocket", "--out", "x", "--set", "compress.budgt=8MB"],
+            "unknown key `budgt` in [compress]: known are",
+        ),
+        (["build", "pocket", "--out", "x", "--set", "8MB"], "--set '8MB' is not KEY=VALUE"),
+        (
+            ["build", "pocket", "--out", "x", "--budget", "8MB", "--set", "compress.budget=9MB"],
+            "is given more than once",
+        ),
+        (["plan", "pocket", "--set", "target.coreml.deployment=iOS9"], "'iOS17', 'iOS18' or 'iOS26'"),
+        (["plan", "pocket", "--deployment", "iOS17"], "No such option"),
+        (["recipe", "show", "demo", "--distill"], "shipped are pocket-turbo"),
         (["build", "pocket"], "Missing option '--out'"),
         (["build", "pocket", "--out", "x", "--colour", "red"], "No such option"),
         (["draw"], "No such command 'draw'"),
@@ -247,6 +259,16 @@ def test_budget_too_small_for_a_build_ends_with_2_and_writes_nothing(
 def test_recipe_show_prints_toml_and_json(turbopocket: Run) -> None:
     assert 'source = "pocket-turbo"' in turbopocket("recipe", "show", "demo").out
     assert json.loads(turbopocket("recipe", "show", "--json").out)["compress"]["fit"] == "gptq"
+    assert "iterations = 7" in turbopocket("recipe", "show", "--set", "finetune.iterations=7").out
+    assert 'method = "tdm"' in turbopocket("recipe", "show", "pocket-turbo", "--distill").out
+
+
+def test_set_reaches_a_plan(turbopocket: Run, tiny_sdxl: Path) -> None:
+    ran = turbopocket(
+        "plan", tiny_sdxl, "--json", "--set", 'compress.formats=["int8-row"]', "--set", "target.name=onnx"
+    )
+    assert ran.code == 0, ran.err
+    assert set(json.loads(ran.out)["formats"]) == {"int8-row"}
 
 
 @pytest.mark.parametrize("verb", ["formats", "models"])

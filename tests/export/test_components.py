@@ -9,6 +9,7 @@ import pytest
 
 from turbopocket.export.checkpoint.load import load_shapes, tokenizer_json
 from turbopocket.export.families.components import group_name
+from turbopocket.export.families.tokenizers import CLIP
 from turbopocket.export.targets.side_files import write_swift_files
 
 
@@ -19,6 +20,8 @@ from turbopocket.export.targets.side_files import write_swift_files
         ("unet.mid_block.resnets.1.conv1", "unet.mid_block.resnets.1"),
         ("unet.conv_in", "unet.conv_in"),
         ("text_encoder.encoder.layers.3.mlp.fc1", "text_encoder.layers.3"),
+        ("text_encoder.encoder.block.3.layer.0.SelfAttention.q", "text_encoder.block.3"),
+        ("transformer.transformer_blocks.7.attn1.to_q", "transformer.transformer_blocks.7"),
         ("vae_decoder.decoder.layers.4.conv.2", "vae_decoder.layers.4"),
         ("vae_decoder.post_quant_conv", "vae_decoder.post_quant_conv"),
         ("decoder.decoder.layers.4.conv.2", "decoder.layers.4"),
@@ -36,7 +39,7 @@ def test_the_swift_package_gets_its_vocabulary_out_of_tokenizer_json(left: str, 
 
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "model"))
     tokenizer = folder / "tokenizer"
-    (tokenizer / "tokenizer.json").write_bytes(tokenizer_json(tokenizer))
+    (tokenizer / "tokenizer.json").write_bytes(tokenizer_json(tokenizer, CLIP))
     for name in {"vocab.json", "merges.txt"} - set(left.split(", ")):
         (tokenizer / name).unlink()
     out = tmp_path / "art"

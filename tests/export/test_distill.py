@@ -15,22 +15,28 @@ import torch
 from safetensors.torch import load_file
 
 from turbopocket.export.checkpoint.load import load
+from turbopocket.export.distill.distill import distill
 from turbopocket.export.distill.prompt_states import PromptStates
+from turbopocket.export.distill.recipe import DistillRecipe, load_distill_recipe
+from turbopocket.export.progress import StageProgress
+from turbopocket.export.settings import make_settings
 from turbopocket.quant.distill.steps import FixedIntervals
 
-SHORT = ("--iterations", 3, "--batch", 2)
+SHORT = ("--iterations", 3, "--set", "distill.batch=2")
 BIAS = "time_embedding.linear_2.bias"
+
+
+def sets(**values: object) -> tuple[str, ...]:
+    """What a command line says for these keys of `[distill]`."""
+    return tuple(part for key, value in values.items() for part in ("--set", f"distill.{key}={value}"))
 
 
 @pytest.fixture(scope="module")
 def student(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from turbopocket.export.distill.distil import DistillRequest, distil
-    from turbopocket.export.progress import StageProgress
-    from turbopocket.quant.distill.options import DistillOptions
-
     out = tmp_path_factory.mktemp("distilled") / "student"
-    options = DistillOptions(3, batch=2, student_lr=1e-3, fake_lr=1e-3, warmup_iterations=0, log_every=1)
-    distil(DistillRequest(str(tiny_sdxl), 4, "tdm", options, 2.0), out, False, StageProgress(quiet=True))
+    asked = {"iterations": 3, "batch": 2, "student_lr": 1e-3, "fake_lr": 1e-3, "warmup_iterations": 0, "log_every": 1}
+    values = {"teacher": {"source": str(tiny_sdxl), "guidance": 2.0}, "distill": asked}
+    distill(make_settings(DistillRecipe, values, "test"), out, progress=StageProgress(quiet=True))
     return out
 
 
@@ -45,6 +51,40 @@ def test_diffusers_opens_the_student_with_the_distilled_timesteps(student: Path)
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps.tolist() == [799, 599, 399, 199]
     assert json.loads((student / "sampling.json").read_text()) == {"steps": 4, "guidance_scale": 1.0}
+
+
+def test_the_folder_says_how_it_was_made_and_that_can_be_asked_for_again(student: Path, tiny_sdxl: Path) -> None:
+    recipe = load_distill_recipe(student / "distill.toml")
+    assert recipe.teacher.source == str(tiny_sdxl)
+    assert (recipe.teacher.guidance, recipe.distill.iterations, recipe.distill.student_lr) == (2.0, 3, 1e-3)
+    assert recipe.distill.precision != "auto"
+
+
+def test_a_recipe_file_is_what_is_distilled_and_the_command_line_goes_before_it(
+    tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    file = tmp_path / "short.toml"
+    file.write_text(
+        "seed = 3\n[distill]\niterations = 5\nbatch = 2\nmethod = 'mse'\n[distill.devices]\nhuber = false\n"
+    )
+    ran = turbopocket("distill", tiny_sd, "--recipe", file, "--iterations", 1, "--out", tmp_path / "student", "--json")
+    assert ran.code == 0, ran.err
+    made = load_distill_recipe(tmp_path / "student" / "distill.toml")
+    assert (made.seed, made.distill.iterations, made.distill.batch, made.distill.method) == (3, 1, 2, "mse")
+    assert not made.distill.devices.huber
+    assert made.distill.devices.step_condition
+
+
+def test_regression_trains_and_keeps_no_fake_score(
+    tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    sizes = {}
+    for method in ("tdm", "mse"):
+        ran = turbopocket("distill", tiny_sd, *sets(method=method), *SHORT, "--out", tmp_path / method)
+        assert ran.code == 0, ran.err
+        kept = tmp_path / f"{method}.run" / "checkpoint"
+        sizes[method] = sum(file.stat().st_size for file in kept.glob("*.safetensors"))
+    assert sizes["tdm"] == pytest.approx(2 * sizes["mse"], rel=0.01)
 
 
 def test_the_students_noise_schedule_is_the_teachers_up_to_the_horizon(student: Path, tiny_sdxl: Path) -> None:
@@ -131,7 +171,7 @@ def test_lora_changes_the_layers_it_is_on_and_no_other(
     tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]
 ) -> None:
     out = tmp_path / "student"
-    ran = turbopocket("distill", tiny_sd, "--lora-rank", 4, "--student-lr", 0.01, *SHORT, "--out", out, "--json")
+    ran = turbopocket("distill", tiny_sd, *sets(lora_rank=4, student_lr=0.01), *SHORT, "--out", out, "--json")
     assert ran.code == 0, ran.err
     before, after = unet_of(tiny_sd), unet_of(out)
     assert before.keys() == after.keys()
@@ -156,12 +196,12 @@ def test_a_stopped_run_of_the_same_request_goes_on_and_another_request_is_refuse
 ) -> None:
     out = tmp_path / "student"
     with monkeypatch.context() as patch:
-        patch.setattr("turbopocket.export.distill.distil._write", interrupted)
+        patch.setattr("turbopocket.export.distill.distill.write_student", interrupted)
         assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 130
     assert not out.exists()
-    other = turbopocket("distill", tiny_sd, "--iterations", 4, "--batch", 2, "--out", out)
+    other = turbopocket("distill", tiny_sd, "--iterations", 4, *SHORT[2:], "--out", out)
     assert other.code == 1
-    assert "holds another run: options" in other.err
+    assert "holds another run: iterations is 3 there, 4 here" in other.err
     assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 0
     assert (out / "model_index.json").is_file()
 
@@ -172,7 +212,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(
 ) -> None:
     out = tmp_path / "student"
     with monkeypatch.context() as patch:
-        patch.setattr("turbopocket.export.distill.distil._write", interrupted)
+        patch.setattr("turbopocket.export.distill.distill.write_student", interrupted)
         assert turbopocket("distill", tiny_sd, *SHORT, "--out", out).code == 130
     (tmp_path / "student.run" / "checkpoint" / file).write_bytes(b"cut")
     ran = turbopocket("distill", tiny_sd, *SHORT, "--out", out)
@@ -187,12 +227,14 @@ def interrupted(*_: Any) -> None:
 
 TWELVE_ITERATIONS = """
 from pathlib import Path
-from turbopocket.export.distill.distil import DistillRequest, distil
-from turbopocket.export.progress import StageProgress
-from turbopocket.quant.distill.options import DistillOptions
+import turbopocket
+from turbopocket.export.settings import with_values
 
-options = DistillOptions(12, batch=2, student_lr=1e-3, fake_lr=1e-3, log_every=1, checkpoint_every_s=0)
-distil(DistillRequest(teacher, 4, "tdm", options, 2.0), Path(out), False, StageProgress())
+values = {
+    "teacher.source": teacher, "teacher.guidance": 2.0, "distill.iterations": 12, "distill.batch": 2,
+    "distill.student_lr": 1e-3, "distill.fake_lr": 1e-3, "distill.log_every": 1, "distill.checkpoint_every_s": 0,
+}
+turbopocket.distill(with_values(turbopocket.DistillRecipe(), values), out)
 """
 
 
@@ -233,14 +275,25 @@ def test_a_run_killed_at_a_random_step_ends_as_the_run_that_was_left_alone(
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "no steps": (("--steps", 0), "allowed are 1 to 8"),
     "nine steps": (("--steps", 9), "allowed are 1 to 8"),
-    "method": (("--method", "magic"), "known are tdm, mse"),
-    "device": (("--without", "hub"), "known are separate_intervals, importance_weight"),
-    "precision": (("--precision", "int8"), "known are auto, no, bf16, fp16"),
+    "method": (sets(method="magic"), "known are tdm, mse"),
+    "device": (
+        ("--set", "distill.devices.hub=false"),
+        "[distill.devices]: known are `separate_intervals`, `importance",
+    ),
+    "precision": (sets(precision="int8"), "distill.precision = 'int8': input should be 'auto', 'no', 'bf16' or 'fp16'"),
     "iterations": (("--iterations", 0), "1 or more is needed"),
-    "learning rate": (("--student-lr", 2), "between 0 and 1"),
-    "rank": (("--lora-rank", 0), "1 or more is needed"),
-    "horizon of no length": (("--horizon", 0), "this teacher has 1000 timesteps, at least 100 are needed"),
-    "horizon beyond the teacher": (("--horizon", 1001), "this teacher has 1000 timesteps"),
+    "learning rate": (sets(student_lr=2), "between 0 and 1"),
+    "rank": (sets(lora_rank=0), "1 or more is needed"),
+    "no logs": (sets(log_every=0), "log_every = 0: 1 or more is needed"),
+    "odd value": (sets(batch="many"), "distill.batch = 'many': input should be a valid integer"),
+    "unknown key": (sets(stepz=2), "unknown key `stepz` in [distill]: known are `iterations`, `batch`"),
+    "a build's key": (
+        ("--set", "compress.budget=8MB"),
+        "unknown key `compress`: known are `teacher`, `distill`, `seed`",
+    ),
+    "a build's recipe": (("--recipe", "demo"), "recipe 'demo' is neither a .toml file nor a shipped recipe"),
+    "horizon of no length": (sets(horizon=0), "this teacher has 1000 timesteps, at least 100 are needed"),
+    "horizon beyond the teacher": (sets(horizon=1001), "this teacher has 1000 timesteps"),
 }
 
 
@@ -281,11 +334,11 @@ def test_a_teacher_that_is_no_pipeline_is_refused(tmp_path: Path, turbopocket: C
 def test_too_little_memory_is_said_before_training(
     tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turbopocket.export.distill.distil._free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("turbopocket.export.distill.networks._free_bytes", lambda device: 1_000_000)
     ran = turbopocket("distill", tiny_sd, *SHORT, "--out", tmp_path / "student")
     assert ran.code == 1
     assert "0.0 GB are free on cpu" in ran.err
-    assert "--lora-rank" in ran.err
+    assert "--set distill.lora_rank=64" in ran.err
 
 
 def test_no_folder_is_overwritten_unasked(tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from turbopocket.export.checkpoint.header import read_header
 from turbopocket.export.checkpoint.load import FAMILIES, load, tokenizer_json
 from turbopocket.export.families.base import LoadedModel
+from turbopocket.export.families.tokenizers import CLIP
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"
@@ -179,7 +180,7 @@ def test_the_two_tokenizers_of_sdxl_pad_with_their_own_token(tiny_sdxl: Path) ->
 
     model = load(str(tiny_sdxl))
     ids = {
-        name: Tokenizer.from_str(tokenizer_json(folder, 77).decode()).encode("a red cat").ids
+        name: Tokenizer.from_str(tokenizer_json(folder, CLIP, 77).decode()).encode("a red cat").ids
         for name, folder in model.tokenizers.items()
     }
     assert [len(value) for value in ids.values()] == [77, 77]
@@ -193,7 +194,7 @@ def test_tokenizer_json_gives_the_ids_of_transformers(tiny_sdxl: Path) -> None:
 
     folder = tiny_sdxl / "tokenizer_2"
     assert not (folder / "tokenizer.json").exists()
-    ours = Tokenizer.from_str(tokenizer_json(folder, 77).decode())
+    ours = Tokenizer.from_str(tokenizer_json(folder, CLIP, 77).decode())
     theirs = CLIPTokenizer.from_pretrained(folder)
     for prompt in ("a Red  circle on the GREEN square", "", "naïve café, 3 猫!"):
         assert ours.encode(prompt).ids == theirs(prompt, padding="max_length").input_ids

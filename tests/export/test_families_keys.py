@@ -14,6 +14,7 @@ import pytest
 
 from turbopocket.export.checkpoint.load import load, load_shapes
 from turbopocket.export.families import key_tables as tables
+from turbopocket.export.families import pixart_keys as pixart
 from turbopocket.export.families.keys import KeyTable, LeftOut, check_config, constructor_defaults
 from turbopocket.ground.errors import TurbopocketError
 
@@ -26,7 +27,12 @@ TABLES: dict[tuple[str, str], list[KeyTable]] = {
     ("diffusers", "StableDiffusionPipeline"): [tables.PIPELINE],
     ("diffusers", "StableDiffusionXLPipeline"): [tables.SDXL_PIPELINE],
     ("transformers", "CLIPTextConfig"): [tables.CLIP_TEXT],
-    ("transformers", "CLIPTokenizer"): [tables.TOKENIZER],
+    ("transformers", "CLIPTokenizer"): [tables.CLIP_TOKENIZER],
+    ("diffusers", "PixArtTransformer2DModel"): [pixart.TRANSFORMER, pixart.SIGMA_TRANSFORMER],
+    ("diffusers", "PixArtAlphaPipeline"): [pixart.PIPELINE],
+    ("diffusers", "PixArtSigmaPipeline"): [pixart.PIPELINE],
+    ("transformers", "T5Config"): [pixart.T5_ENCODER],
+    ("transformers", "T5Tokenizer"): [pixart.T5_TOKENIZER],
 }
 PARTS = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler"}
 
@@ -119,8 +125,8 @@ PUBLISHED: list[tuple[KeyTable, str, Mapping[str, Any]]] = [
     (tables.SDXL_VAE, "AutoencoderKL", VAE | PLAYGROUND_VAE),
     (tables.CLIP_TEXT, "CLIPTextConfig", CLIP_L | EVERYTHING_TRANSFORMERS_ONCE_WROTE),
     (tables.CLIP_TEXT, "CLIPTextConfig", OPENCLIP_BIG_G),
-    (tables.TOKENIZER, "CLIPTokenizer", TOKENIZER_SD),
-    (tables.TOKENIZER, "CLIPTokenizer", TOKENIZER_SD | TOKENIZER_LATER),
+    (tables.CLIP_TOKENIZER, "CLIPTokenizer", TOKENIZER_SD),
+    (tables.CLIP_TOKENIZER, "CLIPTokenizer", TOKENIZER_SD | TOKENIZER_LATER),
     (tables.SDXL_PIPELINE, "", {k: v for k, v in (INDEX | TURBO_INDEX).items() if k not in PARTS}),
     (tables.PIPELINE, "", SD_INDEX),
     (tables.PIPELINE, "", SD_INDEX | {"requires_safety_checker": False, "safety_checker": [None, None]}),

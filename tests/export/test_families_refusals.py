@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from turbopocket.export.checkpoint.load import load, load_shapes, tokenizer_json
+from turbopocket.export.families.tokenizers import CLIP
 from turbopocket.ground.errors import TurbopocketError
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -278,17 +279,17 @@ def test_every_header_is_checked_before_any_values_are_read(folder: Path) -> Non
 def test_tokenizer_that_is_not_whole_is_refused(folder: Path, file: str) -> None:
     (folder / "tokenizer" / file).unlink()
     with pytest.raises(TurbopocketError, match=re.escape(file)):
-        tokenizer_json(folder / "tokenizer")
+        tokenizer_json(folder / "tokenizer", CLIP)
 
 
 @pytest.mark.parametrize("content", ["{not json", "{}"])
 def test_tokenizer_with_a_broken_vocabulary_is_refused(folder: Path, content: str) -> None:
     (folder / "tokenizer/vocab.json").write_text(content)
     with pytest.raises(TurbopocketError, match="tokenizer cannot be read as a CLIP tokenizer"):
-        tokenizer_json(folder / "tokenizer")
+        tokenizer_json(folder / "tokenizer", CLIP)
 
 
 def test_tokenizer_of_another_kind_is_refused(folder: Path) -> None:
     _edit_json(folder / "tokenizer/tokenizer_config.json", tokenizer_class="T5Tokenizer")
     with pytest.raises(TurbopocketError, match="tokenizer_class is 'T5Tokenizer'; supported: 'CLIPTokenizer' or"):
-        tokenizer_json(folder / "tokenizer")
+        tokenizer_json(folder / "tokenizer", CLIP)

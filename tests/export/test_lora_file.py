@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from turbopocket.export.checkpoint.lora.file import LoraFile
-from turbopocket.export.recipe import Recipe, make_recipe, parse_recipe, with_overrides
+from turbopocket.export.recipe import Recipe, make_recipe, parse_recipe
+from turbopocket.export.settings import with_values
 from turbopocket.ground.errors import TurbopocketError
 
 
@@ -52,8 +53,8 @@ def test_recipe_keeps_strengths_when_it_is_printed_and_overridden() -> None:
     recipe = parse_recipe('[model]\nlora = ["a.safetensors:0.30000000000000004", "b.safetensors"]\n', "test")
     assert recipe.model.lora == (LoraFile(Path("a.safetensors"), 0.1 + 0.2), LoraFile(Path("b.safetensors")))
     assert parse_recipe(recipe.to_toml(), "printed") == recipe
-    assert with_overrides(recipe, {"seed": 3}).model == recipe.model
-    assert with_overrides(Recipe(), {"model.lora": ["c.safetensors:2"]}).model.lora[0].strength == 2
+    assert with_values(recipe, {"seed": 3}).model == recipe.model
+    assert with_values(Recipe(), {"model.lora": ["c.safetensors:2"]}).model.lora[0].strength == 2
 
 
 def test_build_says_how_to_give_a_strength(turbopocket: Callable[..., Any]) -> None:
@@ -63,7 +64,7 @@ def test_build_says_how_to_give_a_strength(turbopocket: Callable[..., Any]) -> N
 def test_build_refuses_a_bad_strength_before_anything_else(turbopocket: Callable[..., Any], tmp_path: Path) -> None:
     ran = turbopocket("build", "--lora", "style.safetensors:abc", "--out", tmp_path / "out")
     assert ran.code == 1
-    assert "error: LoRA 'style.safetensors:abc' asks for strength 'abc'" in ran.err
+    assert "error: command line: LoRA 'style.safetensors:abc' asks for strength 'abc'" in ran.err
 
 
 def test_check_merges_at_the_strength_of_the_build(

@@ -30,6 +30,7 @@ from turbopocket.runtimes.coreml.chain import run_chain
 from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
 from turbopocket.runtimes.coreml.file.program import Program
 from turbopocket.runtimes.coreml.interface import layer_value, loop_outputs, loop_spec, package_file, package_inputs
+from turbopocket.runtimes.manifest import ComponentSpec
 
 PARTS = ("text_encoder_2", "unet", "vae_decoder")
 LEAST_SNR_DB = 60.0
@@ -150,10 +151,16 @@ def torch_outputs(component: Component, inputs: Mapping[str, Tensor]) -> dict[st
 
 def package_outputs(package: Path, component: str, inputs: Mapping[str, Tensor], mode: Any = "fp32") -> dict[str, Any]:
     evaluator = Evaluator(Program.open(package), mode)
-    batch = evaluator.program.inputs[0].shape[0]
-    calls = package_inputs(component, {name: tensor.numpy() for name, tensor in inputs.items()}, int(batch))
+    spec = spec_of(evaluator.program, component)
+    calls = package_inputs(spec, {name: tensor.numpy() for name, tensor in inputs.items()})
     count = max(len(tensor) for tensor in inputs.values() if tensor.ndim)
-    return loop_outputs(component, [evaluator.run(call) for call in calls], count)
+    return loop_outputs(spec, [evaluator.run(call) for call in calls], count)
+
+
+def spec_of(program: Program, component: str) -> ComponentSpec:
+    """What a manifest says of a package, from the package alone."""
+    inputs, outputs = list(program.inputs), list(program.outputs)
+    return ComponentSpec(file="package", inputs=inputs, outputs=outputs, loop=loop_spec(component, inputs, outputs))
 
 
 def snr_db(found: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -206,14 +213,14 @@ def test_packages_have_the_tensors_that_the_swift_package_asks_for(traced: dict[
 
 
 def test_the_loop_sees_the_tensors_of_every_other_target(traced: dict[str, Traced]) -> None:
-    for part, (component, graph) in traced.items():
-        spec = loop_spec(part, target.component_spec(graph))
+    for component, graph in traced.values():
+        spec = target.component_spec(graph)
         expected = {
             name: (str(tensor.dtype).removeprefix("torch."), ("batch", *tensor.shape[1:]) if tensor.ndim else ())
             for name, tensor in component.example_inputs.items()
         }
-        assert tensors(spec.inputs) == expected
-        assert {output.name for output in spec.outputs} <= {*component.output_names, "hidden_embeds"}
+        assert tensors(spec.loop_inputs) == expected
+        assert {output.name for output in spec.loop_outputs} <= {*component.output_names, "hidden_embeds"}
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -298,7 +305,8 @@ def test_every_layers_output_is_found_by_its_module_path(traced: dict[str, Trace
     for hook in hooks:
         hook.remove()
     evaluator = Evaluator(Program.open(tmp_path / package_file(part)))
-    (call,) = package_inputs(part, {name: tensor.numpy() for name, tensor in inputs.items()}, 1)
+    given = {name: tensor.numpy() for name, tensor in inputs.items()}
+    (call,) = package_inputs(spec_of(evaluator.program, part), given)
     found = evaluator.run(call, also=[layer_value(path) for path in paths])
     for path in paths:
         assert snr_db(found[layer_value(path)], seen[path]) >= 55, path
@@ -346,6 +354,7 @@ def test_a_large_unet_becomes_two_packages_that_compute_the_same(traced: dict[st
     names = ["UnetChunk1.mlpackage", "UnetChunk2.mlpackage"]
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == names
     assert spec.file == "UnetChunk1.mlpackage/Manifest.json"
+    assert spec.packages == names
     files = [path.relative_to(tmp_path / "cut") for path in (tmp_path / "cut").rglob("*") if path.is_file()]
     assert sorted(target.package_files(spec)) == sorted(path.as_posix() for path in files)
     sizes = [bytes_on_disk(tmp_path / "cut" / name) for name in names]
@@ -354,8 +363,9 @@ def test_a_large_unet_becomes_two_packages_that_compute_the_same(traced: dict[st
         weight.nbytes for weight in weights.values()
     )
     assert max(sizes) <= cut.max_package_bytes
-    (call,) = package_inputs("unet", {name: tensor.numpy() for name, tensor in example(component, 1).items()}, 1)
+    (call,) = package_inputs(spec, {name: tensor.numpy() for name, tensor in example(component, 1).items()})
     chunks = [Evaluator(Program.open(tmp_path / "cut" / name)) for name in names]
+    assert (spec.inputs, spec.outputs) == (list(chunks[0].program.inputs), list(chunks[1].program.outputs))
     found = run_chain(chunks, call)[0]["noise_pred"]
     expected = Evaluator(Program.open(tmp_path / "whole" / "Unet.mlpackage")).run(call)["noise_pred"]
     assert snr_db(found, expected) >= LEAST_SNR_DB  # what crosses the cut is rounded to fp16
@@ -397,7 +407,8 @@ def test_a_second_chunk_takes_what_crosses_and_the_inputs_that_it_reads(tmp_path
     text = [spec for spec in everything.inputs if spec.name == "text_embeds"]
     assert sorted(map(repr, second.inputs)) == sorted(map(repr, [*first.outputs, *text]))
     assert second.outputs == everything.outputs
-    (call,) = package_inputs("unet", {name: tensor.numpy() for name, tensor in example(component, 1).items()}, 1)
+    given = {name: tensor.numpy() for name, tensor in example(component, 1).items()}
+    (call,) = package_inputs(spec_of(everything, "unet"), given)
     found, _ = run_chain([Evaluator(first), Evaluator(second)], call)
     expected = Evaluator(everything).run(call)
     assert snr_db(found["noise_pred"], expected["noise_pred"]) >= 55
@@ -436,12 +447,12 @@ def test_a_package_reads_pictures_as_apples_encoder_expects(tiny: bool, tmp_path
     assert tensors(program.inputs) == {"x": ("float32", (1, 3, 6, 10))}
     expected_output = {"latent_sample": (1, 4, 6, 10)} if tiny else {"latent": (1, 8, 6, 10)}
     assert tensors(program.outputs) == {name: ("float32", shape) for name, shape in expected_output.items()}
-    spec = loop_spec("vae_encoder", target.component_spec(graph))
-    assert tensors(spec.inputs) == {"sample": ("float32", ("batch", 3, 6, 10))}
+    spec = target.component_spec(graph)
+    assert tensors(spec.loop_inputs) == {"sample": ("float32", ("batch", 3, 6, 10))}
     inputs = example(component, 2)
     found = package_outputs(tmp_path / "VAEEncoder.mlpackage", "vae_encoder", inputs)
     (name,) = component.output_names
-    assert [output.name for output in spec.outputs] == list(found) == [name]
+    assert [output.name for output in spec.loop_outputs] == list(found) == [name]
     assert snr_db(found[name], torch_outputs(component, inputs)[name]) >= LEAST_SNR_DB
 
 
@@ -461,10 +472,12 @@ def test_an_output_that_can_not_hold_its_layer_is_refused_by_name() -> None:
         target.trace(component, options)
 
 
-def test_inputs_without_a_common_number_of_items_are_refused() -> None:
-    latents = {"sample": np.zeros((2, 4, 8, 8)), "text_embeds": np.zeros((3, 8)), "timestep": np.array(1.0)}
-    with pytest.raises(TurbopocketError, match="sample has 2, text_embeds has 3"):
-        package_inputs("unet", latents, 1)
+def test_inputs_without_a_common_number_of_items_are_refused(traced: dict[str, Traced]) -> None:
+    component, graph = traced["unet"]
+    values = {name: tensor.numpy() for name, tensor in example(component, 2).items()}
+    values["text_embeds"] = np.concatenate([values["text_embeds"], values["text_embeds"][:1]])
+    with pytest.raises(TurbopocketError, match=r"sample has 2, .*text_embeds has 3"):
+        package_inputs(target.component_spec(graph), values)
 
 
 def test_a_component_that_apples_package_does_not_know_is_refused() -> None:

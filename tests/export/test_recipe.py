@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: what is filled in, what is refused, and that what is printed reads back the same."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomli_w
 
-from turbopocket.export.recipe import Recipe, load_recipe, make_recipe, parse_recipe, shipped_recipes, with_overrides
+from turbopocket.export.distill.recipe import DistillRecipe, load_distill_recipe
+from turbopocket.export.recipe import Recipe, load_recipe, make_recipe, parse_recipe
+from turbopocket.export.settings import Section, shipped_recipes, with_values
 from turbopocket.export.units import format_bytes, parse_bytes
 from turbopocket.ground.errors import TurbopocketError
 
@@ -15,7 +20,7 @@ def test_printed_recipe_reads_back_the_same() -> None:
     assert parse_recipe(recipe.to_toml(), "printed") == recipe
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped_recipes(Recipe))
 def test_shipped_recipe_loads(name: str) -> None:
     assert isinstance(load_recipe(name), Recipe)
 
@@ -56,9 +61,83 @@ def test_unreadable_recipes_are_refused(tmp_path: Path) -> None:
 def test_override_replaces_one_value_and_none_leaves_it() -> None:
     base = make_recipe({"compress": {"budget": "8MB", "fit": "mse"}, "seed": 5}, "test")
     wanted = {"compress.budget": "7MB", "compress.fit": None, "target.coreml.deployment": "iOS17"}
-    changed = with_overrides(base, wanted)
+    changed = with_values(base, wanted)
     assert changed.target.coreml.deployment == "iOS17"
     assert (changed.compress.budget_bytes, changed.compress.fit, changed.seed) == (7_000_000, "mse", 5)
+
+
+@pytest.mark.parametrize(
+    ("assigned", "section", "value"),
+    [
+        ("compress.budget=8MB", "compress.budget", "8MB"),
+        ('compress.budget = "7MB"', "compress.budget", "7MB"),
+        ("compress.sequential=true", "compress.sequential", True),
+        ("finetune.iterations=400", "finetune.iterations", 400),
+        ("finetune.learning_rate=1e-3", "finetune.learning_rate", 1e-3),
+        ('compress.formats=["int8-row", "fp16"]', "compress.formats", ("int8-row", "fp16")),
+        ('compress.pin."unet.conv_out"=fp16', "compress.pin", {"unet.conv_out": "fp16"}),
+        ("target.coreml.deployment=iOS17", "target.coreml.deployment", "iOS17"),
+        ("target.executorch.activations=static", "target.executorch.activations", "static"),
+        ("model.source=a=b", "model.source", "a=b"),
+        ("seed=3", "seed", 3),
+    ],
+)
+def test_every_key_can_be_set_by_its_dotted_name(assigned: str, section: str, value: object) -> None:
+    found: object = with_values(Recipe(), {}, [assigned])
+    for part in section.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+@pytest.mark.parametrize("kind", [Recipe, DistillRecipe])
+def test_no_key_is_out_of_reach(kind: type[Section]) -> None:
+    """Each default, said as `KEY=VALUE` in TOML, is understood and changes nothing."""
+    for key, value in leaves(kind().model_dump(mode="json")):
+        if value is not None:
+            written = tomli_w.dumps({"x": value}).partition("=")[2].strip().replace("\n", "") if value != {} else "{}"
+            assert with_values(kind(), {}, [f"{key}={written}"]) == kind(), key
+
+
+@pytest.mark.parametrize(
+    ("assigned", "message"),
+    [
+        (["budget"], r"--set 'budget' is not KEY=VALUE"),
+        (["=8MB"], r"--set '=8MB' is not KEY=VALUE"),
+        (["compress.budget="], r"is not KEY=VALUE"),
+        (["compress..budget=8MB"], r"is not KEY=VALUE"),
+        (["compress.budgt=8MB"], r"command line: unknown key `budgt` in \[compress\]: known are `budget`, `formats`"),
+        (["compres.budget=8MB"], r"unknown key `compres`: known are `model`, `target`"),
+        (["compress=8MB"], r"compress = '8MB': it is a section, with `budget`, `formats`"),
+        (["target.coreml=5"], r"target.coreml = 5: it is a section, with `deployment`, `max_package`"),
+        (["seed.x=1"], r"seed.x is no key, since seed is a value, not a section"),
+        (["target.coreml.deployment=iOS9"], r"target.coreml.deployment = 'iOS9': input should be 'iOS17', 'iOS18' or"),
+        (["finetune.batch=0"], r"batch"),
+        (["seed=1", "seed=2"], r"--set seed=2: seed is given more than once"),
+        (["compress.fit=best"], r"command line: `best` is not a fit: known are absmax"),
+    ],
+)
+def test_what_can_not_be_set_is_one_sentence_with_what_can(assigned: list[str], message: str) -> None:
+    with pytest.raises(TurbopocketError, match=message) as refused:
+        with_values(Recipe(), {}, assigned)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_option_and_a_set_of_the_same_key_are_refused() -> None:
+    with pytest.raises(TurbopocketError, match="compress.budget is given more than once"):
+        with_values(Recipe(), {"compress.budget": "8MB"}, ["compress.budget=9MB"])
+
+
+@pytest.mark.parametrize("name", shipped_recipes(DistillRecipe))
+def test_shipped_distillation_loads(name: str) -> None:
+    assert load_distill_recipe(name).teacher.guidance == 2.0
 
 
 @pytest.mark.parametrize(

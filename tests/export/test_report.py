@@ -24,6 +24,7 @@ from turbopocket.export.report.view import block_bars, component_bars, format_cl
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.plan import Choice, Plan
 from turbopocket.runtimes.compare.rows import Divergence, Limits, ParityReport, ParityRow, PictureRow
+from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import (
     ComponentSpec,
     FileEntry,
@@ -34,6 +35,8 @@ from turbopocket.runtimes.manifest import (
 )
 from turbopocket.runtimes.memory import MemoryFigures
 from turbopocket.runtimes.schedule import SamplerSpec
+
+from ..pipelines import of_one_graph
 
 PROMPT = 'a red <b>circle</b> & "a star"'
 TIMESTEPS = (999.0, 499.0)
@@ -75,6 +78,7 @@ def _manifest() -> Manifest:
         + [FileEntry(path="tokenizer/tokenizer.json", bytes=5_000, sha256="cd" * 32)],
         components={name: ComponentSpec(file=f"{name}/model.onnx", inputs=tensors, outputs=tensors) for name in names},
         tokenizers={"text_encoder": "tokenizer"},
+        pipeline=of_one_graph("unet", "x", "x"),
         sampler=SamplerSpec(
             kind="euler",
             beta_start=0.00085,
@@ -92,7 +96,7 @@ def _manifest() -> Manifest:
             latent_width=16,
             vae_scaling_factor=0.5,
         ),
-        force_zeros_for_empty_prompt=True,
+        sizes=[ImageSize(64, 64)],
         tools={"torch": "2.13.0"},
         recipe="seed = 0\n",
     )
@@ -229,7 +233,7 @@ def test_shipped_bytes_by_folder_add_up_to_the_artifact() -> None:
 def test_blocks_split_their_bytes_by_format() -> None:
     plan = _data().plan
     encoder, block = block_bars(plan, format_classes(plan))
-    assert (encoder.label, block.label) == ("text_encoder", "unet.down_blocks.0")
+    assert (encoder.label, block.label) == ("text_encoder.layers.0", "unet.down_blocks.0")
     assert [(piece.label, piece.bytes) for piece in block.segments] == [("int4-g32", 20_736), ("fp16", 73_728)]
     assert sum(piece.percent for piece in block.segments) == pytest.approx(100)
 

@@ -13,7 +13,7 @@ import pytest
 
 from turbopocket.export.checkpoint.load import FAMILIES, load_shapes
 from turbopocket.export.recipe import make_recipe, parse_recipe
-from turbopocket.export.sampling.defaults import PIPELINE_GUIDANCE, Sampling, sampling_of
+from turbopocket.export.sampling.defaults import Sampling, sampling_of
 from turbopocket.export.sampling.spec import with_sampling
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.manifest import load_manifest
@@ -49,7 +49,7 @@ def sampling(folder: Path, *lora: str, **given: Any) -> Sampling:
 def test_the_pipelines_guidance_is_what_diffusers_calls_them_with() -> None:
     for family in FAMILIES:
         call = inspect.signature(getattr(diffusers, family.pipeline_class).__call__)
-        assert call.parameters["guidance_scale"].default == PIPELINE_GUIDANCE[family.name]
+        assert call.parameters["guidance_scale"].default == family.guidance
 
 
 def test_a_model_without_any_sign_gets_thirty_steps_and_its_pipelines_guidance_and_is_told_so(
@@ -283,7 +283,7 @@ def test_distillation_takes_its_teachers_guidance_by_the_same_rule(
     folder = named("my-model", scheduler=TRAILING)
     for file in tiny_sdxl.rglob("*.safetensors"):
         shutil.copyfile(file, folder / file.relative_to(tiny_sdxl))
-    short = ("--iterations", 1, "--batch", 1, "--steps", 1)
+    short = ("--iterations", 1, "--set", "distill.batch=1", "--steps", 1)
     ran = turbopocket("distill", folder, *short, "--out", tmp_path / "student")
     assert ran.code == 1
     assert "my-model does not tell with how much guidance it is to be drawn" in ran.err
@@ -294,4 +294,4 @@ def test_distillation_takes_its_teachers_guidance_by_the_same_rule(
     told = "guidance 2 assumed: its name is dreamshaper-xl-v2-turbo (DreamShaper XL Turbo)"
     assert json.loads(ran.out)["notes"] == [told]
     run = json.loads((tmp_path / "student.run" / "run.json").read_text())
-    assert run["options"]["guidance"] == 2.0
+    assert run["guidance"] == 2.0

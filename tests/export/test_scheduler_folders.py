@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from turbopocket.export.checkpoint.load import load
-from turbopocket.export.distill.distil import DistillRequest, distil
+from turbopocket.export.distill.distill import distill
+from turbopocket.export.distill.recipe import DistillRecipe
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import SamplerSection
 from turbopocket.export.sampling.spec import sampler_spec
+from turbopocket.export.settings import make_settings
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.distill.options import DistillOptions
 
 EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
@@ -103,9 +104,11 @@ def test_a_teacher_is_distilled_whatever_sampler_its_folder_names_but_zero_termi
 ) -> None:
     """A student's folder says its noise schedule by a first and a last beta, which zero terminal SNR has not."""
     folder = with_scheduler({"_class_name": "UniPCMultistepScheduler", **BETAS})
-    options = DistillOptions(1, batch=1, student_lr=1e-3, fake_lr=1e-3, warmup_iterations=0, log_every=1)
-    request = DistillRequest(str(folder), 2, "tdm", options, 2.0)
-    distil(request, tmp_path / "student", False, StageProgress(quiet=True))
+    asked = {"steps": 2, "iterations": 1, "batch": 1, "student_lr": 1e-3, "fake_lr": 1e-3, "warmup_iterations": 0}
+    recipe = make_settings(
+        DistillRecipe, {"teacher": {"source": str(folder), "guidance": 2.0}, "distill": asked}, "test"
+    )
+    distill(recipe, tmp_path / "student", False, StageProgress(quiet=True))
     config = json.loads((tmp_path / "student" / "scheduler" / "scheduler_config.json").read_text())
     assert (config["_class_name"], config["beta_start"], config["beta_schedule"]) == (
         "DDIMScheduler",
@@ -115,4 +118,4 @@ def test_a_teacher_is_distilled_whatever_sampler_its_folder_names_but_zero_termi
     scheduler = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, **BETAS}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     with pytest.raises(TurbopocketError, match="rescale_betas_zero_snr = True: cut at a horizon, this teacher's noise"):
-        distil(request, tmp_path / "other", False, StageProgress(quiet=True))
+        distill(recipe, tmp_path / "other", False, StageProgress(quiet=True))

@@ -15,7 +15,7 @@ import pytest
 
 from turbopocket.export.signals import Stopped, stopped_by_signals
 
-MAIN = "from turbopocket.export.cli import main; main()"
+MAIN = "from turbopocket.cli import main; main()"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

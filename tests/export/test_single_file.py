@@ -338,7 +338,7 @@ def test_student_of_a_file_is_a_whole_folder(
     sd_file: Path, tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]
 ) -> None:
     configs = Path(shutil.copytree(tiny_sd, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")))
-    short = ("--iterations", 1, "--batch", 1, "--precision", "no")
+    short = ("--iterations", 1, "--set", "distill.batch=1", "--set", "distill.precision=no")
     ran = turbopocket("distill", sd_file, "--config", configs, *short, "--out", tmp_path / "student", "--json")
     assert ran.code == 0, ran.err
     assert any("dream.safetensors has no configs" in note for note in json.loads(ran.out)["notes"])

@@ -207,7 +207,7 @@ def plane_task(losses: list[float]) -> Task:
     def on_log(_: int, values: Any) -> None:
         losses.append(values["student_loss"])
 
-    return Task(PLANE, FixedIntervals(1000, [1]), lambda _: ({}, {}), (2,), on_log, lambda _: None)
+    return Task(PLANE, FixedIntervals(1000, [1]), lambda _: ({}, {}), (2,), 1.0, 0, on_log, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +236,8 @@ def distilled_blind(teacher: Plane, update: Any, iterations: int, student_lr: fl
     student, fake = Plane(128, blind=True), Plane(128)
     for network in (student, fake):
         network.load_state_dict(teacher.state_dict())
-    options = DistillOptions(iterations, batch=256, guidance=1.0, student_lr=student_lr, fake_lr=1.5e-3)
-    networks: Any = Networks(student, fake, teacher)  # type: ignore[arg-type]
+    options = DistillOptions(iterations, batch=256, student_lr=student_lr, fake_lr=1.5e-3)
+    networks: Any = Networks({"student": student, "fake": fake}, teacher)  # type: ignore[arg-type]
     distill(networks, plane_task([]), options, folder, Accelerator(cpu=True), update)
     noise = torch.randn(4000, 2, generator=seeded(9))
     return drawn(student, PLANE, FixedIntervals(1000, [1]).walk(1), noise, {})  # type: ignore[arg-type]
@@ -285,7 +285,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, monkeypatch: py
 def short_run(folder: Path, update: Any) -> tuple[Plane, list[float]]:
     torch.manual_seed(0)
     student, losses = Plane(16), list[float]()
-    options = DistillOptions(12, batch=8, guidance=1.0, log_every=1, warmup_iterations=2, checkpoint_every_s=-1.0)
-    networks: Any = Networks(student, Plane(16), Plane(16).requires_grad_(False))  # type: ignore[arg-type]
+    options = DistillOptions(12, batch=8, log_every=1, warmup_iterations=2, checkpoint_every_s=-1.0)
+    networks: Any = Networks({"student": student, "fake": Plane(16)}, Plane(16).requires_grad_(False))  # type: ignore
     distill(networks, plane_task(losses), options, folder, Accelerator(cpu=True), update)
     return student, losses

@@ -130,7 +130,7 @@ def test_tuned_weights_can_be_tuned_again(module: Wrapped) -> None:
 
 
 def test_scales_of_groups_have_the_digits_that_the_runtime_keeps(module: Wrapped) -> None:
-    result = tuned(module, replace(OPTIONS, group_scale_digits=8))
+    result = fine_tune(module, stored(module), recorded(module, seed=1), OPTIONS, group_scale_digits=8)
     scale = result.weights["unet.second"].parts["scale"].float()
     assert torch.equal(scale, scale.bfloat16().float())
     finer = tuned(module).weights["unet.second"].parts["scale"].float()

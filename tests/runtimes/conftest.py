@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from turbopocket.runtimes.compare.reference import PyTorchRunner, TorchComponent
 from turbopocket.runtimes.drawing.tokenizer import Tokenizer
+from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import (
     ComponentSpec,
     ImageSpec,
@@ -26,6 +27,8 @@ from turbopocket.runtimes.manifest import (
     load_manifest,
     write_manifest,
 )
+
+from ..pipelines import sd, sdxl
 
 TOKENS, WIDTH, LATENT = 8, 6, 6
 TURBO = {
@@ -161,6 +164,7 @@ def toy_artifact(tmp_path: Path) -> Path:
         files=file_entries(folder),
         components=TOY_COMPONENTS,
         tokenizers={"text_encoder": "tokenizer"},
+        pipeline=sd(),
         sampler=SamplerSpec.from_scheduler_config(TURBO, steps=2, guidance_scale=1.0),
         image=ImageSpec(
             height=side,
@@ -170,7 +174,7 @@ def toy_artifact(tmp_path: Path) -> Path:
             latent_width=LATENT,
             vae_scaling_factor=0.18215,
         ),
-        force_zeros_for_empty_prompt=False,
+        sizes=[ImageSize(side, side)],
         tools={"onnx": onnx.__version__},
         recipe="",
     )
@@ -292,6 +296,7 @@ def tiny_model(
     places = _save_tokenizers(pipeline, components, folder)
     (folder / "weights").touch()
     config = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
+    zeros = pipeline.config.get("force_zeros_for_empty_prompt", False)
     manifest = Manifest(
         name=family,
         family=family,
@@ -299,6 +304,7 @@ def tiny_model(
         files=file_entries(folder),
         components={name: _tensor_specs(component) for name, component in components.items()},
         tokenizers=places,
+        pipeline=sd() if family == "sd" else sdxl("zeros" if zeros else "empty prompt"),
         sampler=SamplerSpec.from_scheduler_config(config, steps, guidance),
         image=ImageSpec(
             height=32,
@@ -308,7 +314,7 @@ def tiny_model(
             latent_width=width_px // 2,
             vae_scaling_factor=pipeline.vae.config.scaling_factor,
         ),
-        force_zeros_for_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+        sizes=[ImageSize(32, width_px)],
         tools={"torch": torch.__version__},
         recipe=json.dumps({}),
     )

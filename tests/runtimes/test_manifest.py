@@ -100,10 +100,10 @@ def test_paths_that_leave_the_artifact_are_refused(toy_artifact: Path, path: str
         Manifest.model_validate_json((toy_artifact / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize(("version", "shown"), [(2, "2"), (None, "None"), ("1", "'1'"), (True, "True")])
+@pytest.mark.parametrize(("version", "shown"), [(3, "3"), (0, "0"), (None, "None"), ("1", "'1'"), (True, "True")])
 def test_other_schema_versions_are_refused(toy_artifact: Path, version: object, shown: str) -> None:
     rewrite(toy_artifact, lambda found: found.update(schema_version=version))
-    with pytest.raises(TurbopocketError, match=f"has schema_version {shown}: this version reads 1"):
+    with pytest.raises(TurbopocketError, match=f"has schema_version {shown}: this version reads 1 to 2"):
         load_manifest(toy_artifact)
 
 

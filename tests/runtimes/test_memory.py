@@ -20,6 +20,8 @@ from turbopocket.runtimes.manifest import (
 from turbopocket.runtimes.onnx import memory
 from turbopocket.runtimes.schedule import SamplerSpec
 
+from ..pipelines import of_one_graph
+
 MEBIBYTE = 2**20
 
 
@@ -57,6 +59,7 @@ def _artifact(folder: Path, width: int, body: str = "") -> Path:
                 )
             },
             tokenizers={},
+            pipeline=of_one_graph("unet", "sample", "out_sample"),
             sampler=SamplerSpec(
                 kind="euler",
                 beta_start=0.00085,
@@ -74,7 +77,7 @@ def _artifact(folder: Path, width: int, body: str = "") -> Path:
                 latent_width=8,
                 vae_scaling_factor=0.13,
             ),
-            force_zeros_for_empty_prompt=True,
+            sizes=[ImageSize(16, 16)],
             tools={},
             recipe="",
         ),

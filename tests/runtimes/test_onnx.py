@@ -115,7 +115,7 @@ def test_unknown_component_is_refused_with_the_known_ones(toy_artifact: Path, to
             r"graph's inputs have sample as float32 \[1, 4, 6, 6\], the manifest says",
         ),
         ("inputs", {"shape": [1, 4, 6, "width"]}, r"the manifest says float32 \[1, 4, 6, 'width'\]"),
-        ("inputs", {"name": "latents"}, "unet: inputs are missing latents; unknown sample"),
+        ("outputs", {"shape": [1, 4, 6, "width"]}, r"the manifest says float32 \[1, 4, 6, 'width'\]"),
         ("outputs", {"shape": [1, 4, 6, 7]}, r"graph's outputs have out_sample as float32 \[1, 4, 6, 6\]"),
     ],
 )

@@ -72,7 +72,7 @@ def test_sdxl_is_told_height_before_width(sdxl: Any, tmp_path: Path) -> None:
 def test_guided_sdxl_without_a_negative_prompt_steers_away_from_zeros(sdxl: Any, tmp_path: Path) -> None:
     scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **BETAS)
     model = tiny_model(sdxl, "sdxl", tmp_path, scheduler, guidance=5.0, steps=3)
-    assert model.manifest.force_zeros_for_empty_prompt
+    assert model.manifest.pipeline.without_prompt == "zeros"
     assert_draws_like_diffusers(model)
 
 

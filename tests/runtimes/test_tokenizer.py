@@ -80,7 +80,7 @@ def test_length_comes_from_the_encoder_input(toy_artifact: Path, toy_manifest: M
 def test_encoder_without_fixed_length_is_refused(toy_artifact: Path, toy_manifest: Manifest) -> None:
     as_json = toy_manifest.model_dump()
     as_json["components"]["text_encoder"]["inputs"][0]["shape"] = [1, "tokens"]
-    with pytest.raises(TurbopocketError, match="text_encoder has a tokenizer but no input `input_ids` of a fixed"):
+    with pytest.raises(TurbopocketError, match="text_encoder has a tokenizer but no input input_ids of a fixed"):
         open_tokenizers(toy_artifact, Manifest.model_validate(as_json))
 
 

@@ -22,7 +22,7 @@ from ..weights import FLOAT_DTYPES, read_tensors
 from .alpha import StatedAlphas, stated_alphas
 from .change import WHOLE, FactoredChange, WrongShapeError
 from .file import SUFFIX, LoraFile
-from .names import LayerNames, other_adapter, split_name
+from .names import PREFIXES, LayerNames, other_adapter, split_name
 
 ALLOWED = "allowed: LoRA, LoCon, LoHa and LoKr for text encoders and UNet"
 
@@ -35,6 +35,16 @@ class AdaptedLayer:
     path: str
     spelled: str
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+def require_adaptable(model: LoadedModel) -> None:
+    """Raises TurbopocketError when LoRA files have no names for the model's layers."""
+    denoiser = model.family.denoiser
+    if denoiser not in PREFIXES:
+        raise TurbopocketError(
+            f"a LoRA was given for {model.name}, which has a {denoiser}; {ALLOWED}",
+            hint="merge it with diffusers' fuse_lora, and give the folder that save_pretrained writes",
+        )
 
 
 def merge_lora(model: LoadedModel, asked: LoraFile) -> None:

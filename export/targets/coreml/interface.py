@@ -13,11 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ....ground.errors import TurbopocketError
-from ....runtimes.drawing.conditioning import TIMESTEP_COND
-from ....runtimes.drawing.latents import LATENT_PARAMETERS, LATENT_SAMPLE
 from ....runtimes.manifest import TensorSpec
-from ...families.graphs import PENULTIMATE, Component, UNetModule
+from ...families.graphs import LATENT_PARAMETERS, LATENT_SAMPLE, PENULTIMATE, TIMESTEP_COND, Component, UNetModule
 
 PackageDtype = Literal["float16", "float32"]
 
@@ -37,15 +34,15 @@ class Wrapped:
 
 def wrapped(component: Component, batch: int) -> Wrapped:
     """The component as its package has it; `batch` is the UNet's (text encoders and the VAE's halves take one item)."""
-    if component.name.startswith("text_encoder"):
-        return _wrapped_text_encoder(component)
-    if component.name == "unet":
-        return _wrapped_unet(component, batch)
-    if component.name == "vae_encoder":
-        return _wrapped_encoder(component)
-    if component.name == "vae_decoder":
-        return _wrapped_decoder(component)
-    raise TurbopocketError(f"Core ML packages have no component {component.name}")
+    match component.role:
+        case "text encoder":
+            return _wrapped_text_encoder(component)
+        case "denoiser":
+            return _wrapped_unet(component, batch)
+        case "encoder":
+            return _wrapped_encoder(component)
+        case "decoder":
+            return _wrapped_decoder(component)
 
 
 class _TextEncoder(nn.Module):

@@ -5,15 +5,16 @@
 (`fixed_bytes`, `lowered_bytes`), before any weight is compressed, and `lower` writes the same bytes every time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Literal
 
 from ....quant.formats import CompressedTensor, LayerFormat
 from ....runtimes.coreml.file.dtypes import TensorType
 from ....runtimes.coreml.file.package import coremltools_module
-from ....runtimes.coreml.interface import CHUNKS, layer_value, package_file, package_names
+from ....runtimes.coreml.interface import CHUNKS, layer_value, loop_spec, package_file
 from ....runtimes.manifest import ComponentSpec, TensorSpec
 from ...families.graphs import Component
 from .emit import constants_of, geometry_constants, path_of
@@ -103,24 +104,32 @@ def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder
     packages = lowering.packages()
     for content in packages:
         write_package(content, folder, lowering.arrays(content.blobs, weights))
-    return component_spec(traced, packages[0].file)
+    return component_spec(traced, [content.file for content in packages])
 
 
-def component_spec(traced: TracedProgram, file: str | None = None) -> ComponentSpec:
-    """What the component's (first) package is: its first file, and its own tensors.
+def component_spec(traced: TracedProgram, packages: Sequence[str] = ()) -> ComponentSpec:
+    """What a manifest says of the component's packages: their own tensors, and how the drawing loop has them.
 
-    The drawing loop knows them by other names and shapes: see `runtimes.coreml.interface.loop_spec`.
+    Before there are any, they are those that large weights would need.
     """
+    if not packages:
+        largest = sum(4 * prod(layer.shape) for layer in traced.layers.values())
+        cut = is_cut(traced, skeleton_bytes(traced) + largest)
+        packages = [package_file(traced.component, chunk) for chunk in (range(1, CHUNKS + 1) if cut else (None,))]
+    inputs = [_tensor_spec(name, tensor) for name, tensor in traced.inputs.items()]
+    outputs = [_tensor_spec(name, tensor) for name, tensor in traced.outputs.items()]
     return ComponentSpec(
-        file=f"{file or package_file(traced.component)}/{PACKAGE_PATHS[0]}",
-        inputs=[_tensor_spec(name, tensor) for name, tensor in traced.inputs.items()],
-        outputs=[_tensor_spec(name, tensor) for name, tensor in traced.outputs.items()],
+        file=f"{packages[0]}/{PACKAGE_PATHS[0]}",
+        packages=list(packages),
+        inputs=inputs,
+        outputs=outputs,
+        loop=loop_spec(traced.component, inputs, outputs),
     )
 
 
 def package_files(spec: ComponentSpec) -> list[str]:
-    """Paths of all files of the package, or of both chunks, whose first file a spec names."""
-    return [f"{package}/{path}" for package in package_names(spec.file) for path in PACKAGE_PATHS]
+    """Paths of all files of the component's packages."""
+    return [f"{package}/{path}" for package in spec.packages for path in PACKAGE_PATHS]
 
 
 def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:

@@ -12,12 +12,9 @@ from ....quant.ranges import Ranges
 from ....runtimes.compare.rows import Limits
 from ....runtimes.coreml import apple
 from ....runtimes.coreml.evaluate.evaluator import Mode
-from ....runtimes.coreml.interface import loop_spec
+from ....runtimes.coreml.interface import package_file
 from ....runtimes.coreml.lint import UNVERIFIED, lint
 from ....runtimes.coreml.runner import CoreMLRunner
-from ....runtimes.drawing.conditioning import TIMESTEP_COND
-from ....runtimes.drawing.latents import LATENT_SAMPLE
-from ....runtimes.drawing.text_to_image import VAE_ENCODER
 from ....runtimes.image_size import ImageSize
 from ....runtimes.manifest import ComponentSpec, Manifest
 from ...families.base import LoadedModel
@@ -37,8 +34,6 @@ FP16_ERROR, ACC16_ERROR = 0.1, 0.7
 is more pessimistic than any device is known to be: small numbers lose their digits in a LayerNorm's squares, which left
 an error of 0.26 in the bundled model's text encoders. Nothing but zeros has 1."""
 
-
-TOLD_GUIDANCE = f"Unet takes {TIMESTEP_COND}, which Apple's Swift package does not give: an app has to"
 
 NO_VARIANCE = (
     "VAEEncoder gives latents without their variance, which Apple's Swift package looks for: an app has to ask it"
@@ -65,8 +60,11 @@ class CoreML(Target):
     def components(
         self, model: LoadedModel, sizes: Sequence[ImageSize], image_to_image: bool = False
     ) -> list[Component]:
+        components = components_of(model, sizes, all_states=False, image_to_image=image_to_image)
+        for component in components:
+            package_file(component.name)  # raises where there is no package for it
         require_even_levels(model, sizes, "Core ML packages")  # which enlarge by whole factors only
-        return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
+        return components
 
     @property
     def form_options(self) -> Deployment:
@@ -85,7 +83,7 @@ class CoreML(Target):
         return coreml.trace(component, replace(self.options, largest=largest))
 
     def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
-        return loop_spec(traced.component, coreml.component_spec(traced))
+        return coreml.component_spec(traced)
 
     def fixed_bytes(self, traced: coreml.TracedProgram, candidates: Iterable[LayerFormat]) -> int:
         return coreml.fixed_bytes(traced, candidates)
@@ -96,7 +94,7 @@ class CoreML(Target):
     def lower(
         self, traced: coreml.TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path
     ) -> ComponentSpec:
-        return loop_spec(traced.component, coreml.lower(traced, weights, folder))
+        return coreml.lower(traced, weights, folder)
 
     def write_side_files(
         self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
@@ -123,18 +121,16 @@ class CoreML(Target):
         return UNVERIFIED
 
     def notes(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
-        names = {component: _tensor_names(spec) for component, spec in manifest.components.items()}
+        pipeline = manifest.pipeline
+        told = ", ".join(pipeline.guidance_inputs)
+        no_variance = pipeline.encoder is not None and pipeline.encoder.gives == "latents"
         return (
-            *([TOLD_GUIDANCE] if TIMESTEP_COND in names["unet"] else []),
-            *([NO_VARIANCE] if LATENT_SAMPLE in names.get(VAE_ENCODER, ()) else []),
+            *([f"Unet takes {told}, which Apple's Swift package does not give: an app has to"] if told else []),
+            *([NO_VARIANCE] if no_variance else []),
         )
 
     def memory(self, folder: Path, component: str) -> None:
         """Only a device can tell."""
-
-
-def _tensor_names(spec: ComponentSpec) -> list[str]:
-    return [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
 
 
 def _runs(max_lowering_error: float) -> dict[str, tuple[Mode | None, float]]:

@@ -180,10 +180,17 @@ def _attention(
     return opset21.MatMul(opset21.Softmax(scores, axis=-1), value)
 
 
+def _squeeze(x: Any, dim: int) -> Any:
+    """PyTorch leaves a dimension of another size than 1 as it is, ONNX refuses it."""
+    axes = opset21.Constant(value_ints=[dim])
+    return opset21.Squeeze(x, axes) if x.shape[dim] == 1 else opset21.Identity(x)
+
+
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.conv2d.default: _conv2d,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.aten.squeeze.dim: _squeeze,
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from turbopocket.ground.errors import TurbopocketError
+from turbopocket.runtimes.coreml.interface import loop_spec
 from turbopocket.runtimes.coreml.runner import CoreMLRunner
 from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec
 from turbopocket.runtimes.open import open_runner
@@ -31,8 +32,8 @@ def second(conv_in: Any, encoder_hidden_states: Any) -> Any:
     return mb.add(x=conv_in, y=text, name="noise_pred")
 
 
-def spec(name: str, *shape: int | str) -> TensorSpec:
-    return TensorSpec(name=name, dtype="float32", shape=list(shape))
+def spec(name: str, *shape: int | str, dtype: Any = "float32") -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=list(shape))
 
 
 @pytest.fixture
@@ -42,10 +43,14 @@ def chunked(tmp_path: Path, toy_manifest: Manifest) -> tuple[Path, Manifest]:
     save_built(tmp_path / "UnetChunk1.mlpackage", first, ends)
     ends = {"conv_in": np.zeros((1, 2, 2, 2), np.float16), "encoder_hidden_states": np.zeros((1, 3, 1, 2), np.float16)}
     save_built(tmp_path / "UnetChunk2.mlpackage", second, ends)
+    own = [spec("sample", 1, 2, 2, 2), spec("timestep", 1), spec("encoder_hidden_states", 1, 3, 1, 2, dtype="float16")]
+    prediction = [spec("noise_pred", 1, 2, 2, 2, dtype="float16")]
     unet = ComponentSpec(
         file="UnetChunk1.mlpackage/Manifest.json",
-        inputs=[spec("sample", "batch", 2, 2, 2), spec("timestep"), spec("encoder_hidden_states", "batch", 2, 3)],
-        outputs=[spec("out_sample", "batch", 2, 2, 2)],
+        packages=["UnetChunk1.mlpackage", "UnetChunk2.mlpackage"],
+        inputs=own,
+        outputs=prediction,
+        loop=loop_spec("unet", own, prediction),
     )
     return tmp_path, toy_manifest.model_copy(update={"target": "coreml", "components": {"unet": unet}})
 
@@ -125,7 +130,9 @@ def test_chunks_in_which_a_value_is_missing_are_refused_by_name(chunked: tuple[P
 def test_a_package_without_an_output_of_the_manifest_is_refused(chunked: tuple[Path, Manifest]) -> None:
     folder, manifest = chunked
     unet = manifest.components["unet"]
-    more = unet.model_copy(update={"outputs": [*unet.outputs, spec("variance", "batch", 2, 2, 2)]})
+    outputs = [*unet.outputs, spec("variance", 1, 2, 2, 2)]
+    loop = loop_spec("unet", unet.inputs, outputs)
+    more = unet.model_copy(update={"outputs": outputs, "loop": loop})
     manifest = manifest.model_copy(update={"components": {"unet": more}})
-    with pytest.raises(TurbopocketError, match="unet: outputs are missing variance"):
+    with pytest.raises(TurbopocketError, match="gives noise_pred: variance is missing"):
         CoreMLRunner(folder, manifest).run("unet", inputs())

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `turbopocket` command: parses, calls one verb, prints. Data goes to stdout, talk to stderr."""
 
+import io
 import json
 import logging
 import os
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..ground.errors import ParityFailed, TurbopocketError
-from .signals import Stopped, stopped_by_signals
+from . import ParityFailed, TurbopocketError
+from .export.signals import Stopped, stopped_by_signals
+
+if TYPE_CHECKING:
+    from . import Recipe
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -34,14 +40,14 @@ Config = Annotated[
 TARGET_HELP = "What the phone runs: onnx, coreml or executorch."
 TargetName = Annotated[str | None, typer.Option("--target", help=TARGET_HELP)]
 TargetNames = Annotated[list[str] | None, typer.Option("--target", help=f"{TARGET_HELP} May be given several times.")]
-Deployment = Annotated[str | None, typer.Option(help="Oldest system for Core ML packages: iOS17, iOS18 or iOS26.")]
-Activations = Annotated[
-    str | None, typer.Option(help="ExecuTorch's 8-bit layers: dynamic, or static to round in steps chosen ahead.")
-]
-Artifact = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
+ArtifactFolder = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of the emulated CPU; default: in the user's cache folder.")]
-Artifacts = Annotated[Path, typer.Argument(help="An artifact, or a folder of artifacts, that `build` made.")]
+ArtifactFolders = Annotated[Path, typer.Argument(help="An artifact, or a folder of artifacts, that `build` made.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
+SET_HELP = "Any other key of the recipe, such as target.coreml.deployment=iOS17; see `recipe show`. May be repeated."
+Assigned = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
+SET_DISTILL_HELP = "Any other key, such as distill.method=mse; see `recipe show --distill`. May be repeated."
+AssignedToDistill = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_DISTILL_HELP)]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats, comma-separated; see `formats`.")]
 LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
@@ -66,10 +72,11 @@ def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
         show(Console())
 
 
-def _recipe(name: str | None, overrides: dict[str, Any]) -> Any:
-    from .recipe import Recipe, load_recipe, with_overrides
+def _recipe(name: str | None, overrides: dict[str, Any], assigned: list[str] | None) -> "Recipe":
+    from . import Recipe, load_recipe
+    from .export.settings import with_values
 
-    return with_overrides(load_recipe(name) if name else Recipe(), overrides)
+    return with_values(load_recipe(name) if name else Recipe(), overrides, assigned or ())
 
 
 def _pins(pins: list[str] | None) -> dict[str, str] | None:
@@ -88,10 +95,9 @@ def build(
     source: OptionalSource = None,
     config: Config = None,
     target: TargetNames = None,
-    deployment: Deployment = None,
-    activations: Activations = None,
     budget: Budget = None,
     recipe: RecipeFile = None,
+    assigned: Assigned = None,
     formats: Formats = None,
     pin: Pins = None,
     lora: Loras = None,
@@ -108,9 +114,8 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
-    from ..quant.workers import Workers
-    from .build.outcome import show_built
-    from .build.targets import build_targets
+    from . import Workers, build_targets
+    from .export.build.outcome import show_built
 
     overrides = {
         "model.source": source,
@@ -118,8 +123,6 @@ def build(
         "model.lora": lora or None,
         "target.name": target[0] if target else None,
         "target.also": target[1:] if target else None,
-        "target.coreml.deployment": deployment,
-        "target.executorch.activations": activations,
         "compress.budget": budget,
         "compress.formats": formats and formats.split(","),
         "compress.fit": fit,
@@ -129,7 +132,7 @@ def build(
         "sampler.guidance": guidance,
         "seed": seed,
     }
-    made = build_targets(_recipe(recipe, overrides), out, overwrite, as_json, Workers(workers, ray))
+    made = build_targets(_recipe(recipe, overrides, assigned), out, overwrite, as_json, Workers(workers, ray))
     summaries = {built.folder.name: built.summary() for built in made}
 
     def show(console: Console) -> None:
@@ -141,50 +144,46 @@ def build(
 
 @app.command()
 def distill(
-    source: Source,
     out: Annotated[Path, typer.Option(help="The model folder to make; checkpoints and logs go to OUT.run.")],
-    steps: Annotated[int, typer.Option(help="Most steps of the student, 1 to 8; it also learns all fewer ones.")] = 4,
-    method: Annotated[str, typer.Option(help="tdm, or mse: regression to the teacher's trajectory.")] = "tdm",
-    iterations: Annotated[int, typer.Option(help="Student updates.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Prompts in each update, per process.")] = 32,
+    source: Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket.")] = None,
+    config: Config = None,
+    recipe: RecipeFile = None,
+    assigned: AssignedToDistill = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Most steps of the student, 1 to 8; it also learns all fewer ones.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Student updates.")] = None,
     guidance: Annotated[float | None, typer.Option(help="The teacher's guidance; default: what it ships with.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, one prompt a line; default: the model's own.")
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA matrices of this rank, not all weights.")] = None,
-    student_lr: Annotated[float, typer.Option(help="Peak learning rate of the student.")] = 4e-6,
-    fake_lr: Annotated[float, typer.Option(help="Peak learning rate of the fake score; above the student's.")] = 2e-5,
-    horizon: Annotated[int, typer.Option(help="Walks start at this training timestep less one.")] = 800,
-    without: Annotated[list[str] | None, typer.Option(help="Switch off one of TDM's devices, for ablations.")] = None,
-    precision: Annotated[
-        str, typer.Option(help="Arithmetic: no (float32), bf16, fp16; auto: bf16 where the device multiplies in it.")
-    ] = "auto",
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
-    config: Config = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a student.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Distils a model to a few steps; prompts only, no pictures. Goes on where a killed run of the same request was."""
-    from ..quant.distill.options import DistillOptions
-    from .distill.distil import DistillRequest, devices_without, distil
-    from .progress import StageProgress
-    from .verify.table import show_remarks
+    from . import DistillRecipe, StageProgress, load_distill_recipe
+    from . import distill as run_distill
+    from .export.settings import with_values
+    from .export.verify.table import show_remarks
 
-    options = DistillOptions(
-        iterations=iterations, batch=batch, student_lr=student_lr, fake_lr=fake_lr,
-        devices=devices_without(without or []), seed=seed,
-    )  # fmt: skip
-    request = DistillRequest(
-        source, steps, method, options, guidance, prompts, lora_rank, horizon, precision, gradient_checkpointing, config
-    )
-    summary = distil(request, out, overwrite, StageProgress(quiet=as_json))
+    overrides = {
+        "teacher.source": source,
+        "teacher.config": config,
+        "teacher.guidance": guidance,
+        "distill.steps": steps,
+        "distill.iterations": iterations,
+        "distill.prompts": prompts,
+        "seed": seed,
+    }
+    asked = with_values(load_distill_recipe(recipe) if recipe else DistillRecipe(), overrides, assigned or ())
+    made = run_distill(asked, out, overwrite, StageProgress(quiet=as_json))
 
     def show(console: Console) -> None:
-        show_remarks((), summary["notes"], console)
-        console.print(f"model     {summary['model']}", soft_wrap=True)
+        show_remarks((), made.notes, console)
+        console.print(f"model     {made.folder}", soft_wrap=True)
 
-    _emit(summary, as_json, show)
+    _emit(made.summary(), as_json, show)
 
 
 @app.command()
@@ -192,41 +191,41 @@ def plan(
     source: OptionalSource = None,
     config: Config = None,
     target: TargetName = None,
-    deployment: Deployment = None,
     budget: Budget = None,
     recipe: RecipeFile = None,
+    assigned: Assigned = None,
     formats: Formats = None,
     pin: Pins = None,
     measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Says in seconds what fits a budget, from the model's configs alone: no weights are read."""
-    from .plan import plan_source, show_plan
+    from . import plan as run_plan
+    from .export.plan import show_plan
 
     overrides = {
         "model.source": source,
         "model.config": config,
         "target.name": target,
-        "target.coreml.deployment": deployment,
         "compress.budget": budget,
         "compress.formats": formats and formats.split(","),
         "compress.pin": _pins(pin),
     }
-    summary = plan_source(_recipe(recipe, overrides), measured)
-    _emit(summary, as_json, lambda console: show_plan(summary, console))
+    planned = run_plan(_recipe(recipe, overrides, assigned), measured)
+    _emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
 
 
 @app.command()
 def check(
-    artifact: Artifacts,
+    artifact: ArtifactFolders,
     cpu: Annotated[list[str] | None, typer.Option(help="Also on an emulated CPU, such as arm64:cortex-a76.")] = None,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
-    from .check import check as run_check
-    from .output.staging import artifacts_in
-    from .progress import StageProgress
+    from . import StageProgress
+    from . import check as run_check
+    from .export.output.staging import artifacts_in
 
     asked = StageProgress(quiet=as_json), cpu or (), cache
     results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
@@ -244,7 +243,7 @@ def check(
 
 @app.command()
 def generate(
-    artifact: Artifact,
+    artifact: ArtifactFolder,
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("out.png"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first noise.")] = 0,
@@ -258,18 +257,46 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Draws a picture from the artifact alone; PyTorch is not used."""
-    from .draw import draw
+    from . import Artifact
+    from .export.artifact import DEFAULT_STRENGTH
+    from .export.output.staging import refuse_file, write_atomically
 
-    result = draw(artifact, prompt, out, seed, steps, guidance, negative, size, image, strength, overwrite)
-    for warning in result["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
-    _emit(result, as_json, lambda console: console.print(f"{result['picture']}", soft_wrap=True))
+    refuse_file(out, overwrite)
+    if artifact.resolve() in out.resolve().parents:
+        raise TurbopocketError(f"output {out} is in the artifact, which would not match its manifest any more")
+    opened = Artifact.open(artifact)
+    start = time.monotonic()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        picture = opened.generate(prompt, seed, steps, guidance, negative, size, image, strength)
+    seconds = time.monotonic() - start
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    write_atomically(out, data.getvalue(), overwrite)
+    cautions = list(dict.fromkeys(str(warning.message) for warning in caught))
+    sampler = opened.manifest.sampler
+    result = {
+        "picture": str(out),
+        "prompt": prompt,
+        "seed": seed,
+        "size": f"{picture.width}x{picture.height}",
+        "steps": steps or sampler.steps,
+        "guidance": sampler.guidance_scale if guidance is None else guidance,
+        "seconds": round(seconds, 3),
+        "negative_prompt": negative,
+        "image": None if image is None else str(image),
+        "strength": DEFAULT_STRENGTH if image is not None and strength is None else strength,
+        "warnings": cautions,
+    }
+    for caution in cautions:
+        print(f"warning: {caution}", file=sys.stderr)
+    _emit(result, as_json, lambda console: console.print(str(out), soft_wrap=True))
 
 
 @app.command()
-def report(artifact: Artifact, as_json: AsJson = False) -> None:
+def report(artifact: ArtifactFolder, as_json: AsJson = False) -> None:
     """Writes report.html again from what the build measured."""
-    from .report.page import rewrite_report
+    from .export.report.page import rewrite_report
 
     path = rewrite_report(artifact)
     _emit({"report": str(path)}, as_json, lambda console: console.print(str(path), soft_wrap=True))
@@ -278,7 +305,7 @@ def report(artifact: Artifact, as_json: AsJson = False) -> None:
 @app.command()
 def formats(as_json: AsJson = False) -> None:
     """Lists formats × targets, with the reason beside every no."""
-    from .listings import format_rows, show_formats
+    from .export.listings import format_rows, show_formats
 
     rows = format_rows()
     _emit({"formats": rows}, as_json, lambda console: show_formats(rows, console))
@@ -287,7 +314,7 @@ def formats(as_json: AsJson = False) -> None:
 @app.command()
 def models(as_json: AsJson = False) -> None:
     """Lists the bundled models and the pipeline classes that load."""
-    from .listings import model_rows, show_models
+    from .export.listings import model_rows, show_models
 
     rows = model_rows()
     _emit(rows, as_json, lambda console: show_models(rows, console))
@@ -296,7 +323,7 @@ def models(as_json: AsJson = False) -> None:
 @arm64_app.command("setup")
 def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
     """Fetches the emulator, ARM libraries and a cross compiler (about 175 MB) into a cache folder; once."""
-    from ..runtimes.arm64.setup import default_cache, prepare
+    from .runtimes.arm64.setup import default_cache, prepare
 
     talk = Console(stderr=True, quiet=as_json)
     found = prepare(cache or default_cache(), lambda text: talk.print(text, highlight=False, soft_wrap=True))
@@ -306,12 +333,20 @@ def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
 @recipe_app.command("show")
 def recipe_show(
     name: Annotated[str | None, typer.Argument(help="A .toml file or a shipped recipe's name.")] = None,
+    assigned: Assigned = None,
+    of_distill: Annotated[bool, typer.Option("--distill", help="A recipe of `distill`, not of `build`.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Prints a recipe with every default filled in."""
-    from .recipe import Recipe, load_recipe
+    from . import DistillRecipe, Recipe, load_distill_recipe, load_recipe
+    from .export.settings import Section, with_values
 
-    shown = load_recipe(name) if name else Recipe()
+    shown: Section
+    if of_distill:
+        shown = load_distill_recipe(name) if name else DistillRecipe()
+    else:
+        shown = load_recipe(name) if name else Recipe()
+    shown = with_values(shown, {}, assigned or ())
     _emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
 
 
