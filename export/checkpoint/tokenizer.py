@@ -109,8 +109,10 @@ def _read(folder: Path, kind: TokenizerKind) -> Any:
             hint=f"pip install {kind.needs} protobuf, or have transformers save the tokenizer where they are installed",
         )
     for name in ("tokenizer.json", *kind.vocabulary, "added_tokens.json"):
-        if (folder / name).is_file() and (size_bytes := (folder / name).stat().st_size) > MOST_BYTES:
-            raise TurbopocketError(f"{folder / name} has {size_bytes:,} bytes; at most {MOST_BYTES:,} are read")
+        if not (folder / name).is_file():
+            continue
+        if not 0 < (size_bytes := (folder / name).stat().st_size) <= MOST_BYTES:
+            raise TurbopocketError(f"{folder / name} has {size_bytes:,} bytes; 1 to {MOST_BYTES:,} are read")
     tokenizer_class: Any = getattr(importlib.import_module("transformers"), kind.class_name)
     with one_sentence(f"{folder} cannot be read as a {kind.title} tokenizer"):
         tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True)

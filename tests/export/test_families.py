@@ -67,7 +67,7 @@ def test_modules_compute_exactly_what_diffusers_loads(checkpoint: str, request: 
 
 def test_an_sdxl_model_comes_with_all_its_settings(tiny_sdxl: Path) -> None:
     model = load(str(tiny_sdxl))
-    assert (model.name, model.family, model.folder, model.has_weights) == (
+    assert (model.name, model.family.name, model.folder, model.has_weights) == (
         "tiny_sdxl",
         "sdxl",
         tiny_sdxl,

@@ -128,7 +128,7 @@ def test_published_sd_1_unet_has_860_million_parameters(tmp_path: Path) -> None:
     files = FILES | {"model_index.json": SD_1_INDEX, "unet/config.json": SD_1_UNET}
     model = load_shapes(str(write_configs(tmp_path, files)))
     assert round(sum(p.numel() for p in model.modules["unet"].parameters()) / 1e6) == 860
-    assert (model.family, model.image_size, list(model.tokenizers)) == ("sd", (512, 512), ["text_encoder"])
+    assert (model.family.name, model.image_size, list(model.tokenizers)) == ("sd", (512, 512), ["text_encoder"])
 
 
 def test_a_folder_of_configs_alone_cannot_be_loaded_with_weights(sdxl_configs: Path) -> None:

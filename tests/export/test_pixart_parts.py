@@ -123,7 +123,7 @@ def test_the_onnx_file_computes_what_pytorch_computes_with_the_stored_weights(
         fitting = [f for f in map(parse_format, formats) if target.storable(f, layer.kind, layer.shape) is None]
         weight = component.module.get_parameter(f"{layer_name}.weight")
         weights[layer_name] = fitting[0].compress(weight, ABSMAX)
-        weight.copy_(weights[layer_name].decompress())
+        weight.copy_(fitting[0].decompress(weights[layer_name]))
     planned = target.lowered_bytes(graph, {layer_name: weight.format for layer_name, weight in weights.items()})
     spec = target.lower(graph, weights, tmp_path)
     assert planned == sum(path.stat().st_size for path in (tmp_path / name).iterdir())
