@@ -82,7 +82,7 @@ class _SharedSums:
         """The sum of layers whose only call was fed the same; else a new one."""
         key = layer.view, seen
         found = self.young.get(key)
-        if found is None or found.calls > 1 or found.pending is not None:
+        if found is None or found.calls > 1:
             found = self.young[key] = _Sum(layer.view, {layer})
             found.see(layer, seen, x)
         found.members.add(layer)
