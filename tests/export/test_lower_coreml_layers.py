@@ -61,7 +61,7 @@ class Layers(nn.Module):
 def component_of(model: nn.Module, *shape: int) -> Component:
     """A component of any model with one input, under the decoder's name, whose package takes any shape."""
     module = Passed("vae_decoder", model.eval())
-    return Component("vae_decoder", module, {"latent_sample": torch.zeros(2, *shape)}, ("sample",))
+    return Component("vae_decoder", module, {"latent_sample": torch.zeros(2, *shape)}, ("sample",), role="decoder")
 
 
 def compressed(component: Component, traced: target.TracedProgram, *names: str) -> dict[str, CompressedTensor]:

@@ -74,7 +74,7 @@ class Wrapped(ComponentModule):
 def component_of(model: nn.Module) -> Component:
     """Under the name of a component that every target knows."""
     sample = {"latent_sample": torch.zeros(2, 256, 2, 2)}
-    return Component(COMPONENT, Wrapped(COMPONENT, model.eval()), sample, ("sample",))
+    return Component(COMPONENT, Wrapped(COMPONENT, model.eval()), sample, ("sample",), role="decoder")
 
 
 @dataclass(frozen=True)
