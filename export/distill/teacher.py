@@ -15,7 +15,12 @@ LEAST_HORIZON = 100
 
 
 def require_plain(model: LoadedModel) -> None:
-    """Raises TurbopocketError for a teacher that is told its guidance: it is asked with and without a prompt here."""
+    """Raises TurbopocketError for a teacher without a UNet, which alone is trained here, and for one that is told its
+    guidance: it is asked with and without a prompt here."""
+    if "unet" not in model.modules:
+        raise TurbopocketError(
+            f"{model.name} can not be distilled: it has a {model.family.denoiser}, a teacher must have a UNet"
+        )
     config: Any = model.modules["unet"].config
     if config.time_cond_proj_dim is not None:
         raise TurbopocketError(

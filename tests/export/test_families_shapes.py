@@ -118,7 +118,7 @@ def test_shapes_of_sdxl_take_seconds_and_no_memory(sdxl_configs: Path) -> None:
 
 
 def test_shapes_carry_the_settings_of_the_pipeline(sdxl: LoadedModel, sdxl_configs: Path) -> None:
-    assert (sdxl.name, sdxl.family, sdxl.folder) == ("sdxl-base", "sdxl", sdxl_configs)
+    assert (sdxl.name, sdxl.family.name, sdxl.folder) == ("sdxl-base", "sdxl", sdxl_configs)
     assert (sdxl.image_size, sdxl.vae_scale_factor) == ((1024, 1024), 8)
     assert sdxl.scheduler_config["timestep_spacing"] == "leading"
     assert sdxl.pipeline_config["force_zeros_for_empty_prompt"] is True

@@ -44,7 +44,7 @@ def test_pipeline_further_down_is_found(below: str, tiny_sd: Path, tmp_path: Pat
     inside = tmp_path / "models--owner--name" / below / "revision"
     shutil.copytree(tiny_sd, inside)
     hint = _refused(tmp_path / "models--owner--name", "revision, which has one")
-    assert load(hint.removeprefix("give ")).family == "sd"
+    assert load(hint.removeprefix("give ")).family.name == "sd"
 
 
 def test_unet_folder_is_named_with_what_is_missing_and_where_it_may_be(tiny_sdxl: Path, tmp_path: Path) -> None:

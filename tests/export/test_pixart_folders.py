@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from turbopocket.export.checkpoint.hub import wanted_files
 from turbopocket.export.checkpoint.load import load, load_shapes, tokenizer_json
 from turbopocket.export.checkpoint.lora.file import LoraFile
+from turbopocket.export.distill.teacher import require_plain
 from turbopocket.export.families.tokenizers import T5
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.tokenizer import Tokenizer
@@ -234,6 +235,11 @@ def test_a_lora_is_refused_before_weights_are_read(sigma: Path) -> None:
     (sigma / TEXT_FILE).unlink()
     with pytest.raises(TurbopocketError, match=r"a LoRA was given for sigma, which has a transformer; allowed: LoRA"):
         load(str(sigma), [LoraFile(sigma / "lora.safetensors")])
+
+
+def test_it_is_no_teacher(sigma: Path) -> None:
+    with pytest.raises(TurbopocketError, match="it has a transformer, a teacher must have a UNet"):
+        require_plain(load_shapes(str(sigma)))
 
 
 def test_a_transformers_own_folder_and_file_are_no_models(sigma: Path) -> None:

@@ -12,6 +12,7 @@ from turbopocket.export.families.graphs import Component
 from turbopocket.export.families.t5 import bucket_bounds, t5_encoder_component
 from turbopocket.export.families.transformer import transformer_component
 from turbopocket.export.targets.onnx import program as target
+from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.layers import compressible_layers
@@ -120,7 +121,7 @@ def test_the_onnx_file_computes_what_pytorch_computes_with_the_stored_weights(
     inputs, graph = inputs_of(component), target.trace(component)
     weights = {}
     for layer_name, layer in graph.layers.items():
-        fitting = [f for f in map(parse_format, formats) if target.storable(f, layer.kind, layer.shape) is None]
+        fitting = [f for f in map(parse_format, formats) if Onnx().storable(f, layer.kind, layer.shape) is None]
         weight = component.module.get_parameter(f"{layer_name}.weight")
         weights[layer_name] = fitting[0].compress(weight, ABSMAX)
         weight.copy_(fitting[0].decompress(weights[layer_name]))
