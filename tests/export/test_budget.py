@@ -97,7 +97,8 @@ def test_small_files_that_are_there_are_counted_to_the_byte(target: str, tiny_sd
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     found = fixed_bytes(opened, model, components, model.image_size)
     weights = sum(math.prod(shape) for shape in shapes_of(layers_of(components)).values())
-    tensors = 2 * (sum(parameter_count(component) for component in components) - weights)
+    each_bytes = opened.graph_share.value
+    tensors = each_bytes * (sum(parameter_count(component) for component in components) - weights)
     assert found.counted == tensors + written
     assert {each.what for each in found.estimates} == {"graphs", "manifest"}
 
