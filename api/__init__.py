@@ -85,11 +85,10 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name when it is first asked for (PEP 562)."""
+    """Imports a public name when it is asked for (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
+    value: object = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return value
 
 
