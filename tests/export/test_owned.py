@@ -153,9 +153,7 @@ def test_the_run_of_a_distillation_is_not_a_builds(name: str, tmp_path: Path) ->
 def test_a_refused_build_does_no_work(
     tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turbopocket.export.build.build import build as module
-
-    monkeypatch.setattr(module, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("turbopocket.export.build.bench.load", lambda *_: pytest.fail("a model was loaded"))
     notes, thesis = precious(tmp_path / "mine.report", "notes.txt"), precious(tmp_path / "mine.run")
     for arguments in ((), ("--overwrite",)):
         ran = turbopocket("build", tiny_sd, "--out", tmp_path / "mine", *arguments)

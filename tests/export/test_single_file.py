@@ -50,7 +50,7 @@ def test_modules_are_those_that_diffusers_loads_from_the_same_file(
     ours = load(str(file), config=str(folder))
     assert _same(ours, _as_diffusers_loads(family, file, folder))
     assert _same(ours, load(str(folder)))
-    assert (ours.name, ours.family, ours.has_weights) == (file.stem, name, True)
+    assert (ours.name, ours.family.name, ours.has_weights) == (file.stem, name, True)
 
 
 def test_open_clip_text_encoder_of_sd_2_is_the_one_that_diffusers_loads(
