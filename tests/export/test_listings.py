@@ -89,7 +89,13 @@ def notes_of(text: str, part: int) -> dict[str, str]:
 def test_models_list_the_pipeline_classes_that_load() -> None:
     rows = listings.model_rows()
     classes = [row["pipeline_class"] for row in rows["pipelines"]]
-    assert classes == ["StableDiffusionXLPipeline", "StableDiffusionPipeline", "LatentConsistencyModelPipeline"]
+    assert classes == [
+        "StableDiffusionXLPipeline",
+        "StableDiffusionPipeline",
+        "LatentConsistencyModelPipeline",
+        "PixArtAlphaPipeline",
+        "PixArtSigmaPipeline",
+    ]
     assert json.loads(json.dumps(rows)) == rows
 
 

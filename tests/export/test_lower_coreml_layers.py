@@ -196,6 +196,19 @@ def test_what_can_not_be_stored_is_refused_with_a_reason(
     assert reason in str(STORES.storable(parse_format(name), kind_of(shape), shape, deployment))
 
 
+def test_what_coremltools_made_before_changes_no_name() -> None:
+    """It numbers values through all programs of a process: what failed, or was never converted, counted on."""
+    from coremltools.converters.mil.mil import Builder
+
+    found = []
+    for made_before in (0, 7):
+        Builder.name_count["concat"] = made_before
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(1), nn.Linear(128, 128), nn.Unflatten(1, (8, 4, 4)))
+        found.append(target.trace(component_of(model, 8, 4, 4)).operations)
+    assert found[0] == found[1]
+
+
 def test_a_layer_that_runs_twice_is_stored_once(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

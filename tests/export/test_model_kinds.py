@@ -40,7 +40,7 @@ def test_another_guidance_is_another_picture_of_an_lcm_and_a_negative_prompt_is_
     folder = checkpoint(tiny_sd, tmp_path / "model", unet=unet(time_cond_proj_dim=33), scheduler=LCM)
     told = drawer(folder, tmp_path / "art")
     assert np.abs(told.draw(guidance=2.0) - told.draw(guidance=9.0)).max() > 1e-3
-    with pytest.raises(TurbopocketError, match="no effect on model: its UNet is told the guidance, and asked once"):
+    with pytest.raises(TurbopocketError, match="no effect on model: its denoiser is told the guidance, and asked once"):
         told.draw(negative_prompt="green")
 
 

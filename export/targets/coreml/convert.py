@@ -39,6 +39,8 @@ def converted(
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "converted.mlpackage"
         with _quiet(), _translations():
+            # coremltools numbers values through all programs of a process, until one is converted without error.
+            Builder.name_count.clear()
             model = ct.convert(
                 traced,
                 inputs=[
