@@ -59,7 +59,8 @@ def test_arm_computes_the_bits_of_x86(
 ) -> None:
     emulator = open_emulator(emulator_cache)
     (tmp_path / "turbopocket").mkdir()
-    (tmp_path / "turbopocket" / "runtimes").symlink_to(ROOT / "runtimes")
+    for folder in ("ground", "runtimes"):
+        (tmp_path / "turbopocket" / folder).symlink_to(ROOT / folder)
     library = build_for_arm64(emulator, "codebook") / "libcodebook.so"
     there = hashes(
         emulator.command(
