@@ -106,13 +106,8 @@ def _process_pool(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
     with lifeline, held, ProcessPoolExecutor(count, context, _begin_worker, asked) as executor:
 
         def pool_map(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-            # What starts here, and is not yet at `_begin_worker`, has the signals blocked as well; and none comes
-            # between a worker's start and what it is told then, without which it ends in a traceback.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PARENTS_SIGNALS, signal.SIGTERM))
-            try:
+            with _signals_later():
                 waiting = deque(executor.submit(work, job) for job in jobs)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             # Not `executor.map`: it cancels what waits when its reader stops, and a pool that then loses its workers
             # has its thread fail on what is cancelled, with a traceback (Python 3.11.7, 3.12.1).
             while waiting:
@@ -124,6 +119,32 @@ def _process_pool(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
             executor.shutdown(wait=False, cancel_futures=True)  # or its thread would complain of what happens now
             held.close()
             raise
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """What tells this process to stop is heard after the block, in which workers start.
+
+    One that comes between a worker's start and what the worker is told then would have that end in a traceback. To
+    block signals is not enough, since another thread may take them, and Python then calls the handler in this one. It
+    is done as well, for the workers: they inherit it until `_begin_worker`.
+    """
+    asked = (*_PARENTS_SIGNALS, signal.SIGTERM)
+    heard: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in asked if callable(signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: heard.append(number))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in heard:
+        handlers[number](number, None)
 
 
 _PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP)

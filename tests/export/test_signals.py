@@ -106,7 +106,7 @@ def test_a_build_that_is_told_to_stop_leaves_nothing_and_nobody(
 
 
 STOPPED_WHILE_WORKERS_START = """
-import math, multiprocessing.util, os, signal
+import math, multiprocessing.util, os, signal, threading, time
 from turbopocket.export.signals import Stopped, stopped_by_signals
 from turbopocket.quant.workers import Workers
 
@@ -115,11 +115,18 @@ start = multiprocessing.util.spawnv_passfds
 def start_and_stop(*asked):
     child = start(*asked)
     if "resource_tracker" not in " ".join(map(str, asked[1])):
-        os.kill(os.getpid(), signal.SIGTERM)
+        another_thread = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGTERM))
+        another_thread.start()
+        another_thread.join()
     return child
+
+def wait():
+    while True:
+        time.sleep(60)
 
 if __name__ == "__main__":
     multiprocessing.util.spawnv_passfds = start_and_stop
+    threading.Thread(target=wait, daemon=True).start()  # it does not block signals, and may take them
     try:
         with stopped_by_signals(), Workers(2).open() as spread:
             list(spread(math.sqrt, range(100)))
