@@ -115,7 +115,7 @@ start = multiprocessing.util.spawnv_passfds
 def start_and_stop(*asked):
     child = start(*asked)
     if "resource_tracker" not in " ".join(map(str, asked[1])):
-        another_thread = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGTERM))
+        another_thread = threading.Thread(target=os.kill, args=(os.getpid(), NUMBER))
         another_thread.start()
         another_thread.join()
     return child
@@ -135,7 +135,8 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_that_are_just_starting_end_without_a_word(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(STOPPED_WHILE_WORKERS_START)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_workers_that_are_just_starting_end_without_a_word(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(STOPPED_WHILE_WORKERS_START.replace("NUMBER", str(int(number))))
     ran = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
     assert (ran.stdout, ran.stderr) == ("stopped\n", "")
