@@ -102,7 +102,7 @@ def _build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, 
         unverified = bench.target.inspect(artifact, manifest)
         notes = (*manifest.notes, *bench.target.notes(artifact, manifest), *size_notes(bench.model, manifest.sizes))
         built_bytes = folder_bytes(artifact)
-        require_budget(built_bytes, decided, recipe.target.name == "onnx" and recipe.target.onnx.prepacked)
+        require_budget(built_bytes, decided, bench.target.not_in_plan)
         keep(report, choices, ranges_of(stats), stored)
         data = ReportData(
             manifest=manifest,

@@ -73,11 +73,14 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def require_budget(built_bytes: int, decided: Plan, prepacked: bool) -> None:
-    """Raises OverBudget when the files came out larger than planned for: the budget holds on disk too."""
+def require_budget(built_bytes: int, decided: Plan, not_in_plan: str | None) -> None:
+    """Raises OverBudget when the files came out larger than planned for: the budget holds on disk too.
+
+    `not_in_plan` is what a target knows of bytes that its plans leave out.
+    """
     if decided.budget_bytes is not None and built_bytes > decided.budget_bytes:
         raise OverBudget(
             f"the files came to {built_bytes:,} bytes, {built_bytes - decided.budget_bytes:,} over the budget of "
             f"{decided.budget_bytes:,} bytes; planned were {decided.total_bytes:,}",
-            hint="prepacked weights are not in the plan: switch target.onnx.prepacked off" if prepacked else None,
+            hint=not_in_plan,
         )

@@ -176,6 +176,11 @@ class Target(ABC):
         """What a person should know of how the artifact ran on this machine, a line each."""
         return ()
 
+    @property
+    def not_in_plan(self) -> str | None:
+        """What the options add to the files that no plan counts, and what to do about it; None when nothing is."""
+        return None
+
     @abstractmethod
     def memory(self, folder: Path, component: str) -> MemoryFigures | None:
         """Measured memory of one component, None where only a device can tell."""

@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
+from turbopocket.export.build.manifest import require_budget
 from turbopocket.export.build.planning import best_fitting
+from turbopocket.export.targets.onnx.form import OnnxOptions
+from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.ground.errors import OverBudget
 from turbopocket.quant.formats import LayerFormat
 from turbopocket.quant.plan import Candidate, LayerChoices
@@ -60,3 +63,13 @@ def test_no_plan_that_fits_is_one_sentence_with_the_smallest(budget: int) -> Non
         f"{500 - budget} over the budget of {budget} bytes"
     )
     assert best_fitting(LAYERS, 500, {}, 0, bytes_beside(0, 40, once=100)).total_bytes == 500
+
+
+def test_files_larger_than_the_budget_are_refused_with_what_the_target_knows() -> None:
+    decided = best_fitting(LAYERS, 700, {}, 300, bytes_beside(0, 0))
+    require_budget(700, decided, None)
+    for prepacked, hint in ((False, None), (True, "prepacked weights are not in the plan")):
+        with pytest.raises(OverBudget, match="came to 701 bytes, 1 over the budget of 700 bytes") as raised:
+            require_budget(701, decided, Onnx(OnnxOptions(prepacked=prepacked)).not_in_plan)
+        assert (raised.value.hint or "").startswith(hint or "")
+        assert (raised.value.hint is None) == (hint is None)

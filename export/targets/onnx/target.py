@@ -123,6 +123,14 @@ class Onnx(Target):
                 to_pytorch = INT8_TO_PYTORCH
         return EmulatedRuntime(runner, Limits(max_relative_error=to_pytorch), Limits(max_relative_error=to_native))
 
+    @property
+    def not_in_plan(self) -> str | None:
+        return (
+            "prepacked weights are not in the plan: switch target.onnx.prepacked off"
+            if self.options.prepacked
+            else None
+        )
+
     def memory(self, folder: Path, component: str) -> MemoryFigures:
         return measure_memory(folder, component)
 
