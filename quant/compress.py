@@ -16,7 +16,7 @@ from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
 from .fit import Fit
 from .formats import CompressedTensor, parse_format
-from .layers import compressible_layers, weight_of
+from .layers import CompressedSource, compressible_layers, weight_from, weight_of, weight_shape
 from .observe import LayerStats, SecondMoment
 from .plan import Choice, Plan
 from .workers import Spread, in_turn
@@ -82,39 +82,41 @@ def decompressed(
 ) -> Iterator[None]:
     """While the block runs, the model has the stored weights; afterwards its own, also after an error.
 
-    Names are those of layers, and of parameters for the norms and biases that fine-tuning changed. TurbopocketError
-    naming a stored layer that the model lacks or has in another shape.
+    A layer decompresses its weight when it runs. Names are those of layers, and of parameters for the norms and biases
+    that fine-tuning changed. TurbopocketError naming a stored layer that the model lacks or has in another shape.
     """
-    found = {
-        name: parameter
-        for component, module in module_by_component.items()
-        for name, parameter in _storable(component, module)
-    }
-    missing = set(weights) - set(found)
+    layers, vectors = _storable(module_by_component)
+    missing = set(weights) - layers.keys() - vectors.keys()
     if missing:
         raise TurbopocketError(f"{len(missing)} stored layers are not in the model, the first is {min(missing)}")
     with ExitStack() as originals:
         for name, stored in weights.items():
-            weight = found[name]
-            if tuple(weight.shape) != stored.shape:
-                raise TurbopocketError(f"{name}: stored shape {list(stored.shape)}, the model has {list(weight.shape)}")
-            originals.callback(_assign, weight, weight.detach().clone())
-            _assign(weight, stored.format.decompress(stored))
+            shape = weight_shape(name, layers[name]) if name in layers else tuple(vectors[name].shape)
+            if shape != stored.shape:
+                raise TurbopocketError(f"{name}: stored shape {list(stored.shape)}, the model has {list(shape)}")
+            if name in layers:
+                originals.enter_context(weight_from(layers[name], CompressedSource(stored)))
+            else:
+                originals.callback(_assign, vectors[name], vectors[name].detach().clone())
+                _assign(vectors[name], stored.format.decompress(stored))
         yield
 
 
-def _storable(component: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights by the name of their layer, and one-dimensional parameters (norms and biases) by their own."""
-    for name, layer in compressible_layers(component, module).items():
-        yield name, weight_of(name, layer)
-    for path, parameter in module.named_parameters():
-        if parameter.ndim == 1:
-            yield f"{component}.{path}", parameter
+def _storable(module_by_component: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Layers, and one-dimensional parameters (norms and biases), by name."""
+    layers: dict[str, nn.Module] = {}
+    vectors: dict[str, Tensor] = {}
+    for component, module in module_by_component.items():
+        layers |= compressible_layers(component, module)
+        for path, parameter in module.named_parameters():
+            if parameter.ndim == 1:
+                vectors[f"{component}.{path}"] = parameter
+    return layers, vectors
 
 
-def _assign(weight: Tensor, values: Tensor) -> None:
+def _assign(vector: Tensor, values: Tensor) -> None:
     with torch.no_grad():
-        weight.copy_(values)
+        vector.copy_(values)
 
 
 def save_weights(path: Path, weights: Mapping[str, CompressedTensor]) -> None:

@@ -6,8 +6,7 @@ Measuring is slow and its result is saved; deciding (plan.py) only reads it.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
 from .fit import Fit
 from .formats import LayerFormat, matrix_view
-from .layers import weight_of
+from .layers import TensorSource, weight_from, weight_of
 from .observe import LayerStats, SecondMoment
 from .plan import Candidate, LayerChoices
 from .workers import Spread, in_turn
@@ -52,7 +51,7 @@ def measure(
             weight = weight_of(name, layers[name])
             gain = 0.0
             if fitted.smallest_loss > 0:
-                with _replaced(weight, fitted.smallest):
+                with weight_from(layers[name], TensorSource(fitted.smallest)):
                     gain = probe.relative_squared_error() / fitted.smallest_loss
             shape = tuple(weight.shape)
             losses = zip(formats, fitted.losses, strict=True)
@@ -127,16 +126,6 @@ def hessian_loss(error: Tensor, hessian_KK: Tensor) -> float:
     """tr[E H Eᵀ] of a weight error in the weight's own shape: mean squared change of the output."""
     error_OK = matrix_view(error)
     return max(0.0, float(((error_OK @ hessian_KK) * error_OK).sum(dtype=torch.float64)))
-
-
-@contextmanager
-def _replaced(weight: Tensor, stored: Tensor) -> Iterator[None]:
-    original = weight.detach().clone()
-    weight.copy_(stored)
-    try:
-        yield
-    finally:
-        weight.copy_(original)
 
 
 def estimate_from_shapes(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...ground.arrays import Arrays
 from ...ground.errors import ParityFailed, TurbopocketError
-from ...quant.account import layer_snr_db
 from ...quant.calibrate import ranges_of
 from ...quant.compress import compress, decompressed
 from ...quant.finetune import Calls, fine_tune
@@ -112,7 +111,7 @@ def _build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, 
             measurements=Measurements(
                 artifact_bytes=built_bytes,
                 parameters=sum(parameter_count(component) for component in bench.components),
-                layer_snr_db=layer_snr_db(weights, bench.layers, stats),
+                layer_snr_db=gaps.layer_snr_db,
                 fine_tuning=tuned,
                 compression=gaps.compression,
                 total=gaps.total,

@@ -67,6 +67,7 @@ def trace(component: Component, options: CoreMLOptions = DEFAULTS) -> TracedProg
     from .convert import converted
     from .precision import Fp32Region
 
+    component = component.without_weights()
     package = wrapped(component, options.unet_batch)
     region = Fp32Region(component.name, package.outputs, options.largest)
     with converted(package, compressible_paths(component), options.deployment, region) as (model, constants):
