@@ -17,7 +17,6 @@ from ...ground.names import CallPlace
 from .base import Observation
 from .vectors import InputView, digest_of
 
-
 STRIP_COLUMNS = 1024
 """The sum is symmetric, so of each strip of so many columns only the rows down to its diagonal are kept."""
 WAITING_FLOATS = 2**25
@@ -37,7 +36,7 @@ class Moment:
     count: int
 
     @property
-    def hessian_KK(self) -> Tensor:
+    def hessian_KK(self) -> Tensor:  # noqa: N802  K is a shape
         """The whole matrix; put together anew each time where there are several strips."""
         if len(self.strips) == 1:
             return self.strips[0]

@@ -6,7 +6,7 @@ B batch, I input channels, H W input size, Y X output size, K columns of the mat
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Self
 
 import torch
@@ -18,9 +18,9 @@ CHUNK_FLOATS = 2**23
 
 def digest_of(x: Tensor) -> bytes:
     """16 bytes that tell equal tensors, of equal shape, from all others."""
-    digest = blake2b(f"{x.dtype} {tuple(x.shape)}".encode(), digest_size=16)
+    digest = sha256(f"{x.dtype} {tuple(x.shape)}".encode())
     digest.update(x.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+    return digest.digest()[:16]
 
 
 @dataclass(frozen=True)
