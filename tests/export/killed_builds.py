@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds that are killed at random moments and started again until they end: argv is a recipe as JSON, a folder, the
-number of kills, a seed and the number of threads. Prints what was killed when, and the files that each build ended with.
+"""Builds that are killed at random moments and started again until they end.
+
+argv is a recipe as JSON, a folder, the number of kills, a seed and the number of threads. Prints what was killed when,
+and the files that each build ended with.
 """
 
 import json
