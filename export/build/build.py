@@ -141,11 +141,8 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         weights = _compress(bench, session, stats, decided, journal)
         stored, tuned = _fine_tune(bench, session, weights, decided, journal)
         reached("compress")
-        of_target = {
-            **_tuning_inputs(bench, session, decided, journal),
-            "target": recipe.target.model_dump(mode="json"),
-        }
-        bench, costs = _lowered(bench, stats, stored, artifact, of_target, journal)
+        made_from = _tuning_inputs(bench, session, decided, journal)
+        bench, costs = _lowered(bench, stats, stored, artifact, made_from, journal)
         reached("lower")
         gaps = _compare(bench, session, stored, ranges_of(stats), to_diffusers, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
@@ -163,7 +160,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
             measurements=Measurements(
                 artifact_bytes=built_bytes,
                 parameters=sum(parameter_count(component) for component in bench.components),
-                layer_snr_db=layer_snr_db(weights, bench.layers, stats),
+                layer_snr_db=layer_snr_db(stored, bench.layers, stats),
                 fine_tuning=tuned,
                 compression=gaps.compression,
                 total=gaps.total,
