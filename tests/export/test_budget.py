@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.build.candidates import candidate_formats
+from turbopocket.export.build.candidates import candidate_schemes
 from turbopocket.export.build.fixed_bytes import fixed_bytes
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.components import layers_of, parameter_count, shapes_of
@@ -27,7 +27,7 @@ SHAPES = {"unet.conv_in": (64, 4, 3, 3), "unet.mid.to_q": (64, 64), "unet.mid.to
 
 
 def test_pin_widens_only_the_layers_it_matches() -> None:
-    found = candidate_formats(Onnx(), SHAPES, ["int8-g32"], {"unet.conv_*": "fp16"})
+    found = candidate_schemes(Onnx(), SHAPES, ["int8-g32"], {"unet.conv_*": "fp16"})
     assert {name: [str(each) for each in formats] for name, formats in found.items()} == {
         "unet.conv_in": ["fp16"],
         "unet.mid.to_q": ["int8-g32"],
@@ -37,7 +37,7 @@ def test_pin_widens_only_the_layers_it_matches() -> None:
 
 def test_layer_without_any_format_is_named_with_every_reason() -> None:
     with pytest.raises(TurbopocketError, match=r"unet.conv_in: no format left .*multiple of .*32"):
-        candidate_formats(Onnx(), SHAPES, ["int8-g32"], {})
+        candidate_schemes(Onnx(), SHAPES, ["int8-g32"], {})
 
 
 def test_parts_of_a_plan_and_its_fixed_bytes_are_its_total() -> None:

@@ -30,14 +30,14 @@ def test_artifact_is_within_budget_and_as_large_as_planned(built: Any) -> None:
 
 
 def test_budget_bites(built: Any) -> None:
-    assert {choice.format for choice in built.plan.choices} == {"int4-g32", "int8-g32", "fp16"}
+    assert {choice.scheme for choice in built.plan.choices} == {"int4-g32", "int8-g32", "fp16"}
 
 
 def test_files_match_the_manifest(built: Any) -> None:
     manifest = load_manifest(built.folder)
     verify(built.folder, manifest)
     assert manifest.plan is not None
-    assert manifest.plan["formats"] == {choice.layer: choice.format for choice in built.plan.choices}
+    assert manifest.plan["schemes"] == {choice.layer: choice.scheme for choice in built.plan.choices}
 
 
 def test_lowering_gap_is_rounding_and_compression_gap_is_not(built: Any) -> None:

@@ -55,7 +55,7 @@ def choices(
 
 
 def loss_of(choices: LayerChoices, name: str) -> float:
-    return next(candidate.loss for candidate in choices.candidates if candidate.format == name)
+    return next(candidate.loss for candidate in choices.candidates if candidate.scheme == name)
 
 
 def test_predicted_loss_of_the_perturbed_format_is_the_error_of_the_model(
