@@ -4,7 +4,7 @@
 After compressed-tensors' QuantizationScheme (weights, input_activations, output_activations), as one string.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..ground.errors import TurbopocketError
 from .activations import ActivationFormat
@@ -59,14 +59,12 @@ def with_activations(weight: LayerFormat, activations: ActivationFormat) -> Sche
 def parse_scheme(text: str) -> Scheme:
     """The scheme of that name, the inverse of `str(scheme)`; TurbopocketError listing what there is."""
     name, *activations = text.split("+")
-    scheme = Scheme(parse_format(name))
+    weight = parse_format(name)
     found = [None if each == _FLOAT else _activations(text, each) for each in activations]
-    if len(found) == 1 and found[0] is not None:
-        scheme = with_activations(scheme.weight, found[0])
-    elif len(found) == 2:
-        scheme = replace(scheme, input=found[0], output=found[1])
-    elif found:
+    if len(found) > 2:
         raise TurbopocketError(f"`{text}` is not a scheme: after the weight format come activations, as in +a8-static")
+    first = found[0] if len(found) == 1 else None
+    scheme = Scheme(weight, *found) if first is None else with_activations(weight, first)
     if str(scheme) != text:
         raise TurbopocketError(f"`{text}` is written `{scheme}`")
     return scheme

@@ -141,6 +141,15 @@ def test_glob_pins_every_layer_it_matches_and_a_later_pin_overrides() -> None:
     assert [choice.scheme for choice in found.choices] == ["int4-row", "int8-row", "int8-row"]
 
 
+def test_a_pinned_weight_format_has_whichever_activations_there_are() -> None:
+    dynamic, static = {"int8-row+a8-dynamic": (8, 1.0)}, {"int8-row+a8-static": (8, 1.0)}
+    layers = [choice_of(f"unet.{at}", {"fp32": (16, 0.0), **own}) for at, own in enumerate((dynamic, static))]
+    found = plan(layers, None, 0, {"*": "int8-row"})
+    assert list(map(str, found.schemes.values())) == ["int8-row+a8-dynamic", "int8-row+a8-static"]
+    with pytest.raises(TurbopocketError, match=r"unet\.0: pinned to int8-row\+a8-static, its candidates are"):
+        plan(layers, None, 0, {"*": "int8-row+a8-static"})
+
+
 @pytest.mark.parametrize(
     ("pins", "message"),
     [
@@ -216,9 +225,17 @@ def test_saved_plan_loads_as_the_same_plan(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_text())["total_bytes"] == made.total_bytes
 
 
+def test_a_plan_of_schema_1_has_its_formats_for_schemes(tmp_path: Path) -> None:
+    made = plan(three_layers(), 40, 2)
+    old = made.to_json() | {"schema_version": 1}
+    old["choices"] = [{("format" if key == "scheme" else key): each[key] for key in each} for each in old["choices"]]
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    assert Plan.load(tmp_path / "plan.json") == made
+
+
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"schema_version": 2}', '{"schema_version": 1}', '{"schema_version": 1, "choices": [{}]}'],
+    ["{", "[]", '{"schema_version": 3}', '{"schema_version": 2}', '{"schema_version": 1, "choices": [{}]}'],
 )
 def test_file_that_is_no_plan_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
