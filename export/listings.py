@@ -67,7 +67,7 @@ def show_formats(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     operators = _marked((row["stored_as"] for row in rows if row["stored_as"]), ascii_lowercase)
     reasons = _marked((_reason(row) for row in rows if row["reason"]), map(str, count(1)))
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
     table.add_column("format", no_wrap=True)
     table.add_column("target", no_wrap=True)
     for layer in layers:
