@@ -52,7 +52,7 @@ Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, s
 Formats = Annotated[str | None, typer.Option(help="Candidate formats or schemes, comma-separated; see `formats`.")]
 LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
 Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help=LORA_HELP)]
-Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT, or a scheme, for layers that must keep it.")]
+Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT (or scheme) for layers that must keep it.")]
 
 SIZE_HELP = "WIDTHxHEIGHT of pictures in pixels, such as 768x512"
 Sizes = Annotated[
