@@ -93,14 +93,14 @@ def _plant_wrong_scale(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     honest = target.lower
 
-    def lower(traced: Any, weights: Any, folder: Path, options: Any) -> Any:
+    def lower(traced: Any, weights: Any, folder: Path, options: Any, schemes: Any) -> Any:
         changed = dict(weights)
         if layer in changed:
             stored = changed[layer]
             part = "scale" if "scale" in stored.parts else "weight"
             parts = {**stored.parts, part: stored.parts[part] * 1.2}
             changed[layer] = type(stored)(stored.format, stored.shape, parts)
-        return honest(traced, changed, folder, options)
+        return honest(traced, changed, folder, options, schemes)
 
     monkeypatch.setattr(target, "lower", lower)
 
