@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError, of_layer
 from .fit import Fit
-from .formats import CompressedTensor, parse_format
+from .formats import CompressedTensor
 from .layers import compressible_layers, weight_of
 from .observe import LayerStats, hessian_for
 from .plan import Choice, Plan
+from .scheme import parse_scheme
 from .store import WeightStore, save_weights
 from .workers import Spread, in_turn
 
@@ -26,7 +27,7 @@ def compress(
     stats: Mapping[str, LayerStats] | None = None,
     spread: Spread = in_turn,
 ) -> dict[str, CompressedTensor]:
-    """Every layer stored in the format the plan chose, in the plan's order; same input, same bytes.
+    """Every layer stored in the weight format the plan chose, in the plan's order; same input, same bytes.
 
     TurbopocketError naming the layer when plan and model list different layers, shapes or sizes, when a weight is
     NaN or infinite, or when the fit needs statistics that are not there.
@@ -49,7 +50,7 @@ def compress_to_files(
     that changes. Everything else that the bytes depend on has to be the same in all calls of one folder. `advance` is
     called after each layer.
     """
-    store = WeightStore(folder, {choice.layer: choice.format for choice in plan.choices})
+    store = WeightStore(folder, {name: scheme.weight for name, scheme in plan.schemes.items()})
     _require_same_layers(set(store), set(layers))
     missing = [choice for choice in plan.choices if not store.file(choice.layer).is_file()]
     for _ in range(len(plan.choices) - len(missing)):
@@ -90,10 +91,10 @@ def _job(layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mappi
 def _stored(job: _Job) -> CompressedTensor:
     choice = job.choice
     with of_layer(choice.layer):
-        stored = parse_format(choice.format).compress(job.weight, job.fit, job.hessian)
+        stored = parse_scheme(choice.scheme).weight.compress(job.weight, job.fit, job.hessian)
     if stored.nbytes != choice.nbytes:
         raise TurbopocketError(
-            f"{choice.layer}: {stored.nbytes:,} bytes in {choice.format}, the plan counts {choice.nbytes:,}"
+            f"{choice.layer}: {stored.nbytes:,} bytes in {choice.scheme}, the plan counts {choice.nbytes:,}"
         )
     return stored
 

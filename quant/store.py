@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
-from .formats import CompressedTensor, parse_format
+from .formats import CompressedTensor, LayerFormat, parse_format
 from .observe import OBSERVATIONS, InputIdentity, LayerStats, Observation
 
 OBSERVED_FILE = "observed.safetensors"
@@ -112,7 +112,7 @@ class WeightStore(Mapping[str, CompressedTensor]):
     A file is named by layer and format, so that one folder holds a layer in several.
     """
 
-    def __init__(self, folder: Path, formats: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, formats: Mapping[str, LayerFormat]) -> None:
         self.folder, self._formats = folder, formats
 
     def file(self, layer: str) -> Path:

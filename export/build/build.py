@@ -44,7 +44,7 @@ from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
 from .calibration import calibrated, calibration_drawing, drawing_inputs, fitting_inputs
-from .candidates import curve
+from .candidates import curve, with_schemes
 from .journal import Journal, RunFolder, Stage, opened
 from .lowered import lower_component
 from .manifest import final_manifest, folder_bytes, require_budget
@@ -135,16 +135,16 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         stats = calibrated(bench, session, journal)
         reached("calibrate")
         bench = with_ranges(bench, stats)
-        choices = _measure(bench, session, stats, journal)
+        choices = with_schemes(_measure(bench, session, stats, journal), bench.candidates)
         reached("measure")
         decided = planned(bench, stats, choices, artifact)
         weights = _compress(bench, session, stats, decided, journal)
         stored, tuned = _fine_tune(bench, session, weights, decided, journal)
         reached("compress")
         made_from = _tuning_inputs(bench, session, decided, journal)
-        bench, costs = _lowered(bench, stats, stored, artifact, made_from, journal)
+        bench, costs = _lowered(bench, stats, decided, stored, artifact, made_from, journal)
         reached("lower")
-        gaps = _compare(bench, session, stored, ranges_of(stats), to_diffusers, artifact)
+        gaps = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
@@ -239,7 +239,7 @@ def _compress(
 
 
 def _formats(decided: Plan) -> dict[str, str]:
-    return {choice.layer: choice.format for choice in decided.choices}
+    return {name: str(scheme.weight) for name, scheme in decided.schemes.items()}
 
 
 def _fine_tune(
@@ -302,6 +302,7 @@ def _tensors(arrays: Arrays, names: Iterable[str]) -> list[Tensor]:
 def _lowered(
     bench: Workbench,
     stats: Mapping[str, LayerStats],
+    decided: Plan,
     stored: Mapping[str, CompressedTensor],
     artifact: Path,
     inputs: Mapping[str, Any],
@@ -313,21 +314,25 @@ def _lowered(
         if bench.recipe.finetune.iterations:
             graphs = traced(bench.target, bench.components, bench.progress, "trace again")
             bench = with_ranges(replace(bench, traced=graphs), stats)
-        return _written(bench, stored, artifact, inputs, journal)
+        return _written(bench, decided, stored, artifact, inputs, journal)
 
 
 def _written(
     bench: Workbench,
+    decided: Plan,
     stored: Mapping[str, CompressedTensor],
     artifact: Path,
     inputs: Mapping[str, Any],
     journal: Journal,
 ) -> tuple[Workbench, dict[str, LoweringCost]]:
     specs, costs = {}, {}
-    asked = {**inputs, "target": bench.recipe.target.model_dump(mode="json")}
+    schemes = {choice.layer: choice.scheme for choice in decided.choices}
+    asked = {**inputs, "target": bench.recipe.target.model_dump(mode="json"), "schemes": schemes}
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for name, graph in bench.traced.items():
-            lowered = lower_component(bench.target, name, graph, stored, asked, journal)
+            lowered = lower_component(
+                bench.target, graph, stored, decided.schemes, {**asked, "component": name}, journal
+            )
             specs[name], costs[name] = lowered.spec, lowered.cost
             copytree(lowered.files, artifact, dirs_exist_ok=True)
             advance()
@@ -337,17 +342,18 @@ def _written(
 def _compare(
     bench: Workbench,
     session: Session,
+    decided: Plan,
     stored: Mapping[str, CompressedTensor],
     ranges: Mapping[str, Ranges],
     to_diffusers: ToDiffusers,
     artifact: Path,
 ) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
-    weights = {name: stored[name] for name in bench.layers}
-    limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(weights)
+    weights, schemes = {name: stored[name] for name in bench.layers}, decided.schemes
+    limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(schemes)
     runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
-        as_run = [bench.target.as_run(component, weights, ranges) for component in bench.components]
+        as_run = [bench.target.as_run(component, weights, ranges, schemes) for component in bench.components]
         gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, to_diffusers, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")

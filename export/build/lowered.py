@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ...ground.files import write_whole
 from ...quant.formats import CompressedTensor
+from ...quant.scheme import Scheme
 from ...runtimes.manifest import ComponentSpec
 from ..report.page import LoweringCost
 from ..targets.base import Target, Traced
@@ -43,13 +44,13 @@ class Lowered:
 
 def lower_component(
     target: Target,
-    name: str,
     graph: Traced,
     stored: Mapping[str, CompressedTensor],
+    schemes: Mapping[str, Scheme],
     inputs: Mapping[str, Any],
     journal: Journal,
 ) -> Lowered:
-    """Writes a component, whose graph is `graph`. `inputs` are what graphs and weights depend on, and the target."""
+    """Writes the component of a graph. `inputs` are what graphs and weights depend on, the target, and which it is."""
 
     def make(folder: Path) -> None:
         start = time.monotonic()
@@ -57,13 +58,13 @@ def lower_component(
         if files.exists():  # half of them, of a build that was killed
             rmtree(files)
         files.mkdir()
-        spec = target.lower(graph, {layer: stored[layer] for layer in graph.layers}, files)
+        spec = target.lower(graph, {layer: stored[layer] for layer in graph.layers}, files, schemes)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
         told = _Told(spec=spec, cost=LoweringCost(seconds=time.monotonic() - start, peak_bytes=peak_bytes))
         with write_whole(folder / _TOLD) as file:
             file.write_text(told.model_dump_json(), encoding="utf-8")
 
     tools = {tool: metadata.version(tool) for tool in target.tools}
-    folder = journal.product("lower", {**inputs, "component": name, "tools": tools}, make)
+    folder = journal.product("lower", {**inputs, "tools": tools}, make)
     told = _Told.model_validate_json((folder / _TOLD).read_text(encoding="utf-8"))
     return Lowered(folder / _FILES, told.spec, told.cost)
