@@ -82,6 +82,7 @@ class BlockTape:
 
         return call
 
+    @property
     def kept_bytes(self) -> int:
         """Bytes of what the recorded calls gave."""
         outputs = [each for call in self.calls for each in call.outputs if isinstance(each, Tensor)]
@@ -129,7 +130,7 @@ class BlockTape:
         by_layer: list[list[Tensor]] = [[] for _ in seen]
         for of_vector in gradients:
             given = [(out, each) for out, each in zip(outputs, of_vector, strict=True) if each is not None]
-            ends, each_gradient = zip(*given, strict=True) if given else ((), ())
+            ends, each_gradient = zip(*given, strict=True)
             found = torch.autograd.grad(ends, wanted, each_gradient, retain_graph=True, materialize_grads=True)
             in_inputs: Gradients = [None] * len(inputs)
             for index, gradient in zip(asked, found, strict=False):

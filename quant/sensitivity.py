@@ -68,7 +68,7 @@ def measure(
     output: RowwiseOutput,
     vectors: int = VECTORS,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda rows: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerChoices]:
     """Predicted loss of every layer in each candidate format: ||J dW||² / ||y||², to first order what y changes by.
 
@@ -78,11 +78,13 @@ def measure(
     no gradient of a weight is made. Rows do not see each other, so each is a sample of its own: S vectors give S·R. All
     candidates of all layers are measured with the same vectors, which are a function of `seed` and the rows.
 
-    A layer with one candidate is not measured and has loss 0: nothing is decided about it. `advance` is told of rows
-    that are done. TurbopocketError when y is zero or not finite.
+    A layer with one candidate is not measured and has loss 0: nothing is decided about it. `advance` is called for each
+    row that is done. TurbopocketError when y is zero or not finite.
     """
     sums = _Losses(layers, candidates, stored)
     generator = torch.Generator().manual_seed(seed)
+    if not sums.measured:
+        return sums.choices(1.0)
     first, at_once, energy = 0, 1, 0.0
     while first < output.rows:
         rows = min(at_once, output.rows - first)
@@ -92,14 +94,15 @@ def measure(
         energy += float(y.detach().square().sum(dtype=torch.float64))
         if not 0 < energy < float("inf"):
             raise TurbopocketError(f"output of the uncompressed model has energy {energy}, expected over 0")
-        at_once = max(1, KEPT_BYTES * rows // tape.kept_bytes())
+        at_once = max(1, KEPT_BYTES * rows // tape.kept_bytes)
         drawn = torch.stack([torch.randn(vectors, *y.shape[1:], generator=generator) for _ in range(rows)], dim=1)
         with torch.no_grad():
-            for call in tape.backward(y, drawn):
+            for call in tape.backward(y, drawn.unbind()):
                 sums.add(call, rows)
         sums.end_rows()
         first += rows
-        advance(rows)
+        for _ in range(rows):
+            advance()
     return sums.choices(energy)
 
 

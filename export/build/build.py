@@ -24,7 +24,7 @@ from ...quant.formats import CompressedTensor
 from ...quant.observe import LayerStats
 from ...quant.plan import LayerChoices, Plan
 from ...quant.ranges import Ranges
-from ...quant.sensitivity import measure
+from ...quant.sensitivity import compress_candidates, measure
 from ...quant.sequential import compress_in_blocks
 from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
@@ -159,17 +159,22 @@ def _compress(
 
 def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]) -> dict[str, LayerChoices]:
     """Predicted loss of each layer in each format the target can store."""
-    prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
-    choices: dict[str, LayerChoices] = {}
     fit = bench.fit(measuring_fit(parse_fit(bench.recipe.compress.fit)))
-    with bench.progress.stage("measure", len(bench.layers)) as advance:
+    stored: dict[str, tuple[CompressedTensor, ...]] = {}
+    with bench.progress.stage("try formats", len(bench.layers)) as advance:
+        for name, tried in compress_candidates(bench.layers, stats, bench.formats, fit, bench.spread):
+            stored[name] = tried
+            advance()
+    prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
+    with bench.progress.stage("probe", len(prompts)) as advance:
         probing = replace(session, prompts=prompts).of_one_size()  # whose calls go in one batch
-        probe = make_probe(probing, torch_runner(bench.components), PROBE_STEPS)
-        for component in bench.components:
-            own = {name: formats for name, formats in bench.formats.items() if component_name(name) == component.name}
-            outputs = probe.outputs_after(component.name)
-            choices |= measure(bench.layers, stats, own, outputs, fit, bench.spread, advance)
-    return choices
+        outputs = make_probe(probing, bench.components, PROBE_STEPS, advance).outputs()
+    choices: dict[str, LayerChoices] = {}
+    with bench.progress.stage("measure", sum(output.rows for _, output in outputs)) as advance:
+        for components, output in outputs:
+            own = {name: formats for name, formats in bench.formats.items() if component_name(name) in components}
+            choices |= measure(bench.layers, own, stored, output, seed=bench.recipe.seed, advance=advance)
+    return {name: choices[name] for name in bench.formats}
 
 
 def _fine_tune(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A few points of the sampling trajectory at which the harm of a perturbed layer is felt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Probe:
             found.append((read, self._rowwise(read, len(self.samples), self._middle)))
         return found
 
-    def _rowwise(self, names: Sequence[str], rows: int, run: Any) -> RowwiseOutput:
+    def _rowwise(self, names: Sequence[str], rows: int, run: Callable[[slice], Tensor]) -> RowwiseOutput:
         blocks = [block for name in names for block in self.components[name].blocks().values()]
         return RowwiseOutput(rows, run, blocks)
 
@@ -72,7 +72,8 @@ class Probe:
 
     def _middle(self, rows: slice) -> Tensor:
         encoder = self.pipeline.encoder
-        assert encoder is not None and self.samples is not None
+        assert encoder is not None
+        assert self.samples is not None
         output = self._run(encoder.component, _tensors({encoder.picture: self.samples}, rows))[encoder.output]
         return output if encoder.gives == "latents" else output.chunk(2, dim=1)[0]
 
@@ -87,8 +88,13 @@ def _tensors(arrays: Arrays, rows: slice) -> dict[str, Tensor]:
     return {name: torch.from_numpy(values[rows]) for name, values in arrays.items()}
 
 
-def make_probe(session: Session, components: Sequence[Component], steps: int) -> Probe:
-    """Draws every prompt of the session once; returns a Probe at up to `steps` timesteps of each drawing."""
+def make_probe(
+    session: Session, components: Sequence[Component], steps: int, advance: Callable[[], None] = lambda: None
+) -> Probe:
+    """Draws every prompt of the session once; returns a Probe at up to `steps` timesteps of each.
+
+    `advance` is called after each.
+    """
     pipeline = session.manifest.pipeline
     runner = torch_runner(components)
     rows: list[Arrays] = []
@@ -108,6 +114,7 @@ def make_probe(session: Session, components: Sequence[Component], steps: int) ->
                 latents.append(call.inputs[pipeline.decoder.latents])
             if pipeline.encoder is not None and call.component == pipeline.encoder.component:
                 samples.append(call.inputs[pipeline.encoder.picture])
+        advance()
     return Probe(
         {component.name: component for component in components},
         pipeline,
