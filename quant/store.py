@@ -5,7 +5,7 @@ Tensors are views of mapped files: memory that the system may take back.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class WeightStore(Mapping[str, CompressedTensor]):
 
     def file(self, layer: str) -> Path:
         """Where a layer's weight is, or would be."""
-        return self.folder / f"{layer}@{self._formats[layer]}.safetensors"
+        return _weight_file(self.folder, layer, self._formats[layer])
 
     def __getitem__(self, layer: str) -> CompressedTensor:
         return load_weights(self.file(layer))[layer]
@@ -127,6 +127,34 @@ class WeightStore(Mapping[str, CompressedTensor]):
 
     def __len__(self) -> int:
         return len(self._formats)
+
+
+class CandidateStore(Mapping[str, Sequence[CompressedTensor]]):
+    """Layers as each of their formats stores them, a file each, named as in a `WeightStore`."""
+
+    def __init__(self, folder: Path, formats: Mapping[str, Sequence[LayerFormat]]) -> None:
+        self.folder, self._formats = folder, formats
+
+    def file(self, layer: str, format: LayerFormat) -> Path:
+        """Where a layer's weight in a format is, or would be."""
+        return _weight_file(self.folder, layer, format)
+
+    def has(self, layer: str) -> bool:
+        """Whether a layer is there in all its formats; one of which none is kept is."""
+        return all(self.file(layer, each).is_file() for each in self._formats.get(layer, ()))
+
+    def __getitem__(self, layer: str) -> Sequence[CompressedTensor]:
+        return [load_weights(self.file(layer, each))[layer] for each in self._formats[layer]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._formats)
+
+    def __len__(self) -> int:
+        return len(self._formats)
+
+
+def _weight_file(folder: Path, layer: str, format: LayerFormat) -> Path:
+    return folder / f"{layer}@{format}.safetensors"
 
 
 def save_weights(path: Path, weights: Mapping[str, CompressedTensor]) -> None:

@@ -18,12 +18,12 @@ from ...quant.account import layer_snr_db
 from ...quant.calibrate import ranges_of
 from ...quant.compress import compress_to_files, decompressed
 from ...quant.finetune import Calls, fine_tune
-from ...quant.fit import measuring_fit, parse_fit
+from ...quant.fit import Fit, measuring_fit, parse_fit
 from ...quant.formats import CompressedTensor
 from ...quant.observe import LayerStats
 from ...quant.plan import LayerChoices, Plan
 from ...quant.ranges import Ranges
-from ...quant.sensitivity import load_choices, measure, save_choices
+from ...quant.sensitivity import candidates_to_files, load_choices, measure, save_choices
 from ...quant.sequential import compress_in_blocks
 from ...quant.store import load_weights, save_weights
 from ...quant.workers import IN_TURN, Workers
@@ -34,7 +34,7 @@ from ..families.components import component_name, group_name, parameter_count
 from ..families.sizes import size_notes
 from ..output.kept import CHOICES_FILE, WEIGHTS_FILE
 from ..output.kept import keep as keep_measured
-from ..output.owned import refuse_build, refuse_journal, write_record
+from ..output.owned import refuse_build, refuse_journal, remove_journal, write_record
 from ..output.staging import Claim, claimed, output_path, report_folder, run_folder
 from ..progress import StageProgress
 from ..recipe import Recipe
@@ -209,17 +209,29 @@ def _measure(
     }
 
     def make(folder: Path) -> None:
-        choices: dict[str, LayerChoices] = {}
         probing = replace(session, prompts=prompts).of_one_size()  # whose calls go in one batch
-        probe = make_probe(probing, torch_runner(bench.components), PROBE_STEPS)
-        for component in bench.components:
-            own = {name: formats for name, formats in bench.formats.items() if component_name(name) == component.name}
-            outputs = probe.outputs_after(component.name)
-            choices |= measure(bench.layers, stats, own, outputs, fit, bench.spread, advance)
-        save_choices(folder / CHOICES_FILE, choices)
+        kept = journal.store("compress", fitting_inputs(bench, session, journal, fit))
+        save_choices(folder / CHOICES_FILE, _measured(bench, probing, stats, fit, kept))
+        if fit.name != bench.recipe.compress.fit:  # else these are what is shipped
+            remove_journal(journal.folder, kept)
 
-    with bench.progress.stage("measure", len(bench.layers)) as advance:
-        return load_choices(journal.product("measure", inputs, make) / CHOICES_FILE)
+    return load_choices(journal.product("measure", inputs, make) / CHOICES_FILE)
+
+
+def _measured(
+    bench: Workbench, probing: Session, stats: Mapping[str, LayerStats], fit: Fit, kept: Path
+) -> dict[str, LayerChoices]:
+    with bench.progress.stage("try formats", len(bench.layers)) as advance:
+        asked = bench.layers, stats, bench.formats, fit, kept
+        stored = candidates_to_files(*asked, bench.spread, advance)
+    with bench.progress.stage("probe", len(probing.prompts)) as advance:
+        outputs = make_probe(probing, bench.components, PROBE_STEPS, advance).outputs()
+    choices: dict[str, LayerChoices] = {}
+    with bench.progress.stage("measure", sum(output.rows for _, output in outputs)) as advance:
+        for components, output in outputs:
+            own = {name: formats for name, formats in bench.formats.items() if component_name(name) in components}
+            choices |= measure(bench.layers, own, stored, output, seed=bench.recipe.seed, advance=advance)
+    return {name: choices[name] for name in bench.formats}
 
 
 def _compress(
