@@ -19,7 +19,7 @@ from .observe.vectors import digest_of
 from .store import save_tensors
 
 CALLS_FILE = "calls.json"
-_PLAIN = (bool, int, float, str, type(None))
+_KEPT = (Tensor, bool, int, float, str, type(None))
 
 
 class BlockInputs:
@@ -77,7 +77,7 @@ class BlockInputs:
     def _write(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Keeps one call; False, and nothing kept, when it can not be."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        if not all(isinstance(leaf, Tensor | _PLAIN) for leaf in leaves):
+        if not all(isinstance(leaf, _KEPT) for leaf in leaves):
             return False
         try:
             described = pytree.treespec_dumps(structure)
