@@ -117,23 +117,28 @@ def opened(path: Path, keep: bool | None, progress: StageProgress | None) -> Ite
     `progress` is told, by default on stderr.
     Raises TurbopocketError when another process works in it.
     """
-    with suppress(FileExistsError):
-        path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        _lock(held, path)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{path} is in use by another build", hint="wait for it, or give another --run") from None
-        except OSError:  # a file system without locks: what two builds write there is the same
-            pass
-        run = RunFolder(path, progress or StageProgress())
-        yield run
-        run.finish(keep)
+            run = RunFolder(path, progress or StageProgress())
+            yield run
+            run.finish(keep)
+        finally:
+            with suppress(OSError):  # not empty
+                path.rmdir()
     finally:
         os.close(held)
-        with suppress(OSError):  # not empty
-            path.rmdir()
+
+
+def _lock(held: int, path: Path) -> None:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy(f"{path} is in use by another build", hint="wait for it, or give another --run") from None
+    except OSError:  # a file system without locks: what two builds write there is the same
+        pass
 
 
 def clean(out: Path, run: Path | None = None) -> tuple[Path, int]:

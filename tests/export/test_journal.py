@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,25 +185,24 @@ def test_a_model_that_has_changed_is_measured_anew_and_said_once(
     assert len(set(told)) == 1  # what nobody can use any more is gone
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """Lets no file grow over so many bytes, as a full disk would not; until the test ends, or it says -1."""
+@contextmanager
+def small_files(nbytes: int) -> Iterator[None]:
+    """While the block runs, no file grows over so many bytes, as if the disk were full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if nbytes < 0 else nbytes, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("nbytes", [100, 3_000, 100_000])
-def test_a_full_disk_is_said_in_one_sentence_and_nothing_is_lost(
-    nbytes: int, recipe: Recipe, tmp_path: Path, small_files: Callable[[int], None]
-) -> None:
+def test_a_full_disk_is_said_in_one_sentence_and_nothing_is_lost(nbytes: int, recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "art"
     staged(recipe, out, "calibrate")
     kept = {path: path.read_bytes() for path in (tmp_path / "art.run").rglob("*") if path.is_file()}
-    small_files(nbytes)
-    with pytest.raises(TurbopocketError, match="can not write"):
+    with pytest.raises(TurbopocketError, match="can not write"), small_files(nbytes):
         staged(recipe, out, "lower")
-    small_files(-1)
     assert {path: path.read_bytes() for path in kept} == kept
     assert not [path for path in (tmp_path / "art.run").rglob("*.partial") if path.is_file()]
     staged(recipe, out, "lower")
@@ -216,6 +216,10 @@ def test_two_builds_do_not_work_in_one_folder(tmp_path: Path) -> None:
         journal.opened(tmp_path / "art.run", True, quiet),
     ):
         pass
+    with journal.opened(tmp_path / "art.run", True, quiet) as held:
+        with pytest.raises(TurbopocketError), journal.opened(held.path, True, quiet):
+            pass
+        assert held.path.is_dir()  # the one who is refused takes nothing away
     assert not (tmp_path / "art.run").exists()
 
 

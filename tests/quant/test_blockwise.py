@@ -92,7 +92,7 @@ def test_statistics_are_those_of_all_layers_at_once_to_the_bit(mode: Any, tmp_pa
 
 def test_layers_of_all_blocks_that_read_the_same_have_one_file_and_inputs_are_gone_in_the_end(tmp_path: Path) -> None:
     stats = in_files(Model(), tmp_path)
-    # Of eleven layers: first, the text that both blocks read, and for each block its own input and its picture.
+    # Of nine layers: first, the text that both blocks read, and for each block its own input and its picture.
     assert len(list(tmp_path.glob("second_moment-*"))) == 1 + 1 + 2 * 2
     assert len(stats) == 9
     assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir() if path.is_dir()) == []
