@@ -12,7 +12,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, field_validator, mo
 
 from ..quant.finetune import FineTuneOptions
 from ..quant.fit import parse_fit
-from ..quant.formats import parse_format
+from ..quant.scheme import parse_scheme
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import SamplerKind
@@ -62,9 +62,9 @@ class ExecuTorchSection(Section):
     """How ExecuTorch programs are to run."""
 
     activations: Literal["dynamic", "static"] = "dynamic"
-    """How 8-bit layers round their inputs: in steps found while they run, or in steps chosen by calibration.
+    """How 8-bit layers whose format does not say it round inputs: with scales found while they run, or by calibration.
 
-    Static steps round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay dynamic.
+    Static scales round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay dynamic.
     """
     weights: Literal["inside", "apart"] = "inside"
     """Whether a program holds its constants, or a .ptd file beside it does, which can be sent and mapped by itself."""
@@ -101,12 +101,13 @@ class CompressSection(Section):
     budget: str | None = None
     """Bytes of the whole artifact, such as "8MB"; without it every layer takes its best format."""
     formats: tuple[str, ...] = ("fp16", "int8-g32", "int4-g32", "int8-row", "int4-row")
+    """Weight formats, whose activations are left to the target, or whole schemes such as "int8-row+a8-static"."""
     fit: str = "gptq"
     """How values are chosen: absmax, mse, gptq (error feedback), or vqdm (gptq, and a tree search for `avq`)."""
     sequential: bool = False
     """Fit block by block, each to the inputs that the stored blocks before it cause; a killed build goes on there."""
     pin: Mapping[str, str] = Field(default_factory=dict)
-    """Glob over layer names to format, such as {"unet.conv_out" = "fp16"}."""
+    """Glob over layer names to format or scheme, such as {"unet.conv_out" = "fp16"}."""
 
     @field_validator("budget")
     @classmethod
@@ -118,15 +119,21 @@ class CompressSection(Section):
     @field_validator("formats")
     @classmethod
     def _formats_are_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        first: dict[str, str] = {}
         for text in values:
-            parse_format(text)
+            weight = str(parse_scheme(text).weight)
+            if first.setdefault(weight, text) != text:
+                raise ValueError(
+                    f"{first[weight]} and {text} store a weight alike, and losses are of weights alone: "
+                    "ask for one, and pin layers to the other"
+                )
         return values
 
     @field_validator("pin")
     @classmethod
-    def _pinned_formats_are_known(cls, values: Mapping[str, str]) -> Mapping[str, str]:
+    def _pinned_schemes_are_known(cls, values: Mapping[str, str]) -> Mapping[str, str]:
         for text in values.values():
-            parse_format(text)
+            parse_scheme(text)
         return values
 
     @field_validator("fit")
@@ -181,6 +188,8 @@ class CalibrateSection(Section):
     pictures: int = Field(default=16, ge=1, le=4096)
     prompts: Path | None = None
     """A text file, one prompt a line; without it the model's own training prompts, or the built-in list."""
+    decoded_pixels: int = Field(default=2**21, ge=1)
+    """The VAE runs until it has had so many pixels, eight pictures of 512 x 512; the rest of the model sees all."""
 
 
 class ParitySection(Section):

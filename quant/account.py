@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ground.names import LayerName
-from .formats import CompressedTensor, Dense, parse_format
-from .layers import CompressedSource, WeightSource
+from .formats import CompressedTensor, Dense
+from .layers import CompressedSource, WeightSource, output_without_bias
 from .plan import Choice
+from .scheme import parse_scheme
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ def account(choices: Iterable[Choice]) -> Account:
     weights, part_bytes, kept = 0, dict[str, int](), []
     counted: set[tuple[str, str, str]] = set()
     for choice in choices:
-        layer_format = parse_format(choice.format)
+        layer_format = parse_scheme(choice.scheme).weight
         weights += math.prod(choice.shape)
         if isinstance(layer_format, Dense):
             kept.append(choice.layer)
         for part, spec in layer_format.part_specs(choice.shape).items():
             if part in layer_format.shared_parts:
-                shared = LayerName.parse(choice.layer).component, choice.format, part
+                shared = LayerName.parse(choice.layer).component, str(layer_format), part
                 if shared in counted:
                     continue
                 counted.add(shared)
@@ -86,13 +86,10 @@ class _Errors:
     def see(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """A forward hook."""
         error, x, bias = self.stored.dense() - layer.weight, inputs[0], layer.bias
-        if isinstance(layer, nn.Conv2d):
-            change = layer._conv_forward(x, error, None)
-            bias = bias if bias is None else bias[:, None, None]
-        else:
-            change = F.linear(x, error)
+        if bias is not None and isinstance(layer, nn.Conv2d):
+            bias = bias[:, None, None]
         self.calls += 1
-        self.noise += _energy(change)
+        self.noise += _energy(output_without_bias(layer, error, x))
         self.signal += _energy(output if bias is None else output - bias)
 
     @property

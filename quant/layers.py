@@ -13,10 +13,12 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..ground.errors import TurbopocketError
 from ..ground.names import LayerName
@@ -55,6 +57,13 @@ def _require_compressible(name: str, layer: nn.Module) -> None:
         raise TurbopocketError(f"{name}: {type(layer).__name__} is not a Linear or a Conv2d with groups=1")
 
 
+def output_without_bias(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """What a Linear or Conv2d makes of `x` with another weight of its shape, and without its bias."""
+    if isinstance(layer, nn.Conv2d):
+        return layer._conv_forward(x, weight, None)
+    return functional.linear(x, weight)
+
+
 class WeightSource(ABC):
     """Where layers get one weight from; it does not change."""
 
@@ -88,15 +97,18 @@ class _Kept:
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self._lock = RLock()  # a source may be collected while another is counted
 
     def take(self, nbytes: int) -> bool:
-        if self.nbytes + nbytes > KEPT_BYTES:
-            return False
-        self.nbytes += nbytes
-        return True
+        with self._lock:
+            if self.nbytes + nbytes > KEPT_BYTES:
+                return False
+            self.nbytes += nbytes
+            return True
 
     def give_back(self, nbytes: int) -> None:
-        self.nbytes -= nbytes
+        with self._lock:
+            self.nbytes -= nbytes
 
 
 _KEPT = _Kept()
