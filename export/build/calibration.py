@@ -13,7 +13,7 @@ from ...ground.arrays import Arrays
 from ...ground.names import at_place
 from ...quant.blockwise import calibrate_to_files
 from ...quant.fit import Fit, measuring_fit, parse_fit
-from ...quant.observe import OBSERVATIONS, SecondMoment, needed_by
+from ...quant.observe import OBSERVATIONS, needed_by
 from ...quant.store import Kind, StatsStore
 from ...runtimes.manifest import Manifest
 from ...runtimes.runner import Runner
@@ -26,7 +26,7 @@ from .journal import Journal
 def calibrated(bench: Workbench, session: Session, journal: Journal) -> StatsStore:
     """Statistics of every layer while the float model draws at the shipped steps and guidance."""
     asked = parse_fit(bench.recipe.compress.fit)
-    needed: set[Kind] = {SecondMoment, needed_by(asked), needed_by(measuring_fit(asked))}
+    needed: set[Kind] = {needed_by(asked), needed_by(measuring_fit(asked))}
     pictures, blocks = bench.recipe.calibrate.pictures, bench.blocks
 
     def make(folder: Path) -> None:
