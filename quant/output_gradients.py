@@ -29,12 +29,13 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class _BlockCall:
-    """`inputs` are all that the block was called with, `outputs` are leaves, from which whatever follows goes on."""
+    """`inputs` are all that the block was called with; `outputs` are zeros that were added to what it gave."""
 
     block: nn.Module
     arguments: TreeSpec
     inputs: list[Any]
-    outputs: list[Any]
+    versions: list[int]
+    outputs: list[Tensor | None]
 
 
 class BlockTape:
@@ -76,16 +77,18 @@ class BlockTape:
                 self.in_block = False
             inputs, arguments = tree_flatten((args, kwargs))
             outputs, shape = tree_flatten(result)
-            outputs = [each.detach().requires_grad_() if _is_float(each) else each for each in outputs]
-            self.calls.append(_BlockCall(block, arguments, inputs, outputs))
-            return tree_unflatten(outputs, shape)
+            zeros = [_zero_for(each) if _is_float(each) else None for each in outputs]
+            self.calls.append(_BlockCall(block, arguments, inputs, _versions(inputs), zeros))
+            # A sum may be written into where a leaf may not.
+            handed_on = [each if zero is None else each + zero for each, zero in zip(outputs, zeros, strict=True)]
+            return tree_unflatten(handed_on, shape)
 
         return call
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of what the recorded calls gave."""
-        outputs = [each for call in self.calls for each in call.outputs if isinstance(each, Tensor)]
+        outputs = [each for call in self.calls for each in call.outputs if each is not None]
         return sum(each.numel() * each.element_size() for each in outputs)
 
     def backward(self, y: Tensor, vectors: Sequence[Tensor]) -> Iterator[LayerCall]:
@@ -107,7 +110,7 @@ class BlockTape:
         self, tensors: Sequence[Any], gradients: Sequence[Gradients], arrived: list[dict[int, Tensor]]
     ) -> None:
         """Takes gradients in `tensors`, a list for each vector, through what lies between blocks to earlier outputs."""
-        leaves = [each for call in self.calls for each in call.outputs if _is_float(each)]
+        leaves = [each for call in self.calls for each in call.outputs if each is not None]
         for of_vector, found in zip(gradients, arrived, strict=True):
             given = [(tensor, each) for tensor, each in zip(tensors, of_vector, strict=True) if each is not None]
             if not given or not leaves:
@@ -120,6 +123,8 @@ class BlockTape:
 
     def _through(self, call: _BlockCall, gradients: Sequence[Gradients]) -> tuple[list[LayerCall], list[Gradients]]:
         """Runs a block again; its layers' calls, and the gradients in its inputs for each vector."""
+        if _versions(call.inputs) != call.versions:
+            raise RuntimeError(f"an input of a {type(call.block).__name__} was written into after it was read")
         inputs = [_again(each) for each in call.inputs]
         args, kwargs = tree_unflatten(inputs, call.arguments)
         with torch.enable_grad(), self._seen() as seen:
@@ -148,8 +153,7 @@ class BlockTape:
 
         def see(name: str) -> Callable[..., Tensor]:
             def hook(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-                zero = torch.zeros((), dtype=output.dtype, device=output.device).expand_as(output)
-                zero = zero.detach().requires_grad_()
+                zero = _zero_for(output)
                 seen.append((name, inputs[0].detach(), zero))
                 return output + zero
 
@@ -167,6 +171,16 @@ class BlockTape:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _zero_for(output: Tensor) -> Tensor:
+    """A leaf of one number and this shape: added to the output, it has the output's gradient."""
+    return torch.zeros((), dtype=output.dtype, device=output.device).expand_as(output).detach().requires_grad_()
+
+
+def _versions(values: list[Any]) -> list[int]:
+    """How often each tensor was written into."""
+    return [each._version if isinstance(each, Tensor) else 0 for each in values]
 
 
 def _again(value: Any) -> Any:

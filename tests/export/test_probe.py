@@ -25,7 +25,7 @@ from .drawer import drawer
 PROMPTS = ["a red circle on the blue square", "the blue square"]
 FORMATS = [parse_format("int8-row"), parse_format("int4-row")]
 LAYERS = {
-    "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    "text_encoder.encoder.layers.0.mlp.fc1",
     "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
     "text_encoder_2.text_projection",
     "vae_encoder.encoder.conv_in",

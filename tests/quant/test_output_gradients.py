@@ -121,3 +121,23 @@ def test_model_runs_as_before_after_recording(model: Skipping) -> None:
     with pytest.raises(RuntimeError), tape.recording():
         model(torch.randn(5, 7), torch.randn(5, 3))
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_input_that_is_written_into_later_is_refused() -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            y: Tensor = self.second(hidden)
+            hidden += 1.0
+            return y + hidden
+
+    model = Writing()
+    tape = BlockTape(compressible_layers("unet", model), [])
+    with tape.recording():
+        y = model(torch.randn(2, 4))
+    with pytest.raises(RuntimeError, match="an input of a Linear was written into after it was read"):
+        list(tape.backward(y, [torch.randn(2, 4)]))
