@@ -24,7 +24,7 @@ class StageProgress:
 
     def __init__(self, quiet: bool = False) -> None:
         self.stage_seconds: dict[str, float] = {}
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Console(stderr=True, quiet=quiet, markup=False)
         self._live = sys.stderr.isatty() and not quiet
 
     @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
+from ..ground.reading import parse_json
 from .fit import Fit
 from .formats import CompressedTensor, parse_format
 from .layers import compressible_layers, weight_of
@@ -134,9 +135,9 @@ def load_weights(path: Path) -> dict[str, CompressedTensor]:
     """The weights saved at `path`; TurbopocketError naming the file, and the layer whose parts are wrong."""
     try:
         with safe_open(path, framework="pt") as file:
-            layers = json.loads((file.metadata() or {})["compressed"])
+            layers = parse_json((file.metadata() or {})["compressed"], "compressed")
             return {name: _load_layer(file, name, **entry) for name, entry in layers.items()}
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, TurbopocketError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, TurbopocketError) as error:
         raise TurbopocketError(f"{path}: not a file of compressed weights: {error}") from error
 
 
