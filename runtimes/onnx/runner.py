@@ -13,6 +13,7 @@ from ...ground.errors import TurbopocketError
 from ...ground.reading import one_sentence
 from ..manifest import ComponentSpec, Manifest, TensorSpec
 from ..runner import check_inputs, component_spec
+from .bounds import require_bounded
 from .session import open_session
 
 _DTYPES = {
@@ -80,6 +81,7 @@ class OnnxRunner:
             path = self.folder / spec.file
             if not path.is_file():
                 raise TurbopocketError(f"{component}: {path} is missing")
+            require_bounded(path, component)
             session = self._open(component, str(path))
             _check_tensors(component, "inputs", spec.inputs, session.get_inputs())
             _check_tensors(component, "outputs", spec.outputs, session.get_outputs())
