@@ -13,6 +13,8 @@ from .export.signals import Stopped, stopped_by_signals
 from .ground.errors import TurbopocketError
 from .ground.reading import words
 
+MOST_LETTERS = 4000
+"""Of one error: what a user gave may be in it, and has no bound of its own."""
 BUG = 70
 """Exit code of a bug of ours, as sysexits.h has it."""
 _shown = {"traceback": False}
@@ -68,7 +70,7 @@ def _silence_libraries() -> None:
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message if len(message) <= MOST_LETTERS else message[:MOST_LETTERS] + '…'}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
     sys.exit(code)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..ground.errors import TurbopocketError
 from ..ground.reading import parse_json, read_text
-from .image_size import ImageSize
+from .image_size import MOST_PIXELS_ASIDE, ImageSize
 from .pipeline import Name, Pipeline, Record, SamplerTable
 from .schedule import SamplerSpec, validation_summary
 from .upgrade import upgraded
@@ -52,8 +52,6 @@ def _inside(path: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 PositiveInt = Annotated[int, Field(ge=1)]
-MOST_PIXELS_ASIDE = 16_384
-"""Of a picture: four times what published models draw at most."""
 MOST_CHANNELS = 256
 """Of latents: published models have 4 to 16."""
 Side = Annotated[int, Field(ge=1, le=MOST_PIXELS_ASIDE)]

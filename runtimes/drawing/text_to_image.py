@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to image in numpy over any runner, as the manifest's pipeline says it: the loop a phone has to repeat."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,8 @@ def draw(
             hint=f"build another with --steps {steps}",
         )
     scale = manifest.sampler.guidance_scale if guidance is None else guidance
+    if not math.isfinite(scale):
+        raise TurbopocketError(f"guidance is {scale:g}; a finite number is needed")
     sampler = make_sampler(manifest.sampler, steps)
     start = 0 if first is None else _start(manifest, sampler, first)
     told = guidance_condition(manifest, scale)

@@ -15,6 +15,7 @@ from .children import Children, Ran
 from .mutations import damage_file, files_of, json_bytes, mutate_json, rehash
 
 PROMPT = "a red circle"
+PLAN = ("plan", "model", "--set", "sampler.steps=1", "--set", "sampler.guidance=1")
 
 
 @dataclass
@@ -57,7 +58,7 @@ def damaged_models(children: Children, model: Path, scratch: Path, seeds: range)
             if seed % 3:
                 ran = children.read_model(folder, folder / "model")
             else:
-                ran = children.command(folder, "plan", "model", "--budget", "1GB", "--json")
+                ran = children.command(folder, *PLAN, "--budget", "1GB", "--json")
             tally.add(ran, what)
     return tally
 
@@ -133,7 +134,7 @@ def _request(random: Random, folder: Path, recipe: object) -> list[object]:
             file.write_bytes(tomli_w.dumps(values).encode("utf-8", "surrogatepass"))
         except (TypeError, ValueError, AttributeError):  # what TOML has no words for
             file.write_bytes(json_bytes(values, random))
-        return [*random.choice((["recipe", "show"], ["plan", "model", "--recipe"])), "own.toml"]
+        return [*random.choice((["recipe", "show"], [*PLAN, "--recipe"])), "own.toml"]
     return random.choice(
         (
             ["generate", "art", odd, "--out", "x.png"],
@@ -146,14 +147,14 @@ def _request(random: Random, folder: Path, recipe: object) -> list[object]:
             ["generate", "art", PROMPT, "--out", "x.png", "--guidance", random.choice(NUMBERS)],
             ["generate", "art", PROMPT, "--out", "x.png", "--seed", random.choice(NUMBERS)],
             ["plan", odd],
-            ["plan", "model", "--budget", odd],
-            ["plan", "model", "--formats", odd],
-            ["plan", "model", "--pin", odd],
-            ["plan", "model", "--measured", odd],
-            ["plan", "model", "--recipe", odd],
-            ["plan", "model", "--config", odd],
-            ["plan", "model", "--set", odd],
-            ["plan", "model", "--set", f"compress.pin={odd}"],
+            [*PLAN, "--budget", odd],
+            [*PLAN, "--formats", odd],
+            [*PLAN, "--pin", odd],
+            [*PLAN, "--measured", odd],
+            [*PLAN, "--recipe", odd],
+            [*PLAN, "--config", odd],
+            [*PLAN, "--set", odd],
+            [*PLAN, "--set", f"compress.pin={odd}"],
             ["recipe", "show", "--set", f"sampler.steps={odd}"],
             ["recipe", "show", odd],
             ["check", odd],

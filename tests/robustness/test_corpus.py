@@ -16,7 +16,7 @@ from .corpus import Tally, damaged_artifacts, damaged_models, hostile_requests
 WHOLE = settings.default.max_examples >= 6_000
 TARGETS = ("onnx", "coreml", "executorch")
 SHORT = (
-    *("sampler.steps=1", "calibrate.pictures=1", "parity.pictures=1", "compress.fit=absmax"),
+    *("sampler.steps=1", "sampler.guidance=1", "calibrate.pictures=1", "parity.pictures=1", "compress.fit=absmax"),
     'target.also=["coreml","executorch"]',
 )
 

@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+SAMPLER = {"steps": 2, "guidance": 1.0}
 MEMORY_BYTES = 6 << 30
 """Private writable memory of a child, most of it what the libraries only reserve."""
 
@@ -25,7 +26,7 @@ def child(job: dict[str, Any]) -> int:
     os.dup2(err, 2)
     os.chdir(job["folder"])
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"]))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(job["seconds"]), int(job["seconds"])))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         if job["verb"] == "read":
@@ -52,7 +53,9 @@ def read_model(folder: str) -> int:
     from turbopocket.export.recipe import make_recipe
     from turbopocket.export.sampling.spec import sampler_spec, with_sampling
 
-    recipe, _ = with_sampling(make_recipe({"model": {"source": folder}}, "corpus"), load_shapes(folder))
+    recipe, _ = with_sampling(
+        make_recipe({"model": {"source": folder}, "sampler": SAMPLER}, "corpus"), load_shapes(folder)
+    )
     model = load(folder, steps=recipe.sampler.steps)
     sampler_spec(model, recipe.sampler)
     for tokenizer in model.tokenizers.values():
