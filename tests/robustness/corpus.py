@@ -28,7 +28,8 @@ class Tally:
     def add(self, ran: Ran, what: str, wrong: str | None = None) -> None:
         """One case; `wrong` is what is wrong with a success."""
         fault = ran.fault or (wrong if ran.code == 0 else None)
-        self.ends[fault or ("success" if ran.code == 0 else "refusal")] += 1
+        told = "crash told in a sentence" if "the process ended by SIG" in ran.err else "refusal"
+        self.ends[fault or ("success" if ran.code == 0 else told)] += 1
         if fault:
             said = (ran.err.strip() or "nothing").splitlines()
             self.faults.append(f"{what}: {fault}: {' | '.join(said[-3:])[-600:]}")
