@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-executorch bench-distill bench-vqdm \
+.PHONY: setup demo test test-slow test-fuzz test-kills check arm64 bench bench-quality bench-executorch bench-distill bench-vqdm \
 	bench-codebooks train-pocket distill-pocket distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
 
 setup: .venv/.installed
@@ -38,6 +38,11 @@ test-fuzz: export OMP_NUM_THREADS = 1
 test-fuzz: setup
 	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
 	$(BIN)/python -m pytest tests/robustness --hypothesis-profile=long --timeout=7200 -rP
+
+# Builds killed at a hundred random moments; what was killed in which stage is printed.
+test-kills: export OMP_NUM_THREADS = 1
+test-kills: setup
+	$(BIN)/python -m pytest tests/export/test_journal.py -m slow -rP
 
 check: setup
 	$(BIN)/ruff check .

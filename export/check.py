@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from ..ground.errors import TurbopocketError
-from ..quant.compress import load_weights
 from ..quant.ranges import load_ranges
+from ..quant.store import load_weights
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.drawing.tokenizer import open_tokenizers

@@ -181,6 +181,8 @@ class CalibrateSection(Section):
     pictures: int = Field(default=16, ge=1, le=4096)
     prompts: Path | None = None
     """A text file, one prompt a line; without it the model's own training prompts, or the built-in list."""
+    decoded_pixels: int = Field(default=2**21, ge=1)
+    """The VAE runs until it has had so many pixels, eight pictures of 512 x 512; the rest of the model sees all."""
 
 
 class ParitySection(Section):

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all stages of one build share, and what the float model draws for them."""
+"""What all stages of one build share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from ...ground.names import at_place
-from ...quant.calibrate import calibrate, ranges_of
+from ...quant.calibrate import ranges_of
 from ...quant.fit import Fit
 from ...quant.formats import LayerFormat
 from ...quant.observe import LayerStats
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
 from ...runtimes.manifest import Manifest
-from ...runtimes.runner import Runner
 from ..checkpoint.load import load, load_shapes
-from ..evidence import Evidence, evidence_for, read_prompts
+from ..evidence import Evidence, evidence_for
 from ..families.base import LoadedModel
 from ..families.components import layers_of, shapes_of
 from ..families.graphs import Component
@@ -27,7 +25,7 @@ from ..recipe import Recipe
 from ..sampling.spec import asks_twice, sampler_spec, with_sampling
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
-from ..verify.gaps import Session, torch_runner
+from ..verify.gaps import Session
 from .candidates import candidate_formats
 from .draft import pipeline_manifest
 
@@ -52,6 +50,11 @@ class Workbench:
     def modules(self) -> dict[str, nn.Module]:
         """Each component's model, which holds the float weights between stages."""
         return {component.name: component.module.model for component in self.components}
+
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every block of every component by its name."""
+        return {name: block for component in self.components for name, block in component.blocks().items()}
 
     def fit(self, fit: Fit) -> Fit:
         """The fit, with scales as exact as the target keeps them."""
@@ -94,33 +97,6 @@ def parity_session(bench: Workbench, artifact: Path) -> Session:
     """The pictures of the parity check: prompts that neither calibration nor planning has seen."""
     asked = open_tokenizers(artifact, bench.draft), bench.evidence, bench.recipe.parity.pictures, bench.recipe.seed
     return Session.of_report(bench.draft, *asked)
-
-
-def calibrated(bench: Workbench, session: Session) -> dict[str, LayerStats]:
-    """Statistics of every layer while the float model draws at the shipped steps and guidance."""
-    runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
-    with bench.progress.stage("calibrate", pictures) as advance:
-        return calibrate(bench.modules, calibration_drawing(bench, session, runner, pictures, advance))
-
-
-def calibration_drawing(
-    bench: Workbench, session: Session, runner: Runner, wanted: int, advance: Callable[[], None] = lambda: None
-) -> Callable[[], None]:
-    """What draws so many pictures of calibration prompts in the runner."""
-    file = bench.recipe.calibrate.prompts
-    prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
-    if file is not None:
-        own = read_prompts(file)
-        prompts = [own[index % len(own)] for index in range(wanted)]
-    drawing = replace(session, prompts=prompts)
-
-    def draw_all() -> None:
-        for index in range(len(prompts)):
-            with at_place(picture=index):
-                drawing.draw(runner, index)
-            advance()
-
-    return draw_all
 
 
 def with_ranges(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:

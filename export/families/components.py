@@ -89,7 +89,10 @@ def component_name(layer: str) -> str:
 
 
 def group_name(layer: str) -> str:
-    """Returns the block of the model that a layer belongs to: `unet.down_blocks.1`, `text_encoder.layers.0`, …"""
+    """Returns the level of the model that a layer belongs to: `unet.down_blocks.1`, `text_encoder.layers.0`, …
+
+    Sequential compression draws everything once for each of them, and there are fewer than blocks.
+    """
     component, *path = layer.split(".")
     parts = [component, *(part for part in path if part not in ("decoder", "encoder", "text_model", "transformer"))]
     depth = next((index for index, part in enumerate(parts) if part.isdigit()), 1)

@@ -4,11 +4,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...quant.compress import save_weights
 from ...quant.formats import CompressedTensor
 from ...quant.plan import LayerChoices
 from ...quant.ranges import Ranges, save_ranges
 from ...quant.sensitivity import save_choices
+from ...quant.store import save_weights
 
 CHOICES_FILE = "choices.json"
 RANGES_FILE = "ranges.json"

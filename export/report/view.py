@@ -10,7 +10,7 @@ from markupsafe import Markup
 from ...quant.formats import parse_format
 from ...quant.plan import Plan
 from ...runtimes.compare.rows import ParityRow
-from ..families.components import group_name
+from ..families.graphs import block_name
 from .charts import layer_chart, timestep_chart, tradeoff_chart
 from .data import ReportData
 
@@ -162,7 +162,7 @@ def block_bars(plan: Plan, classes: Mapping[str, str]) -> tuple[Bar, ...]:
     """Returns bytes of the compressed layers by block of the network, in execution order, split by format."""
     blocks: dict[str, dict[str, int]] = {}
     for choice in plan.choices:
-        formats = blocks.setdefault(group_name(choice.layer), dict.fromkeys(classes, 0))
+        formats = blocks.setdefault(block_name(choice.layer), dict.fromkeys(classes, 0))
         formats[choice.format] += choice.nbytes
     return _bars(
         [

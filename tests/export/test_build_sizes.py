@@ -22,7 +22,8 @@ from turbopocket.export.recipe import load_recipe, parse_recipe
 from turbopocket.export.settings import with_values
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
 from turbopocket.export.verify.gaps import Session
-from turbopocket.quant.compress import decompressed, load_weights
+from turbopocket.quant.compress import decompressed
+from turbopocket.quant.store import load_weights
 from turbopocket.runtimes.drawing.text_to_image import FirstPicture, draw, generate, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.image_size import ImageSize

@@ -22,7 +22,7 @@ from turbopocket.export.targets.registry import open_target
 from turbopocket.export.verify.emulated import Emulated, measure_emulated
 from turbopocket.export.verify.gaps import NO_LIMITS, Session
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.compress import load_weights
+from turbopocket.quant.store import load_weights
 from turbopocket.runtimes.arm64.cpus import parse_cpu
 from turbopocket.runtimes.arm64.emulator import Emulator
 from turbopocket.runtimes.arm64.setup import open_emulator
