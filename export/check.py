@@ -16,6 +16,7 @@ from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
+from .checkpoint.identity import model_identity
 from .checkpoint.load import load
 from .evidence import evidence_for
 from .families.components import layers_of
@@ -23,7 +24,7 @@ from .families.sizes import size_notes
 from .output.kept import RANGES_FILE, WEIGHTS_FILE
 from .output.staging import report_folder, settle_output
 from .progress import StageProgress
-from .recipe import parse_recipe
+from .recipe import recipe_of
 from .targets.registry import open_target
 from .verify.diffusers_reference import compare_with_diffusers
 from .verify.emulated import Emulated, measure_emulated
@@ -110,7 +111,7 @@ def check(
     artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
     manifest = load_manifest(artifact)
-    recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
+    recipe = recipe_of(artifact, manifest)
     if recipe.target.name != manifest.target:
         raise TurbopocketError(
             f"{artifact} is for {manifest.target}, and the recipe in its manifest for {recipe.target.name}",
@@ -129,6 +130,11 @@ def check(
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
+        if manifest.model is not None and model_identity(model) != manifest.model.sha256:
+            raise TurbopocketError(
+                f"{recipe.model.source} is not the model that {artifact} was made from, {manifest.model.name} with "
+                f"sha256 {manifest.model.sha256[:12]}…: its weights, configs or tokenizers differ"
+            )
         evidence = evidence_for(model)
         asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
         session = Session.of_report(*asked)

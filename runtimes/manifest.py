@@ -28,6 +28,7 @@ __all__ = [
     "LoopSpec",
     "LoopTensor",
     "Manifest",
+    "ModelOrigin",
     "SamplerSpec",
     "TensorSpec",
     "file_entries",
@@ -187,6 +188,13 @@ class ImageSpec(Record):
         return self
 
 
+class ModelOrigin(Record):
+    """What an artifact was made from: the model's name, and the hash of its weights, configs and tokenizers."""
+
+    name: Name
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class Manifest(Record):
     """Everything a reader of an artifact may rely on; `files` lists all its files but `manifest.json`."""
 
@@ -212,6 +220,9 @@ class Manifest(Record):
     """[height, width] in pixels of all pictures that it draws; the first is that of `image`."""
     tools: dict[str, str]
     recipe: str
+    """Names models and files without saying where they lay."""
+    model: ModelOrigin | None = None
+    """None in an artifact from before manifests had it."""
     notes: list[str] = Field(default_factory=list)
     """What the build assumed where neither the recipe nor the model said it, a sentence each."""
     plan: dict[str, Any] | None = None

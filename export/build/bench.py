@@ -13,7 +13,7 @@ from ...quant.formats import LayerFormat
 from ...quant.observe import LayerStats
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
-from ...runtimes.manifest import Manifest
+from ...runtimes.manifest import Manifest, ModelOrigin
 from ..checkpoint.load import load, load_shapes
 from ..evidence import Evidence, evidence_for
 from ..families.base import LoadedModel
@@ -55,6 +55,11 @@ class Workbench:
     def blocks(self) -> dict[str, nn.Module]:
         """Every block of every component by its name."""
         return {name: block for component in self.components for name, block in component.blocks().items()}
+
+    def made_from(self, identity: str) -> "Workbench":
+        """The same, whose manifest says that the model has this identity."""
+        origin = ModelOrigin(name=self.model.name, sha256=identity)
+        return replace(self, draft=self.draft.model_copy(update={"model": origin}))
 
     def fit(self, fit: Fit) -> Fit:
         """The fit, with scales as exact as the target keeps them."""
