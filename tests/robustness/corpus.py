@@ -15,6 +15,8 @@ from .children import Children, Ran
 from .mutations import damage_file, files_of, json_bytes, mutate_json, rehash
 
 PROMPT = "a red circle"
+UNBUILT = ("--lora", "nowhere.safetensors")
+"""What ends a build once everything else was read."""
 PLAN = ("plan", "model", "--set", "sampler.steps=1", "--set", "sampler.guidance=1")
 
 
@@ -160,10 +162,10 @@ def _request(random: Random, folder: Path, recipe: object) -> list[object]:
             ["recipe", "show", odd],
             ["check", odd],
             ["report", odd],
-            ["build", "model", "--out", odd, "--budget", "1B"],
+            ["build", "model", "--out", odd, *UNBUILT],
             ["build", "model", "--out", "new", "--lora", odd],
-            ["build", "model", "--out", "new", "--size", odd],
-            ["build", odd, "--out", "new"],
+            ["build", "model", "--out", "new", "--size", odd, *UNBUILT],
+            ["build", odd, "--out", "new", *UNBUILT],
             [odd],
         )
     )
