@@ -55,6 +55,8 @@ RelativePath = Annotated[str, AfterValidator(_inside)]
 PositiveInt = Annotated[int, Field(ge=1)]
 MOST_CHANNELS = 256
 """Of latents: published models have 4 to 16."""
+MOST_LETTERS = 1_000_000
+"""Of the text that a token stands for: a token has at most 10,000 vectors, each with a name."""
 Side = Annotated[int, Field(ge=1, le=MOST_PIXELS_ASIDE)]
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 MOST_VALUES = 2**29
@@ -206,7 +208,9 @@ class Manifest(Record):
     files: list[FileEntry]
     components: dict[str, ComponentSpec]
     tokenizers: dict[str, RelativePath]
-    prompt_replacements: dict[str, dict[Name, str]] = Field(default_factory=dict)
+    prompt_replacements: dict[str, dict[Name, Annotated[str, Field(max_length=MOST_LETTERS)]]] = Field(
+        default_factory=dict
+    )
     """For a text encoder: tokens in a prompt that stand for several vectors, and what to write in their place."""
     pipeline: Pipeline
     sampler: SamplerSpec
