@@ -32,9 +32,12 @@ test-slow: export OMP_NUM_THREADS = 1
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -rP
 
-# Damaged Core ML packages, 15 times as many as in `make test`; hypothesis prints how many it ran.
+# Damaged Core ML packages, 15 times as many as in `make test` (hypothesis prints how many it ran), then damaged models and
+# artifacts and hostile requests, over a thousand commands, each in a child of its own: about an hour.
+test-fuzz: export OMP_NUM_THREADS = 1
 test-fuzz: setup
 	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
+	$(BIN)/python -m pytest tests/robustness --hypothesis-profile=long --timeout=7200 -rP
 
 # Builds killed at a hundred random moments; what was killed in which stage is printed.
 test-kills: export OMP_NUM_THREADS = 1

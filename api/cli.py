@@ -2,8 +2,6 @@
 """The `turbopocket` command: parses, calls one verb, prints. Data goes to stdout, talk to stderr."""
 
 import io
-import logging
-import os
 import sys
 import time
 import warnings
@@ -14,7 +12,7 @@ import typer
 from rich.console import Console
 
 from . import ParityFailed, TurbopocketError
-from .export.signals import Stopped, stopped_by_signals
+from .door import run_command, show_tracebacks
 from .options import (
     SOURCE_HELP,
     ArtifactFolder,
@@ -52,6 +50,13 @@ app.add_typer(recipe_app, name="recipe")
 arm64_app = typer.Typer(no_args_is_help=True, help="An emulated ARM CPU, for `check --cpu`.")
 app.add_typer(arm64_app, name="arm64")
 app.add_typer(stages_app)
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of a bug.")] = False,
+) -> None:
+    show_tracebacks(verbose)
 
 
 @app.command()
@@ -191,6 +196,10 @@ def check(
     artifact: ArtifactFolders,
     cpu: Annotated[list[str] | None, typer.Option(help="Also on an emulated CPU, such as arm64:cortex-a76.")] = None,
     cache: Cache = None,
+    accept_limit: Annotated[
+        bool,
+        typer.Option("--accept-limit", help="Take the limit of its recipe, even above the target's own."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
@@ -198,7 +207,7 @@ def check(
     from . import check as run_check
     from .export.output.staging import artifacts_in
 
-    asked = StageProgress(quiet=as_json), cpu or (), cache
+    asked = StageProgress(quiet=as_json), cpu or (), cache, accept_limit
     results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
     summaries = {path.name: result.summary() for path, result in results.items()}
 
@@ -296,7 +305,7 @@ def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
     """Fetches the emulator, ARM libraries and a cross compiler (about 175 MB) into a cache folder; once."""
     from .runtimes.arm64.setup import default_cache, prepare
 
-    talk = Console(stderr=True, quiet=as_json)
+    talk = Console(stderr=True, quiet=as_json, markup=False)
     found = prepare(cache or default_cache(), lambda text: talk.print(text, highlight=False, soft_wrap=True))
     emit(found, as_json, lambda console: console.print(f"cache     {found['cache']}", soft_wrap=True))
 
@@ -322,36 +331,5 @@ def recipe_show(
 
 
 def main() -> None:
-    """Runs the command; a user's mistake becomes one message on stderr and an exit code, never a traceback."""
-    _silence_libraries()
-    try:
-        with stopped_by_signals():
-            code = app(standalone_mode=False)
-    except TurbopocketError as error:
-        _fail(str(error), error.hint, error.exit_code)
-    except OSError as error:
-        _fail(f"{error.filename or 'file system'}: {error.strerror or error}", None, 1)
-    except Stopped as stop:
-        _fail(f"{stop}; nothing half-written was left behind", None, 128 + stop.signal)
-    except Exception as error:
-        # Typer's own complaints (unknown option, missing argument) end with 1 here: 2 means over budget.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(error.format_message(), "turbopocket --help", 1)
-    else:
-        sys.exit(code or 0)
-
-
-def _silence_libraries() -> None:
-    """Libraries tell of GPU kernels and tensor types that they miss and nobody asked for; their errors still show."""
-    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(variable, "error")
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _fail(message: str, hint: str | None, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
-    sys.exit(code)
+    """Runs the command."""
+    run_command(lambda: app(standalone_mode=False))

@@ -54,11 +54,11 @@ RunFolder = Annotated[Path | None, typer.Option("--run", help=RUN_HELP)]
 
 
 def emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
-    """Prints `value` as JSON, or lets `show` print it for a person."""
+    """Prints `value` as JSON, or lets `show` print it for a person; brackets in names and paths are no markup."""
     if as_json:
         print(json.dumps(value))
     else:
-        show(Console())
+        show(Console(markup=False))
 
 
 def asked_recipe(name: str | None, overrides: dict[str, Any], assigned: list[str] | None) -> "Recipe":

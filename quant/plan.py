@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from ..ground.errors import OverBudget, TurbopocketError
 from ..ground.files import write_whole
+from ..ground.reading import read_json
 from .knapsack import Kind, least_loss
 from .scheme import Scheme, parse_scheme
 
@@ -99,8 +100,8 @@ class Plan:
     def load(cls, path: Path) -> Self:
         """The plan saved at `path`; TurbopocketError naming the file when it is not a plan."""
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (TurbopocketError, json.JSONDecodeError, AttributeError) as error:
+            return cls.from_json(read_json(path))
+        except (TurbopocketError, AttributeError) as error:
             raise TurbopocketError(f"{path}: {error}") from error
 
 

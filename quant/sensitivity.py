@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
+from ..ground.reading import read_json
 from .fit import Fit
 from .formats import CompressedTensor, LayerFormat, matrix_view
 from .layers import output_without_bias, weight_of, weight_shape
@@ -244,12 +245,12 @@ def save_choices(path: Path, choices: Mapping[str, LayerChoices]) -> None:
 def load_choices(path: Path) -> dict[str, LayerChoices]:
     """The choices saved at `path`; TurbopocketError naming the file when it holds something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         version = data["schema_version"]
         if version not in (1, SCHEMA_VERSION):
             raise TurbopocketError(f"schema_version {version}, this version reads 1 to {SCHEMA_VERSION}")
         layers = [_layer_from_json(entry, version) for entry in data["layers"]]
-    except (TurbopocketError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (TurbopocketError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise TurbopocketError(f"{path}: not a file of choices: {error}") from error
     return {layer.layer: layer for layer in layers}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
+from ..ground.reading import parse_json
 from .formats import CompressedTensor, LayerFormat, parse_format
 from .observe import OBSERVATIONS, InputIdentity, LayerStats, Observation
 
@@ -89,7 +90,7 @@ def save_observed(folder: Path, stats: Mapping[str, LayerStats]) -> None:
 
 def _load_observed(path: Path) -> dict[str, dict[Kind, Any]]:
     with _opened(path, "statistics") as file:
-        names = json.loads(file.metadata()["observed"])
+        names = parse_json(file.metadata()["observed"], "observed")
         return {
             layer: {
                 OBSERVATIONS[name]: OBSERVATIONS[name].unpacked(
@@ -182,7 +183,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 def load_weights(path: Path) -> dict[str, CompressedTensor]:
     """The weights saved at `path`; TurbopocketError naming the file, and the layer whose parts are wrong."""
     with _opened(path, "compressed weights") as file:
-        layers = json.loads((file.metadata() or {})["compressed"])
+        layers = parse_json((file.metadata() or {})["compressed"], "compressed")
         return {name: _load_layer(file, name, **entry) for name, entry in layers.items()}
 
 
@@ -202,5 +203,5 @@ def _opened(path: Path, what: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, TurbopocketError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, TurbopocketError) as error:
         raise TurbopocketError(f"{path}: not a file of {what}: {error}") from error

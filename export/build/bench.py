@@ -14,7 +14,7 @@ from ...quant.observe import LayerStats
 from ...quant.scheme import Scheme
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
-from ...runtimes.manifest import Manifest
+from ...runtimes.manifest import Manifest, ModelOrigin
 from ..checkpoint.load import load, load_shapes
 from ..evidence import Evidence, evidence_for
 from ..families.base import LoadedModel
@@ -64,6 +64,11 @@ class Workbench:
     def formats(self) -> dict[str, list[LayerFormat]]:
         """The weight formats of the candidates."""
         return {name: list(dict.fromkeys(each.weight for each in own)) for name, own in self.candidates.items()}
+
+    def made_from(self, identity: str) -> "Workbench":
+        """The same, whose manifest says that the model has this identity."""
+        origin = ModelOrigin(name=self.model.name, sha256=identity)
+        return replace(self, draft=self.draft.model_copy(update={"model": origin}))
 
     def fit(self, fit: Fit) -> Fit:
         """The fit, with scales as exact as the target keeps them."""

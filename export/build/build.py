@@ -128,6 +128,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
     with claim.staged(out, report_folder(out)) as (artifact, report), workers.open() as spread:
         bench = make_workbench(recipe, progress, spread)
         journal = run.journal(bench.model)
+        bench = bench.made_from(journal.model)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
         session = parity_session(bench, artifact)
         to_diffusers = _compare_with_diffusers(bench, session, journal)
@@ -150,7 +151,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         notes = (*manifest.notes, *bench.target.notes(artifact, manifest), *size_notes(bench.model, manifest.sizes))
         built_bytes = folder_bytes(artifact)
         require_budget(built_bytes, decided, bench.target.not_in_plan)
-        keep_measured(report, choices, ranges_of(stats), stored)
+        keep_measured(report, choices, ranges_of(stats), stored, recipe.with_whole_paths().to_toml())
         data = ReportData(
             manifest=manifest,
             plan=decided,

@@ -40,7 +40,7 @@ class Journal:
     """The products of one model's stages; `model` is its identity."""
 
     def __init__(self, folder: Path, model: str) -> None:
-        self.folder, self._always = folder, {"model": model, "code": code_identity()}
+        self.folder, self.model, self._always = folder, model, {"model": model, "code": code_identity()}
 
     def key(self, stage: str, inputs: Mapping[str, Any]) -> str:
         """16 hexadecimal digits of a stage, what it is made from, the model, our code and the libraries' versions.

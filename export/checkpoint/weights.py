@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...ground.errors import TurbopocketError
+from ...ground.reading import one_sentence
 from ...quant.layers import TensorSource, is_compressible, set_source
 from ..families.base import ModuleSpec
 from ..families.keys import check_config, constructor_defaults, given_to_class, shown
 from .header import StoredTensor
 from .json_object import read_json_object
-from .library_errors import one_sentence
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAPPED_DTYPES = ("F32", "F16", "BF16")

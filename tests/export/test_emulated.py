@@ -15,7 +15,7 @@ from turbopocket.export.checkpoint.load import load
 from turbopocket.export.evidence import evidence_for
 from turbopocket.export.families.components import components_of
 from turbopocket.export.output.kept import WEIGHTS_FILE
-from turbopocket.export.recipe import parse_recipe
+from turbopocket.export.recipe import recipe_of
 from turbopocket.export.targets.onnx.program import OnnxOptions
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.export.targets.registry import open_target
@@ -56,7 +56,7 @@ def scale_weight(folder: Path, layer: str, factor: float) -> None:
 def emulated_with(artifact: Path, on_arm: Path, emulator_cache: Path) -> Emulated:
     """The comparison of `artifact` with what the ARM CPU does with the files in `on_arm`."""
     manifest = load_manifest(artifact)
-    recipe = parse_recipe(manifest.recipe, "manifest")
+    recipe = recipe_of(artifact, manifest)
     target = open_target(recipe.target)
     model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
     evidence = evidence_for(model)
