@@ -69,6 +69,13 @@ def measured(
     return measure(layers, formats, dict(compress_candidates(layers, stats, formats, fit)), output, **asked)
 
 
+@pytest.fixture
+def choices(
+    layers: dict[str, nn.Module], stats: dict[str, LayerStats], output: RowwiseOutput
+) -> dict[str, LayerChoices]:
+    return measured(layers, stats, output)
+
+
 def loss_of(choices: LayerChoices, name: str) -> float:
     return next(candidate.loss for candidate in choices.candidates if candidate.scheme == name)
 
@@ -95,8 +102,8 @@ def test_predicted_loss_of_each_candidate_is_the_error_it_makes(
     choices = measured(layers, stats, output, vectors=MANY)
     for name, layer in layers.items():
         for candidate in choices[name].candidates:
-            error = real_loss(denoiser, latents, layer, choices[name], candidate.format)
-            assert candidate.loss == pytest.approx(error, rel=0.12), (name, candidate.format)
+            error = real_loss(denoiser, latents, layer, choices[name], candidate.scheme)
+            assert candidate.loss == pytest.approx(error, rel=0.12), (name, candidate.scheme)
 
 
 def test_fp32_loses_nothing(layers: dict[str, nn.Module], stats: dict[str, LayerStats], output: RowwiseOutput) -> None:
