@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-executorch bench-distill bench-vqdm \
-	bench-codebooks train-pocket distill-pocket distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
+.PHONY: setup demo test test-slow test-fuzz test-android check arm64 bench bench-quality bench-executorch bench-distill \
+	bench-vqdm bench-codebooks train-pocket distill-pocket distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
 
 setup: .venv/.installed
 
@@ -35,6 +35,11 @@ test-slow: setup
 # Damaged Core ML packages, 15 times as many as in `make test`; hypothesis prints how many it ran.
 test-fuzz: setup
 	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
+
+# The Android app's core on a JVM, beside Python; part of `make test` as well. Says why where it is skipped.
+test-android: export OMP_NUM_THREADS = 1
+test-android: setup
+	$(BIN)/python -m pytest -m "slow or not slow" tests/export/test_android_demo.py
 
 check: setup
 	$(BIN)/ruff check .
