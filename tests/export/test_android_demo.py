@@ -5,14 +5,18 @@ import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from turbopocket.export.build.build import build
 from turbopocket.export.checkpoint.tokenizer import tokenizer_json
 from turbopocket.export.families.tokenizers import CLIP
+from turbopocket.export.progress import StageProgress
+from turbopocket.export.recipe import load_recipe
+from turbopocket.pocket.scenes import captions
+from turbopocket.runtimes.kernels.library import onnx_operators
 
 from ..runtimes.test_sampler_table import KINDS
 from .android_golden import write_golden, write_walks
@@ -20,6 +24,7 @@ from .android_golden import write_golden, write_walks
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "android_demo"
 POCKET = ROOT / "pocket" / "turbo_weights"
+SOURCES = sorted(path for path in DEMO.rglob("*.kt*") if path.suffix in (".kt", ".kts") and "target" not in path.parts)
 PROMPTS = ["a red circle", "the blue square, on a white triangle!", "Ein grüner Kreis " * 20]
 
 
@@ -39,30 +44,76 @@ def maven() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def golden(built: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model's tokenizers as an artifact has them."""
+    found = {}
+    for name in ("tokenizer", "tokenizer_2"):
+        found[f"pocket {name}"] = tmp_path_factory.mktemp(name) / "tokenizer.json"
+        found[f"pocket {name}"].write_bytes(tokenizer_json(POCKET / name, CLIP))
+    return found
+
+
+@pytest.fixture(scope="module")
+def golden(built: Any, tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What Python computes."""
     folder = tmp_path_factory.mktemp("android") / "golden"
-    tokenizers = {f"tiny {name}": built.folder / name / "tokenizer.json" for name in ("tokenizer", "tokenizer_2")}
-    for name in ("tokenizer", "tokenizer_2"):
-        path = tmp_path_factory.mktemp(name) / "tokenizer.json"
-        path.write_bytes(tokenizer_json(POCKET / name, CLIP))
-        tokenizers[f"pocket {name}"] = path
-    write_golden(folder, built.folder, tokenizers, PROMPTS)
+    own = {f"tiny {name}": built.folder / name / "tokenizer.json" for name in ("tokenizer", "tokenizer_2")}
+    write_golden(folder, built.folder, tokenizers | own, PROMPTS)
     write_walks(folder, KINDS)
     return folder
 
 
 def test_the_core_does_what_python_does(maven: list[str], golden: Path) -> None:
-    ran = subprocess.run([*maven, "test", f"-Dgolden={golden}"], capture_output=True, text=True, check=False)
+    print(run(maven, golden))
+    found = reported()
+    assert found.pop("tests") > 80
+    assert set(found.values()) == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["demo", "codebooks"])
+def test_fifty_pictures_of_a_bundled_model(
+    recipe: str, maven: list[str], tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    artifact = tmp_path / "artifact"
+    build(load_recipe(recipe), artifact, overwrite=False, progress=StageProgress(quiet=True))
+    write_golden(tmp_path / "golden", artifact, tokenizers, captions("test", 50, seed=0))
+    (tmp_path / "golden" / "walks.json").write_text("[]")
+    libraries = [None, onnx_operators()] if recipe == "codebooks" and onnx_operators() else [None]
+    for library in libraries:
+        options = [] if library is None else [f"-Doperators={library}"]
+        print(recipe, library, run(maven, tmp_path / "golden", "-Dtest=PictureTest", *options))
+        assert reported() == {"tests": 53, "failures": 0, "errors": 0, "skipped": 0}
+
+
+def test_versions_are_told_alike() -> None:
+    """Gradle's catalog and Maven's properties."""
+    catalog = tomllib.loads((DEMO / "gradle" / "libs.versions.toml").read_text())["versions"]
+    properties = dict(re.findall(r"<([a-z]+)\.version>([^<]+)<", (DEMO / "pom.xml").read_text()))
+    shared = catalog.keys() & properties.keys()
+    assert shared >= {"kotlin", "serialization", "onnxruntime", "junit"}
+    assert {name: catalog[name] for name in shared} == {name: properties[name] for name in shared}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(DEMO)))
+def test_sources_stay_readable(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 400
+    assert max(map(len, lines)) <= 120
+
+
+def run(maven: list[str], golden: Path, *options: str) -> str:
+    """What the tests print of memory; fails with the end of Maven's words where one of them fails."""
+    shutil.rmtree(DEMO / "core" / "target" / "surefire-reports", ignore_errors=True)
+    command = [*maven, "test", f"-Dgolden={golden}", *options]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
-    assert reported(DEMO / "core")["failures"] == 0
+    return "\n".join(line for line in ran.stdout.splitlines() if "resident" in line)
 
 
-def reported(module: Path) -> Mapping[str, int]:
-    """Sums of the tests that a module's run reported; a run without any has failed."""
-    found = [path.read_text() for path in (module / "target" / "surefire-reports").glob("TEST-*.xml")]
-    sums = {}
-    for name in ("tests", "failures", "errors", "skipped"):
-        sums[name] = sum(int(re.search(rf'<testsuite [^>]*\b{name}="(\d+)"', text)[1]) for text in found)  # type: ignore[index]
-    assert sums["tests"] > 0, "no test ran"
-    return sums
+def reported() -> dict[str, int]:
+    """Sums of what the run reported."""
+    found = [path.read_text() for path in (DEMO / "core" / "target" / "surefire-reports").glob("TEST-*.xml")]
+    heads = [re.search(r"<testsuite [^>]*>", text, re.S) for text in found]
+    values = [dict(re.findall(r'\b(tests|failures|errors|skipped)="(\d+)"', head[0])) for head in heads if head]
+    return {name: sum(int(each[name]) for each in values) for name in ("tests", "failures", "errors", "skipped")}

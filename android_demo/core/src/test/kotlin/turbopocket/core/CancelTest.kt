@@ -91,7 +91,7 @@ class CancelTest {
         val spec = artifact.manifest.components.getValue("vae_decoder")
         val session = OnnxRuntime(threads = 1).open("vae_decoder", spec, artifact.componentFile("vae_decoder"))
         session.use {
-            val many = 2048 // of which one call takes seconds
+            val many = 1024 // of which one call takes seconds
             val z = Tensor(intArrayOf(many, 4, 16, 16), FloatArray(many * 4 * 16 * 16))
             val begun = System.nanoTime()
             val stopper = thread {

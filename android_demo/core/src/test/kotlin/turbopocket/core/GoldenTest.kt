@@ -7,12 +7,8 @@ import org.junit.jupiter.api.DynamicTest
 import org.junit.jupiter.api.DynamicTest.dynamicTest
 import org.junit.jupiter.api.Test
 import org.junit.jupiter.api.TestFactory
-import turbopocket.core.artifact.Artifact
-import turbopocket.core.drawing.Drawer
 import turbopocket.core.drawing.Walk
-import turbopocket.core.drawing.Wish
 import turbopocket.core.noise.StandardNormal
-import turbopocket.core.onnx.OnnxRuntime
 import turbopocket.core.text.ClipTokenizer
 import java.io.File
 import java.nio.ByteBuffer
@@ -74,19 +70,5 @@ class GoldenTest {
     private fun requireClose(expected: List<Float>, found: FloatArray, scale: Float) {
         val worst = expected.indices.maxOf { abs(expected[it] - found[it]) } / scale
         assertTrue(worst <= 1e-6f, "differs by $worst of the largest")
-    }
-
-    @TestFactory
-    fun `pictures are Python's`(): List<DynamicTest> = Golden.all.pictures.flatMap { case ->
-        listOf(true, false).map { keepOpen -> dynamicTest("${case.prompt}, all open: $keepOpen") { compare(case, keepOpen) } }
-    }
-
-    private fun compare(case: Golden.PictureCase, keepOpen: Boolean) {
-        val drawer = Drawer(Artifact.open(File(Golden.all.artifact)), OnnxRuntime(), keepOpen)
-        val found = drawer.draw(Wish(case.prompt, case.seed))
-        val expected = File(Golden.folder, case.file).readBytes()
-        assertEquals(expected.size, found.pixels.size)
-        val worst = expected.indices.maxOf { abs((expected[it].toInt() and 0xFF) - (found.pixels[it].toInt() and 0xFF)) }
-        assertTrue(worst <= 1, "a value differs by $worst of 255")
     }
 }

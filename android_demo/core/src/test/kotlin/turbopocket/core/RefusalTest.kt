@@ -18,6 +18,7 @@ import turbopocket.core.artifact.MANIFEST_NAME
 import turbopocket.core.drawing.Drawer
 import turbopocket.core.drawing.PictureSize
 import turbopocket.core.drawing.Wish
+import turbopocket.core.drawing.megabytes
 import turbopocket.core.onnx.OnnxRuntime
 import turbopocket.core.text.ClipTokenizer
 import java.io.File
@@ -153,7 +154,7 @@ class RefusalTest {
         assertEquals(File(folder, "unet").walk().filter { it.isFile }.sumOf { it.length() }, unet)
         val opened = ArrayList<Long>()
         val runtime = OnnxRuntime { (unet - 1).also(opened::add) }
-        assertRefused("unet needs 1.4 MB of memory for its weights alone, and 1.4 MB are free") {
+        assertRefused("unet needs ${megabytes(unet)} of memory for its weights alone") {
             Drawer(artifact, runtime).draw(Wish("a red circle", 0))
         }
         assertEquals(3, opened.size, "both text encoders fit")

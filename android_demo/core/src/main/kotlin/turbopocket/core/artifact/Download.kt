@@ -74,7 +74,8 @@ class Download(private val source: String, private val folder: File) {
             if (entry.bytes == 0L) part.createNewFile()
             return
         }
-        val connection = URL(address(path)).openConnection() as HttpURLConnection
+        val connection = URL(address(path)).openConnection() as? HttpURLConnection
+            ?: refuse("$source is no address of a web server")
         try {
             connection.connectTimeout = TIMEOUT_MS
             connection.readTimeout = TIMEOUT_MS
@@ -84,34 +85,36 @@ class Download(private val source: String, private val folder: File) {
                 refuse("$path can not be had from $source: HTTP $code")
             }
             FileOutputStream(part, code == HttpURLConnection.HTTP_PARTIAL).use { out ->
-                copy(connection, out, part, entry?.bytes ?: MOST_MANIFEST_BYTES, cancelled, got)
+                copy(connection, out, entry?.bytes ?: MOST_MANIFEST_BYTES, cancelled) { got(part.length()) }
+            }
+            if (entry != null && part.length() < entry.bytes) {
+                throw IOException("$path ended after ${part.length()} of ${entry.bytes} bytes")
+            }
+            if (entry != null && part.length() > entry.bytes) {
+                part.delete()
+                refuse("$path from $source has more than the ${entry.bytes} bytes that the manifest says")
             }
         } finally {
             connection.disconnect()
         }
     }
 
+    /** Writes what comes until the file is one byte longer than [most]. */
     private fun copy(
         connection: HttpURLConnection,
         out: FileOutputStream,
-        part: File,
         most: Long,
         cancelled: () -> Boolean,
-        got: (Long) -> Unit,
+        got: () -> Unit,
     ) {
         val piece = ByteArray(1 shl 16)
         connection.inputStream.use { stream ->
-            while (true) {
+            while (out.channel.position() <= most) {
                 if (cancelled()) throw Cancelled()
-                val count = stream.read(piece)
+                val count = stream.read(piece, 0, minOf(piece.size.toLong(), most + 1 - out.channel.position()).toInt())
                 if (count < 0) return
                 out.write(piece, 0, count)
-                val now = part.length()
-                if (now > most) {
-                    part.delete()
-                    refuse("${part.name} from $source has more than the $most bytes that are allowed")
-                }
-                got(now)
+                got()
             }
         }
     }
