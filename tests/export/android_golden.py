@@ -5,12 +5,14 @@ import hashlib
 import json
 import random
 import unicodedata
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from turbopocket.runtimes.drawing.conditioning import PromptCut
 from turbopocket.runtimes.drawing.sampler import Memory, make_sampler
 from turbopocket.runtimes.drawing.table import sampler_table
 from turbopocket.runtimes.drawing.text_to_image import generate
@@ -107,7 +109,9 @@ def _pictures(folder: Path, artifact: Path, wanted: Sequence[str]) -> Iterator[d
     manifest = load_manifest(artifact)
     runner, tokenizers = OnnxRunner(artifact, manifest), open_tokenizers(artifact, manifest)
     for seed, prompt in enumerate(wanted):
-        pixels = generate(runner, manifest, tokenizers, prompt, seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptCut)
+            pixels = generate(runner, manifest, tokenizers, prompt, seed)
         (folder / f"{seed}.rgb").write_bytes(pixels.tobytes())
         yield {"prompt": prompt, "seed": seed, "file": f"{seed}.rgb"}
 

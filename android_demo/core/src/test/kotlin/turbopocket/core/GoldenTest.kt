@@ -5,7 +5,6 @@ import org.junit.jupiter.api.Assertions.assertEquals
 import org.junit.jupiter.api.Assertions.assertTrue
 import org.junit.jupiter.api.DynamicTest
 import org.junit.jupiter.api.DynamicTest.dynamicTest
-import org.junit.jupiter.api.Test
 import org.junit.jupiter.api.TestFactory
 import turbopocket.core.drawing.Walk
 import turbopocket.core.noise.StandardNormal
@@ -44,12 +43,6 @@ class GoldenTest {
             val digest = MessageDigest.getInstance("SHA-256").digest(bytes.array())
             assertEquals(case.sha256, digest.joinToString("") { "%02x".format(it) })
         }
-    }
-
-    @Test
-    fun `noise in pieces is noise at once`() {
-        val pieces = StandardNormal(5).let { it.next(3) + it.next(1) + it.next(996) }
-        assertTrue(pieces.contentEquals(StandardNormal(5).next(1000)))
     }
 
     @TestFactory
