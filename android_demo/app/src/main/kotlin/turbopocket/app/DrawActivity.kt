@@ -100,7 +100,9 @@ class DrawActivity : Activity() {
     private fun download(address: String) = start("Downloading…") { stop ->
         val folder = work.models.folder(address.trimEnd('/').substringAfterLast('/'))
         val cancelled = { runCatching { stop.check() }.isFailure }
-        Download(address, folder).run(cancelled) { show((100 * it.done / it.total.coerceAtLeast(1)).toInt(), "Downloading…") }
+        Download(address, folder).run(cancelled) {
+            show((100 * it.done / it.total.coerceAtLeast(1)).toInt(), "Downloading…")
+        }
         screen.post { choose(folder) }
     }
 

@@ -45,7 +45,9 @@ class RefusalTest {
     }
 
     @ParameterizedTest
-    @ValueSource(strings = ["unet/model.onnx.data", "unet/model.onnx", "vae_decoder/model.onnx", "tokenizer/tokenizer.json"])
+    @ValueSource(
+        strings = ["unet/model.onnx.data", "unet/model.onnx", "vae_decoder/model.onnx", "tokenizer/tokenizer.json"],
+    )
     fun `a flipped bit is found before the file is opened`(path: String) {
         RandomAccessFile(File(folder, path), "rw").use {
             it.seek(it.length() / 2)
@@ -131,7 +133,8 @@ class RefusalTest {
     fun `a pipeline that names what is not there is refused`() {
         val pipeline = scratch.json().getValue("pipeline").jsonObject
         val decoder = pipeline.getValue("decoder").jsonObject
-        scratch.set("pipeline", JsonObject(pipeline + ("decoder" to JsonObject(decoder + ("output" to JsonPrimitive("x"))))))
+        val changed = JsonObject(decoder + ("output" to JsonPrimitive("x")))
+        scratch.set("pipeline", JsonObject(pipeline + ("decoder" to changed)))
         assertRefused("the pipeline names output x of vae_decoder, which has sample") { open() }
     }
 
@@ -166,7 +169,8 @@ class RefusalTest {
         assertRefused("the prompt is empty") { draw(Wish("  ", 0)) }
         assertRefused("seed -1 is below 0") { draw(Wish("a", -1)) }
         assertRefused("64x64 was asked") { draw(Wish("a", 0, size = PictureSize(64, 64))) }
-        assertRefused("a negative prompt has no effect here") { draw(Wish("a", 0, negativePrompt = "b", guidance = 1f)) }
+        val unheard = Wish("a", 0, negativePrompt = "b", guidance = 1f)
+        assertRefused("a negative prompt has no effect here") { draw(unheard) }
     }
 
     @Test
@@ -192,7 +196,8 @@ class RefusalTest {
     fun `a tokenizer of another kind is refused`() {
         val file = File(folder, "tokenizer/tokenizer.json")
         val text = file.readText()
-        for ((from, to) in listOf("\"BPE\"" to "\"Unigram\"", "'s|'t" to "'t|'s", "RobertaProcessing" to "BertProcessing")) {
+        val kind = "\"BPE\"" to "\"Unigram\""
+        for ((from, to) in listOf(kind, "'s|'t" to "'t|'s", "RobertaProcessing" to "BertProcessing")) {
             assertTrue(from in text)
             file.writeText(text.replaceFirst(from, to))
             assertRefused("is '") { ClipTokenizer(file, 77) }

@@ -28,7 +28,8 @@ class Scratch(val folder: File) {
     fun write(json: JsonElement) = manifest.writeText(json.toString())
 
     /** The manifest with one key of its first level changed; null removes it. */
-    fun set(key: String, value: JsonElement?) = write(JsonObject(json() - key + listOfNotNull(value?.let { key to it })))
+    fun set(key: String, value: JsonElement?) =
+        write(JsonObject(json() - key + listOfNotNull(value?.let { key to it })))
 
     /** The manifest with the entry of [path] in `files` changed. */
     fun setFile(path: String, vararg values: Pair<String, JsonElement>) = set(

@@ -17,11 +17,11 @@ data class DownloadProgress(val done: Long, val total: Long)
 /**
  * An artifact's folder fetched from [source], an address under which its files lie by their paths.
  *
- * A download that broke off goes on where it was: what is there already stays, and half a file is asked for from its end
- * on. Each file gets its name only once its SHA-256 is the manifest's.
+ * A download that broke off goes on where it was: what is there already stays, and half a file is asked for from its
+ * end on. Each file gets its name only once its SHA-256 is the manifest's.
  */
 class Download(private val source: String, private val folder: File) {
-    /** The artifact. Throws Refused for what [Artifact.open] refuses, for files that differ, and for broken connections. */
+    /** The artifact. Throws Refused for what [Artifact.open] refuses, files that differ, and broken connections. */
     fun run(cancelled: () -> Boolean = { false }, progress: (DownloadProgress) -> Unit = {}): Artifact {
         try {
             folder.mkdirs()

@@ -132,7 +132,9 @@ private fun requireImage(manifest: Manifest) {
     for (values in listOf(image.latentsMean, image.latentsStd)) {
         if (values != null && values.size != image.latentChannels) refuse("image has not one number a channel")
     }
-    if ((image.latentsMean == null) != (image.latentsStd == null)) refuse("latents_mean and latents_std belong together")
+    if ((image.latentsMean == null) != (image.latentsStd == null)) {
+        refuse("latents_mean and latents_std belong together")
+    }
     if (manifest.sizes.firstOrNull() != listOf(image.height, image.width)) refuse("sizes does not begin with image's")
     val (rows, columns) = image.height / image.latentHeight to image.width / image.latentWidth
     manifest.sizes.find { it.size != 2 || it.min() < 1 || it[0] % rows != 0 || it[1] % columns != 0 }?.let {

@@ -25,8 +25,8 @@ data class Progress(val component: String, val done: Int, val total: Int)
 /**
  * Text to image over a runtime, as the manifest's pipeline says it: the loop of `turbopocket generate`.
  *
- * With [keepOpen] false one component at a time is in memory. Nothing is open between drawings, nor after a cancelled or
- * failed one.
+ * With [keepOpen] false one component at a time is in memory. Nothing is open between drawings, nor after a cancelled
+ * or failed one.
  */
 class Drawer(private val artifact: Artifact, private val runtime: Runtime, private val keepOpen: Boolean = false) {
     private val manifest = artifact.manifest

@@ -17,8 +17,8 @@ data class SelfCheckResult(val snrDb: Double, val floorDb: Double) {
 }
 
 /**
- * A walk that the build recorded, repeated once per device and artifact before anything is drawn: drivers and chips that
- * compute wrong give wrong pictures, not errors.
+ * A walk that the build recorded, repeated once per device and artifact before anything is drawn: drivers and chips
+ * that compute wrong give wrong pictures, not errors.
  */
 class SelfCheck(private val artifact: Artifact, private val runtime: Runtime) {
     /** The result, or null for an artifact that records none. Throws Refused for a record that does not fit. */
@@ -47,7 +47,9 @@ class SelfCheck(private val artifact: Artifact, private val runtime: Runtime) {
 
     private fun expected(spec: SelfCheckSpec, count: Int): FloatArray {
         val file = artifact.file(spec.file)
-        if (file.length() != 4L * count) refuse("${spec.file} has ${file.length()} bytes; $count latents have ${4 * count}")
+        if (file.length() != 4L * count) {
+            refuse("${spec.file} has ${file.length()} bytes; $count latents have ${4 * count}")
+        }
         val bytes = ByteBuffer.wrap(file.readBytes()).order(ByteOrder.LITTLE_ENDIAN)
         return FloatArray(count) { bytes.getFloat() }
     }

@@ -6,10 +6,11 @@ import kotlin.math.ln
 import kotlin.math.sqrt
 
 /**
- * Standard normal float32 numbers, those of `numpy.random.default_rng(seed).standard_normal(shape, float32)` bit for bit.
+ * Standard normal float32 numbers, those of `numpy.random.default_rng(seed).standard_normal(shape, float32)`, to the
+ * bit.
  *
- * The ziggurat of Marsaglia and Tsang (2000, Journal of Statistical Software 5(8)) with 256 layers of equal area: 8 bits
- * choose a layer, one the sign, 23 the place in it. In the tail, a number of 4,000, numpy asks the system's log1p for
+ * The ziggurat of Marsaglia and Tsang (2000, Journal of Statistical Software 5(8)) with 256 layers of equal area: 8
+ * bits choose a layer, one the sign, 23 the place in it. In the tail, a number of 4,000, numpy asks the system's log1p for
  * float32: [log1p] is glibc's up to 2.40, of which other systems' differ in the last digit now and then.
  */
 class StandardNormal(seed: Long) {

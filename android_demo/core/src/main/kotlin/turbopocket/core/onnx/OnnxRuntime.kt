@@ -75,7 +75,8 @@ private val types = mapOf(
 
 private fun requireTensors(component: String, side: String, specs: List<TensorSpec>, found: Map<String, NodeInfo>) {
     if (found.keys != specs.mapTo(HashSet()) { it.name }) {
-        refuse("$component has ${side}s ${found.keys.joinToString()}; the manifest says ${specs.joinToString { it.name }}")
+        val said = specs.joinToString { it.name }
+        refuse("$component has ${side}s ${found.keys.joinToString()}; the manifest says $said")
     }
     for (spec in specs) {
         val info = found.getValue(spec.name).info as? TensorInfo
@@ -129,7 +130,8 @@ private class OnnxSession(
     /** Sizes of named dimensions are any, but one name has one size. */
     private fun requireInputs(inputs: Map<String, Tensor>) {
         if (inputs.keys != spec.inputs.mapTo(HashSet()) { it.name }) {
-            refuse("$component takes ${spec.inputs.joinToString { it.name }}; it was given ${inputs.keys.joinToString()}")
+            val taken = spec.inputs.joinToString { it.name }
+            refuse("$component takes $taken; it was given ${inputs.keys.joinToString()}")
         }
         val sizes = HashMap<String, Int>()
         for (each in spec.inputs) {
