@@ -10,8 +10,8 @@ import kotlin.math.sqrt
  * bit.
  *
  * The ziggurat of Marsaglia and Tsang (2000, Journal of Statistical Software 5(8)) with 256 layers of equal area: 8
- * bits choose a layer, one the sign, 23 the place in it. In the tail, a number of 4,000, numpy asks the system's log1p for
- * float32: [log1p] is glibc's up to 2.40, of which other systems' differ in the last digit now and then.
+ * bits choose a layer, one the sign, 23 the place in it. In the tail, a number of 4,000, numpy asks the system's log1p
+ * for float32: [log1p] is glibc's up to 2.40, of which other systems' differ in the last digit now and then.
  */
 class StandardNormal(seed: Long) {
     private val bits = Pcg64(seed)
