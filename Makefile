@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz test-kills check arm64 bench bench-quality bench-executorch bench-distill bench-vqdm \
-	bench-codebooks train-pocket distill-pocket distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
+.PHONY: setup demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality bench-executorch \
+	bench-distill bench-vqdm bench-codebooks train-pocket distill-pocket distill-baseline test-optimum kernels kernels-arm64 \
+	fuzz-kernels clean
 
 setup: .venv/.installed
 
@@ -43,6 +44,11 @@ test-fuzz: setup
 test-kills: export OMP_NUM_THREADS = 1
 test-kills: setup
 	$(BIN)/python -m pytest tests/export/test_journal.py -m slow -rP
+
+# The Android app's core on a JVM, beside Python; part of `make test` as well. Says why where it is skipped.
+test-android: export OMP_NUM_THREADS = 1
+test-android: setup
+	$(BIN)/python -m pytest -m "slow or not slow" tests/export/test_android_demo.py
 
 check: setup
 	$(BIN)/ruff check .
