@@ -9,8 +9,9 @@ from torch import nn
 
 from ...ground.names import at_place
 from ...quant.calibrate import calibrate, ranges_of
-from ...quant.fit import Fit
-from ...quant.formats import LayerFormat
+from ...quant.fit import VQDM, Fit
+from ...quant.fit.native import search_notes
+from ...quant.formats import Additive, LayerFormat
 from ...quant.observe import LayerStats
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
@@ -75,6 +76,9 @@ def make_workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> W
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
     formats = candidate_formats(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
     specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
+    searched = any(isinstance(form, Additive) for each in formats.values() for form in each)
+    for note in search_notes() if searched and recipe.compress.fit == VQDM.name else ():
+        progress.remark(f"note: {note}")
     draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
     evidence = evidence_for(model)
     return Workbench(recipe, target, model, evidence, components, graphs, layers, formats, draft, progress, spread)
