@@ -142,7 +142,8 @@ class Refinement:
         importance_O1 = self.scale_O1.square()
         if not importance_O1.any():
             return
-        rows = sampled_rows(*self.weight_OK.shape, self.codebooks_MPD.numel(), self.random).to(self.weight_OK.device)
+        outputs, columns = self.weight_OK.shape
+        rows = sampled_rows(outputs, columns, self.codebooks_MPD.numel(), self.random).to(self.weight_OK.device)
         importance_O1 = importance_O1.index_select(0, rows) / importance_O1.mean()
         codes_MOJ, pulled_OK = self.codes_MOJ.index_select(1, rows), self.pulled_OK.index_select(0, rows)
         solved_MPD = solved_codebooks(self.codebooks_MPD, codes_MOJ, pulled_OK, importance_O1, self.hessian_KK)
