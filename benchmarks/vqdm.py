@@ -7,8 +7,7 @@ dB is the Hessian-weighted signal to noise, 10 log10 tr(W H Wᵀ) / tr(E H Eᵀ)
 draws. Layers are taken in a random order and the results written after each, so that a run that was cut short is a
 fair sample. Seconds are processor time on one thread per million weights, the k-means start included.
 The wide layer is made, not trained: rows of normal weights with log-normal scales, and inputs whose n-th principal
-direction has energy 1 / n. `search` has a quarter of its rows, fitted with the search in PyTorch and with the one in
-C++, in turn and in one run.
+direction has energy 1 / n.
 """
 
 import argparse
@@ -35,7 +34,6 @@ from turbopocket.export.targets.side_files import write_side_files
 from turbopocket.export.verify.gaps import Session, torch_runner
 from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.fit import GPTQ, MSE, VQDM, AdditiveGrid, Fit
-from turbopocket.quant.fit.native import search_library, searched_with
 from turbopocket.quant.fit.residual import residual_kmeans
 from turbopocket.quant.fit.vqdm import Refinement, Search
 from turbopocket.quant.formats import Additive, matrix_view, parse_format
@@ -137,20 +135,6 @@ def wide_layer() -> tuple[Tensor, Tensor]:
     return weight_OK, (basis_KK * strength_K) @ basis_KK.T
 
 
-def searches() -> dict[str, Any]:
-    """The wide layer's first rows with the search in PyTorch, and in C++ where it was built."""
-    weight_OK, hessian_KK = wide_layer()
-    rows: dict[str, Any] = {}
-    for name, library in (("pytorch", None), ("c++", search_library())):
-        if name == "c++" and library is None:
-            continue
-        with searched_with(library):
-            row = measured(FORMAT, VQDM, weight_OK[: WIDE // 4], hessian_KK)
-            parts = profiled(weight_OK[: WIDE // 4], hessian_KK)
-        rows[name] = row | {"seconds_per_million": row["seconds"] / (WIDE // 4 * WIDE) * 1e6, "shares": parts}
-    return rows
-
-
 def profiled(weight_OK: Tensor, hessian_KK: Tensor) -> dict[str, float]:
     """Share of the processor time that each part of the fit takes."""
     spent: dict[str, float] = {}
@@ -208,7 +192,6 @@ def main() -> None:
     wide = wide_layer()
     grids = ((FORMAT, MSE), (FORMAT, VQDM), ("avq3x8-d8", VQDM))
     write("wide", {f"{text} {fit}": measured(text, fit, *wide) for text, fit in grids})
-    write("search", searches())
     beside: dict[str, Any] = {}
     for name in large[:: len(large) // BESIDE_LAYERS][:BESIDE_LAYERS]:
         beside[name] = {"shape": list(weights[name].shape)} | {
