@@ -122,7 +122,7 @@ def by_hessian(
 
 
 def as_losses(choices: Mapping[str, LayerChoices]) -> Losses:
-    return {name: {each.format: each.loss for each in layer.candidates} for name, layer in choices.items()}
+    return {name: {each.scheme: each.loss for each in layer.candidates} for name, layer in choices.items()}
 
 
 def as_choices(like: Mapping[str, LayerChoices], losses: Losses) -> dict[str, LayerChoices]:
@@ -131,7 +131,7 @@ def as_choices(like: Mapping[str, LayerChoices], losses: Losses) -> dict[str, La
         name: replace(
             layer,
             candidates=tuple(
-                replace(each, loss=losses.get(name, {}).get(each.format, each.loss)) for each in layer.candidates
+                replace(each, loss=losses.get(name, {}).get(each.scheme, each.loss)) for each in layer.candidates
             ),
         )
         for name, layer in like.items()
@@ -182,7 +182,7 @@ def drawn(
         runner = torch_runner(bench.components)
         with decompressed(bench.modules, weights):
             found = [session.draw(runner, index) for index in range(len(pictures))]
-        formats = [choice.format for choice in plan.choices]
+        formats = [choice.scheme for choice in plan.choices]
         rows[budget] = {
             "layers": {text: formats.count(text) for text in dict.fromkeys(formats)},
             "psnr_db": float(np.mean([psnr_db(*pair) for pair in zip(found, pictures, strict=True)])),
