@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-executorch bench-distill bench-vqdm \
-	bench-codebooks bench-gains train-pocket distill-pocket distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
+.PHONY: setup demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality bench-executorch \
+	bench-distill bench-vqdm bench-codebooks bench-gains train-pocket distill-pocket distill-baseline test-optimum kernels \
+	kernels-arm64 fuzz-kernels clean
 
 setup: .venv/.installed
 
@@ -32,9 +33,22 @@ test-slow: export OMP_NUM_THREADS = 1
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -rP
 
-# Damaged Core ML packages, 15 times as many as in `make test`; hypothesis prints how many it ran.
+# Damaged Core ML packages, 15 times as many as in `make test` (hypothesis prints how many it ran), then damaged models and
+# artifacts and hostile requests, over a thousand commands, each in a child of its own: about an hour.
+test-fuzz: export OMP_NUM_THREADS = 1
 test-fuzz: setup
 	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
+	$(BIN)/python -m pytest tests/robustness --hypothesis-profile=long --timeout=7200 -rP
+
+# Builds killed at a hundred random moments; what was killed in which stage is printed.
+test-kills: export OMP_NUM_THREADS = 1
+test-kills: setup
+	$(BIN)/python -m pytest tests/export/test_journal.py -m slow -rP
+
+# The Android app's core on a JVM, beside Python; part of `make test` as well. Says why where it is skipped.
+test-android: export OMP_NUM_THREADS = 1
+test-android: setup
+	$(BIN)/python -m pytest -m "slow or not slow" tests/export/test_android_demo.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -10,12 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from ..ground.errors import TurbopocketError
-from ..quant.compress import load_weights
 from ..quant.ranges import load_ranges
+from ..quant.store import load_weights
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
+from .build.manifest import planned_schemes
+from .checkpoint.identity import model_identity
 from .checkpoint.load import load
 from .evidence import evidence_for
 from .families.components import layers_of
@@ -23,7 +25,7 @@ from .families.sizes import size_notes
 from .output.kept import RANGES_FILE, WEIGHTS_FILE
 from .output.staging import report_folder, settle_output
 from .progress import StageProgress
-from .recipe import parse_recipe
+from .recipe import recipe_of
 from .targets.registry import open_target
 from .verify.diffusers_reference import compare_with_diffusers
 from .verify.emulated import Emulated, measure_emulated
@@ -41,6 +43,7 @@ class Checked:
             could be checked, and `why_not` then says why.
         unverified: what only a device can tell; notes: what to know of the model and of how it ran on this machine.
         emulated: gaps on emulated CPUs, by name.
+        loosened: one sentence on a limit in the artifact's recipe that is above its target's own, and was not accepted.
     """
 
     manifest: Manifest
@@ -49,6 +52,7 @@ class Checked:
     unverified: tuple[str, ...]
     notes: tuple[str, ...]
     emulated: Mapping[str, Emulated] = field(default_factory=dict)
+    loosened: str | None = None
 
     @property
     def failure(self) -> str | None:
@@ -56,7 +60,7 @@ class Checked:
         if self.gaps and self.gaps.failure:
             return self.gaps.failure
         failures = {name: each.failure for name, each in self.emulated.items()}
-        return next((f"{name} {failure}" for name, failure in failures.items() if failure), None)
+        return next((f"{name} {failure}" for name, failure in failures.items() if failure), self.loosened)
 
     def summary(self) -> dict[str, Any]:
         """Returns the outcome as JSON values."""
@@ -91,10 +95,14 @@ def check(
     progress: StageProgress | None = None,
     cpus: Sequence[str] = (),
     cache: Path | None = None,
+    accept_limit: bool = False,
 ) -> Checked:
     """Verifies every file against the manifest, then measures both gaps again, and once more on each emulated CPU.
 
     What is wrong with the numbers is the outcome's `failure`; `progress` is told of each stage, by default on stderr.
+
+    A limit in the artifact's recipe that is above its target's own is a failure unless `accept_limit`: whoever may have
+    changed the artifact may have written it.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
     model; without the former only the files are checked. Raises TurbopocketError for files that do not match, and for
@@ -104,7 +112,12 @@ def check(
     artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
     manifest = load_manifest(artifact)
-    recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
+    recipe = recipe_of(artifact, manifest)
+    if recipe.target.name != manifest.target:
+        raise TurbopocketError(
+            f"{artifact} is for {manifest.target}, and the recipe in its manifest for {recipe.target.name}",
+            hint="the manifest was changed: build again",
+        )
     target = open_target(recipe.target)
     with progress.stage("verify"):
         verify(artifact, manifest)
@@ -118,6 +131,11 @@ def check(
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
+        if manifest.model is not None and model_identity(model) != manifest.model.sha256:
+            raise TurbopocketError(
+                f"{recipe.model.source} is not the model that {artifact} was made from, {manifest.model.name} with "
+                f"sha256 {manifest.model.sha256[:12]}…: its weights, configs or tokenizers differ"
+            )
         evidence = evidence_for(model)
         asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
         session = Session.of_report(*asked)
@@ -125,10 +143,13 @@ def check(
     components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
     weights = {name: kept[name] for name in layers_of(components) if name in kept}
-    limit = recipe.parity.max_lowering_error or target.lowering_limit(weights)
+    schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
+    own_limit = target.lowering_limit(schemes)
+    limit = recipe.parity.max_lowering_error or own_limit
+    loosened = None if accept_limit or limit <= own_limit else _loosened(limit, own_limit, target.name)
     asked_of = artifact, manifest, weights, limit
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
-    as_run = [target.as_run(component, weights, ranges) for component in components]
+    as_run = [target.as_run(component, weights, ranges, schemes) for component in components]
     with progress.stage("reference"):
         to_diffusers = compare_with_diffusers(model, torch_runner(components), session)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
@@ -136,10 +157,17 @@ def check(
     here = next(iter(runtimes.values()))
     emulated = {}
     for cpu, emulator in emulators:
-        there = target.emulated(artifact, manifest, weights, cpu, emulator)
+        there = target.emulated(artifact, manifest, weights, cpu, emulator, schemes)
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
             measured = measure_emulated(
                 components, as_run, kept, there, here, gaps.compression, session, evidence, advance
             )
         emulated[f"{PREFIX}{cpu.name}"] = measured
-    return Checked(manifest, gaps, None, unverified, notes, emulated)
+    return Checked(manifest, gaps, None, unverified, notes, emulated, loosened)
+
+
+def _loosened(limit: float, own: float, target: str) -> str:
+    return (
+        f"its recipe allows a lowering error of {limit:g}, where {target} allows {own:g}; --accept-limit takes the "
+        "recipe's for it"
+    )

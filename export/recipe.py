@@ -4,7 +4,9 @@
 No stage receives a Recipe; `build` hands each stage the values it needs.
 """
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,11 +14,15 @@ from pydantic import Field, PlainSerializer, PlainValidator, field_validator, mo
 
 from ..quant.finetune import FineTuneOptions
 from ..quant.fit import parse_fit
-from ..quant.formats import parse_format
+from ..quant.scheme import parse_scheme
 from ..runtimes.image_size import ImageSize, parse_size
+from ..runtimes.manifest import Manifest
 from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import SamplerKind
 from .checkpoint.lora.file import LoraFile
+from .checkpoint.source import BUNDLED
+from .output.kept import RECIPE_FILE
+from .output.staging import report_folder
 from .settings import Section, make_settings, parse_settings, read_settings
 from .units import parse_bytes
 
@@ -62,9 +68,9 @@ class ExecuTorchSection(Section):
     """How ExecuTorch programs are to run."""
 
     activations: Literal["dynamic", "static"] = "dynamic"
-    """How 8-bit layers round their inputs: in steps found while they run, or in steps chosen by calibration.
+    """How 8-bit layers whose format does not say it round inputs: with scales found while they run, or by calibration.
 
-    Static steps round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay dynamic.
+    Static scales round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay dynamic.
     """
     weights: Literal["inside", "apart"] = "inside"
     """Whether a program holds its constants, or a .ptd file beside it does, which can be sent and mapped by itself."""
@@ -101,12 +107,13 @@ class CompressSection(Section):
     budget: str | None = None
     """Bytes of the whole artifact, such as "8MB"; without it every layer takes its best format."""
     formats: tuple[str, ...] = ("fp16", "int8-g32", "int4-g32", "int8-row", "int4-row")
+    """Weight formats, whose activations are left to the target, or whole schemes such as "int8-row+a8-static"."""
     fit: str = "gptq"
     """How values are chosen: absmax, mse, gptq (error feedback), or vqdm (gptq, and a tree search for `avq`)."""
     sequential: bool = False
     """Fit block by block, each to the inputs that the stored blocks before it cause; a killed build goes on there."""
     pin: Mapping[str, str] = Field(default_factory=dict)
-    """Glob over layer names to format, such as {"unet.conv_out" = "fp16"}."""
+    """Glob over layer names to format or scheme, such as {"unet.conv_out" = "fp16"}."""
 
     @field_validator("budget")
     @classmethod
@@ -118,15 +125,21 @@ class CompressSection(Section):
     @field_validator("formats")
     @classmethod
     def _formats_are_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        first: dict[str, str] = {}
         for text in values:
-            parse_format(text)
+            weight = str(parse_scheme(text).weight)
+            if first.setdefault(weight, text) != text:
+                raise ValueError(
+                    f"{first[weight]} and {text} store a weight alike, and losses are of weights alone: "
+                    "ask for one, and pin layers to the other"
+                )
         return values
 
     @field_validator("pin")
     @classmethod
-    def _pinned_formats_are_known(cls, values: Mapping[str, str]) -> Mapping[str, str]:
+    def _pinned_schemes_are_known(cls, values: Mapping[str, str]) -> Mapping[str, str]:
         for text in values.values():
-            parse_format(text)
+            parse_scheme(text)
         return values
 
     @field_validator("fit")
@@ -181,6 +194,8 @@ class CalibrateSection(Section):
     pictures: int = Field(default=16, ge=1, le=4096)
     prompts: Path | None = None
     """A text file, one prompt a line; without it the model's own training prompts, or the built-in list."""
+    decoded_pixels: int = Field(default=2**21, ge=1)
+    """The VAE runs until it has had so many pixels, eight pictures of 512 x 512; the rest of the model sees all."""
 
 
 class ParitySection(Section):
@@ -220,6 +235,36 @@ class Recipe(Section):
                 )
         return self
 
+    def without_places(self, model: str) -> Self:
+        """Returns the recipe as it is shipped: `model` and the names of files in the place of paths on this machine."""
+
+        def name(text: str) -> str:
+            return Path(text).name if _is_here(text) else text
+
+        own = self.model
+        section = {
+            "source": model if _is_here(own.source) else own.source,
+            "config": None if own.config is None else name(own.config),
+            "lora": tuple(replace(each, file=Path(each.file.name)) for each in own.lora),
+        }
+        prompts = self.calibrate.prompts and Path(self.calibrate.prompts.name)
+        calibrate = self.calibrate.model_copy(update={"prompts": prompts})
+        return self.model_copy(update={"model": own.model_copy(update=section), "calibrate": calibrate})
+
+    def with_whole_paths(self) -> Self:
+        """Returns the same for a reader in any folder: paths on this machine from its root."""
+
+        def whole(text: str) -> str:
+            return str(Path(text).expanduser().absolute()) if _is_here(text) else text
+
+        own = self.model
+        section = {
+            "source": whole(own.source),
+            "config": None if own.config is None else whole(own.config),
+            "lora": tuple(replace(each, file=each.file.absolute()) for each in own.lora),
+        }
+        return self.model_copy(update={"model": own.model_copy(update=section)})
+
     def per_target(self) -> dict[str, Self]:
         """Returns one recipe for each target that is asked for, by its name."""
         names = (self.target.name, *self.target.also)
@@ -239,6 +284,23 @@ def load_recipe(source: str | Path) -> Recipe:
 def parse_recipe(text: str, name: str) -> Recipe:
     """Returns the recipe that `text` holds; `name` is what errors call it."""
     return parse_settings(Recipe, text, name)
+
+
+def recipe_of(artifact: Path, manifest: Manifest) -> Recipe:
+    """Returns the recipe in an artifact's manifest, with the model where the report beside the artifact says it lies.
+
+    Raises TurbopocketError for a manifest, or a file beside it, that holds no recipe.
+    """
+    shipped = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
+    beside = report_folder(artifact.absolute()) / RECIPE_FILE
+    if not beside.is_file():
+        return shipped
+    return shipped.model_copy(update={"model": load_recipe(beside).model})
+
+
+def _is_here(text: str) -> bool:
+    """Whether a source is a file or folder of this machine; bundled names and hub ids are none."""
+    return text not in BUNDLED and os.path.exists(os.path.expanduser(text))  # noqa: PTH110, PTH111 - never raise
 
 
 def make_recipe(values: Mapping[str, Any], name: str) -> Recipe:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..ground.errors import TurbopocketError
 from ..ground.files import write_whole
+from ..ground.reading import read_json
 
 SCHEMA_VERSION = 1
 
@@ -43,11 +44,11 @@ def save_ranges(path: Path, ranges: Mapping[str, Ranges]) -> None:
 def load_ranges(path: Path) -> dict[str, Ranges]:
     """The ranges saved at `path`; TurbopocketError naming the file when it is missing or holds something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data["schema_version"] != SCHEMA_VERSION:
             raise TurbopocketError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
         return {name: _from_json(**entry) for name, entry in data["layers"].items()}
-    except (OSError, TurbopocketError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (TurbopocketError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TurbopocketError(f"{path}: not a file of ranges: {error}") from error
 
 

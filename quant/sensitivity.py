@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.files import write_whole
+from ..ground.reading import read_json
 from .fit import Fit
 from .formats import CompressedTensor, LayerFormat, matrix_view
-from .layers import output_without_bias, weight_of
-from .observe import LayerStats, SecondMoment
+from .layers import output_without_bias, weight_of, weight_shape
+from .observe import LayerStats, hessian_for
 from .output_gradients import BlockTape, LayerCall
-from .plan import Candidate, LayerChoices
+from .plan import Candidate, LayerChoices, with_scheme
+from .store import CandidateStore, save_weights
 from .workers import Spread, in_turn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VECTORS = 8
 KEPT_BYTES = 2**28
 """How much of a model is kept between its blocks at once, where one row does not take more."""
@@ -59,6 +61,31 @@ def compress_candidates(
     chosen = {name: tuple(formats) for name, formats in candidates.items() if len(formats) != 1}
     jobs = (_job(name, layers[name], stats, formats, fit) for name, formats in chosen.items())
     yield from zip(chosen, spread(_stored, jobs), strict=True)
+
+
+def candidates_to_files(
+    layers: Mapping[str, nn.Module],
+    stats: Mapping[str, LayerStats],
+    candidates: Mapping[str, Sequence[LayerFormat]],
+    fit: Fit,
+    folder: Path,
+    spread: Spread = in_turn,
+    advance: Callable[[], None] = lambda: None,
+) -> CandidateStore:
+    """Like `compress_candidates`, with every layer written as soon as it is made, and read when it is asked for.
+
+    A layer that is there in all its formats is not made again. `advance` is called after each layer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = CandidateStore(folder, {name: formats for name, formats in candidates.items() if len(formats) != 1})
+    missing = {name: formats for name, formats in candidates.items() if not store.has(name)}
+    for _ in range(len(candidates) - len(missing)):
+        advance()
+    for name, tried in compress_candidates(layers, stats, missing, fit, spread):
+        for each in tried:
+            save_weights(store.file(name, each.format), {name: each})
+        advance()
+    return store
 
 
 def measure(
@@ -147,7 +174,7 @@ class _Losses:
         """The losses as shares of the output's energy."""
         choices = {}
         for name, formats in self.candidates.items():
-            shape = tuple(weight_of(name, self.layers[name]).shape)
+            shape = weight_shape(name, self.layers[name])
             losses = zip(formats, self.losses[name], strict=True)
             candidates = tuple(Candidate(str(each), each.nbytes(shape), loss / energy) for each, loss in losses)
             choices[name] = LayerChoices(name, shape, candidates)
@@ -160,7 +187,7 @@ class _Job:
     weight: Tensor
     formats: tuple[LayerFormat, ...]
     fit: Fit
-    hessian_KK: Tensor
+    hessian: Tensor
 
 
 def _job(
@@ -171,12 +198,12 @@ def _job(
         raise TurbopocketError(f"{name}: no statistics, the layer did not run while calibrating")
     if not formats:
         raise TurbopocketError(f"{name}: no candidate format")
-    return _Job(name, weight, formats, fit, stats[name][SecondMoment].hessian_KK)
+    return _Job(name, weight, formats, fit, hessian_for(fit, stats[name]))
 
 
 def _stored(job: _Job) -> tuple[CompressedTensor, ...]:
     with of_layer(job.name):
-        return tuple(each.compress(job.weight, job.fit, job.hessian_KK) for each in job.formats)
+        return tuple(each.compress(job.weight, job.fit, job.hessian) for each in job.formats)
 
 
 def hessian_loss(error: Tensor, hessian_KK: Tensor) -> float:
@@ -218,15 +245,16 @@ def save_choices(path: Path, choices: Mapping[str, LayerChoices]) -> None:
 def load_choices(path: Path) -> dict[str, LayerChoices]:
     """The choices saved at `path`; TurbopocketError naming the file when it holds something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise TurbopocketError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
-        layers = [_layer_from_json(entry) for entry in data["layers"]]
-    except (TurbopocketError, json.JSONDecodeError, KeyError, TypeError) as error:
+        data = read_json(path)
+        version = data["schema_version"]
+        if version not in (1, SCHEMA_VERSION):
+            raise TurbopocketError(f"schema_version {version}, this version reads 1 to {SCHEMA_VERSION}")
+        layers = [_layer_from_json(entry, version) for entry in data["layers"]]
+    except (TurbopocketError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise TurbopocketError(f"{path}: not a file of choices: {error}") from error
     return {layer.layer: layer for layer in layers}
 
 
-def _layer_from_json(entry: dict[str, Any]) -> LayerChoices:
-    candidates = tuple(Candidate(**candidate) for candidate in entry["candidates"])
+def _layer_from_json(entry: dict[str, Any], schema_version: int) -> LayerChoices:
+    candidates = tuple(Candidate(**with_scheme(candidate, schema_version)) for candidate in entry["candidates"])
     return LayerChoices(entry["layer"], tuple(entry["shape"]), candidates)

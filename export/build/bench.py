@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all stages of one build share, and what the float model draws for them."""
+"""What all stages of one build share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from ...ground.names import at_place
-from ...quant.calibrate import calibrate, ranges_of
+from ...quant.calibrate import ranges_of
 from ...quant.fit import Fit
 from ...quant.formats import LayerFormat
 from ...quant.observe import LayerStats
+from ...quant.scheme import Scheme
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
-from ...runtimes.manifest import Manifest
-from ...runtimes.runner import Runner
+from ...runtimes.manifest import Manifest, ModelOrigin
 from ..checkpoint.load import load, load_shapes
-from ..evidence import Evidence, evidence_for, read_prompts
+from ..evidence import Evidence, evidence_for
 from ..families.base import LoadedModel
 from ..families.components import layers_of, shapes_of
 from ..families.graphs import Component
@@ -27,14 +26,17 @@ from ..recipe import Recipe
 from ..sampling.spec import asks_twice, sampler_spec, with_sampling
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
-from ..verify.gaps import Session, torch_runner
-from .candidates import candidate_formats
+from ..verify.gaps import Session
+from .candidates import candidate_schemes, resolved
 from .draft import pipeline_manifest
 
 
 @dataclass(frozen=True)
 class Workbench:
-    """What all stages of one build share: the float model as graphs, and what it draws with."""
+    """What all stages of one build share: the float model as graphs, and what it draws with.
+
+    `candidates` are the schemes that each layer may have; before calibration (`with_ranges`) as they were asked for.
+    """
 
     recipe: Recipe
     target: Target
@@ -43,7 +45,7 @@ class Workbench:
     components: Sequence[Component]
     traced: Mapping[str, Traced]
     layers: Mapping[str, nn.Module]
-    formats: Mapping[str, Sequence[LayerFormat]]
+    candidates: Mapping[str, Sequence[Scheme]]
     draft: Manifest
     progress: StageProgress
     spread: Spread
@@ -52,6 +54,21 @@ class Workbench:
     def modules(self) -> dict[str, nn.Module]:
         """Each component's model, which holds the float weights between stages."""
         return {component.name: component.module.model for component in self.components}
+
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every block of every component by its name."""
+        return {name: block for component in self.components for name, block in component.blocks().items()}
+
+    @property
+    def formats(self) -> dict[str, list[LayerFormat]]:
+        """The weight formats of the candidates."""
+        return {name: list(dict.fromkeys(each.weight for each in own)) for name, own in self.candidates.items()}
+
+    def made_from(self, identity: str) -> "Workbench":
+        """The same, whose manifest says that the model has this identity."""
+        origin = ModelOrigin(name=self.model.name, sha256=identity)
+        return replace(self, draft=self.draft.model_copy(update={"model": origin}))
 
     def fit(self, fit: Fit) -> Fit:
         """The fit, with scales as exact as the target keeps them."""
@@ -73,11 +90,11 @@ def make_workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> W
     # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
     used = {name for graph in graphs.values() for name in graph.layers}
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
-    formats = candidate_formats(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
+    candidates = candidate_schemes(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
     specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
     draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
     evidence = evidence_for(model)
-    return Workbench(recipe, target, model, evidence, components, graphs, layers, formats, draft, progress, spread)
+    return Workbench(recipe, target, model, evidence, components, graphs, layers, candidates, draft, progress, spread)
 
 
 def traced(target: Target, components: Sequence[Component], progress: StageProgress, stage: str) -> dict[str, Traced]:
@@ -96,35 +113,9 @@ def parity_session(bench: Workbench, artifact: Path) -> Session:
     return Session.of_report(bench.draft, *asked)
 
 
-def calibrated(bench: Workbench, session: Session) -> dict[str, LayerStats]:
-    """Statistics of every layer while the float model draws at the shipped steps and guidance."""
-    runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
-    with bench.progress.stage("calibrate", pictures) as advance:
-        return calibrate(bench.modules, calibration_drawing(bench, session, runner, pictures, advance))
-
-
-def calibration_drawing(
-    bench: Workbench, session: Session, runner: Runner, wanted: int, advance: Callable[[], None] = lambda: None
-) -> Callable[[], None]:
-    """What draws so many pictures of calibration prompts in the runner."""
-    file = bench.recipe.calibrate.prompts
-    prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
-    if file is not None:
-        own = read_prompts(file)
-        prompts = [own[index % len(own)] for index in range(wanted)]
-    drawing = replace(session, prompts=prompts)
-
-    def draw_all() -> None:
-        for index in range(len(prompts)):
-            with at_place(picture=index):
-                drawing.draw(runner, index)
-            advance()
-
-    return draw_all
-
-
 def with_ranges(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
-    """Graphs that hold the ranges which calibration saw."""
+    """Graphs that hold the ranges which calibration saw, and candidates resolved for them."""
     components, ranges = {component.name: component for component in bench.components}, ranges_of(stats)
     traced = {name: bench.target.fitted(graph, components[name], ranges) for name, graph in bench.traced.items()}
-    return replace(bench, traced=traced)
+    candidates = resolved(bench.target, shapes_of(bench.layers), bench.candidates, ranges)
+    return replace(bench, traced=traced, candidates=candidates)

@@ -7,14 +7,14 @@ our artifacts. Layers are named `<component>.<module path>`, as in `quant`.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...ground.names import LayerName
-from ...quant.layers import compressible_layers
+from ...quant.layers import compressible_layers, without_weights
 
 EXAMPLE_BATCH = 2
 """The batch of all example inputs: 1 would let tracing take the batch for a constant."""
@@ -81,6 +81,12 @@ class Component:
     def layer_prefix(self) -> str:
         """What a parameter's or layer's name has in front of the path inside the model: `unet.`."""
         return f"{self.name}."
+
+    def without_weights(self) -> "Component":
+        """The same graph for what reads shapes alone: its layers hold no weights, all other tensors are shared."""
+        module = without_weights(self.module)
+        assert isinstance(module, ComponentModule)
+        return replace(self, module=module)
 
     def blocks(self) -> dict[str, nn.Module]:
         """Every block by its name, in the order of registration: each layer is in exactly one."""

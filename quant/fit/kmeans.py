@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .base import LARGEST_SCALE, checked_hessian
+from .base import LARGEST_SCALE, checked_diagonal
 from .mse import column_importance
 
 LARGEST_VALUE = LARGEST_SCALE
@@ -37,7 +37,7 @@ DENSITY_SEGMENTS = 256
 
 def kmeans_importance(hessian_KK: Tensor, columns: int) -> Tensor:
     """[K], mean 1: how much each column's squared error counts; TurbopocketError for a Hessian of another size."""
-    importance_K = column_importance(checked_hessian(hessian_KK, columns))
+    importance_K = column_importance(checked_diagonal(hessian_KK, columns))
     return importance_K / importance_K.mean()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to image in numpy over any runner, as the manifest's pipeline says it: the loop a phone has to repeat."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,9 @@ def draw(
 
     With a first picture it gives what the encoder's distribution needs, then what makes its latents noisy.
     """
+    for text in (prompt, negative_prompt or ""):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise TurbopocketError(f"the prompt {text[:40]!r} is not UTF-8 text")
     if not prompt.strip():
         raise TurbopocketError("the prompt is empty: say what the picture should show")
     built_for = manifest.sampler.steps
@@ -83,6 +87,8 @@ def draw(
             hint=f"build another with --steps {steps}",
         )
     scale = manifest.sampler.guidance_scale if guidance is None else guidance
+    if not math.isfinite(scale):
+        raise TurbopocketError(f"guidance is {scale:g}; a finite number is needed")
     sampler = make_sampler(manifest.sampler, steps)
     start = 0 if first is None else _start(manifest, sampler, first)
     told = guidance_condition(manifest, scale)
@@ -172,6 +178,7 @@ def decode(runner: Runner, manifest: Manifest, latents: Array) -> Array:
     z = {decoder.latents: to_vae(manifest.image, latents)}
     outputs = runner.run(decoder.component, feed(manifest, decoder.component, z))
     sample = outputs[decoder.output].astype(np.float32)
+    _require_shape(decoder.component, decoder.output, sample, (1, 3, *manifest.image.size))
     return np.clip(sample[0] / 2 + 0.5, 0, 1).transpose(1, 2, 0)
 
 
@@ -204,7 +211,16 @@ def _prediction(runner: Runner, manifest: Manifest, values: dict[str, NDArray[An
     denoiser = manifest.pipeline.denoiser
     outputs = runner.run(denoiser.component, feed(manifest, denoiser.component, values))
     output = outputs[denoiser.output].astype(np.float32)
-    return output if denoiser.channels == "all" else output[:, : output.shape[1] // 2]
+    batch, channels, *sides = values[denoiser.latents].shape
+    given = channels if denoiser.channels == "all" else 2 * channels
+    _require_shape(denoiser.component, denoiser.output, output, (batch, given, *sides))
+    return output[:, :channels]
+
+
+def _require_shape(component: str, name: str, found: Array, wanted: tuple[int, ...]) -> None:
+    """What broadcasts or is cut to fit would be a picture all the same, of something else."""
+    if found.shape != wanted:
+        raise TurbopocketError(f"{component} gives {name} of {list(found.shape)}, {list(wanted)} is needed")
 
 
 def _guided(outputs: list[Array], scale: float) -> Array:

@@ -11,6 +11,7 @@ from turbopocket.export.build.build import build
 from turbopocket.export.build.manifest import expected_manifest_bytes
 from turbopocket.export.build.outcome import Built
 from turbopocket.export.output.owned import refuse_build
+from turbopocket.export.output.staging import run_folder
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.ground.errors import ParityFailed, TurbopocketError
@@ -30,14 +31,14 @@ def test_artifact_is_within_budget_and_as_large_as_planned(built: Any) -> None:
 
 
 def test_budget_bites(built: Any) -> None:
-    assert {choice.format for choice in built.plan.choices} == {"int4-g32", "int8-g32", "fp16"}
+    assert {choice.scheme for choice in built.plan.choices} == {"int4-g32", "int8-g32", "fp16"}
 
 
 def test_files_match_the_manifest(built: Any) -> None:
     manifest = load_manifest(built.folder)
     verify(built.folder, manifest)
     assert manifest.plan is not None
-    assert manifest.plan["formats"] == {choice.layer: choice.format for choice in built.plan.choices}
+    assert manifest.plan["schemes"] == {choice.layer: choice.scheme for choice in built.plan.choices}
 
 
 def test_lowering_gap_is_rounding_and_compression_gap_is_not(built: Any) -> None:
@@ -55,8 +56,8 @@ def test_lowering_gap_is_rounding_and_compression_gap_is_not(built: Any) -> None
 
 def test_all_files_of_a_build_are_known_as_its_own(built: Any) -> None:
     with pytest.raises(TurbopocketError, match="is not empty"):
-        refuse_build(built.folder, overwrite=False)
-    refuse_build(built.folder, overwrite=True)
+        refuse_build(built.folder, run_folder(built.folder), overwrite=False)
+    refuse_build(built.folder, run_folder(built.folder), overwrite=True)
 
 
 def test_report_is_one_file_that_needs_no_network(built: Any) -> None:
@@ -84,7 +85,7 @@ def test_runtime_that_computes_wrong_fails_the_build_and_leaves_nothing(
     recipe = make_recipe({**recipe_values, "model": {"source": str(tiny_sdxl)}}, "test")
     with pytest.raises(ParityFailed, match=f"first layer to diverge is {layer}"):
         build(recipe, tmp_path / "art", overwrite=False, progress=StageProgress(quiet=True))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["art.run"]
 
 
 def _plant_wrong_scale(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,14 +94,14 @@ def _plant_wrong_scale(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     honest = target.lower
 
-    def lower(traced: Any, weights: Any, folder: Path, options: Any) -> Any:
+    def lower(traced: Any, weights: Any, folder: Path, options: Any, schemes: Any) -> Any:
         changed = dict(weights)
         if layer in changed:
             stored = changed[layer]
             part = "scale" if "scale" in stored.parts else "weight"
             parts = {**stored.parts, part: stored.parts[part] * 1.2}
             changed[layer] = type(stored)(stored.format, stored.shape, parts)
-        return honest(traced, changed, folder, options)
+        return honest(traced, changed, folder, options, schemes)
 
     monkeypatch.setattr(target, "lower", lower)
 

@@ -97,7 +97,7 @@ def test_a_format_a_fit_and_a_statistic_are_added_in_one_file_each(
     )
     planned = turbopocket.plan(recipe)
     built = turbopocket.build(recipe, tmp_path / "art", progress=StageProgress(quiet=True))
-    used = {choice.format for choice in built.plan.choices}
+    used = {choice.scheme for choice in built.plan.choices}
     assert "coarse" in used & set(planned.layers.values())
     assert len(LargestInput.seen) == len(built.plan.choices)
     assert max(LargestInput.seen) > 0

@@ -26,8 +26,9 @@ from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import Recipe, make_recipe
 from turbopocket.export.targets.registry import TARGETS, open_target
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
-from turbopocket.quant.compress import decompressed, load_weights
+from turbopocket.quant.compress import decompressed
 from turbopocket.quant.ranges import load_ranges
+from turbopocket.quant.store import load_weights
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
@@ -97,8 +98,7 @@ def test_from_folder_to_picture(checkpoint: Checkpoint, target: str, tmp_path: P
     tokenizers = open_tokenizers(tmp_path / "art", manifest)
     found = draw(open_runner(tmp_path / "art", manifest), manifest, tokenizers, PROMPT, seeded_noise(SEED))
     assert found.std() > 0.02
-    weights = load_weights(built.report.parent / WEIGHTS_FILE)
-    limit = AMPLIFIED * open_target(recipe.target).lowering_limit(weights)
+    limit = AMPLIFIED * open_target(recipe.target).lowering_limit(built.plan.schemes)
     assert relative_error(found - expected.mean(), expected - expected.mean()) < limit
 
 

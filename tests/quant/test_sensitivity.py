@@ -69,8 +69,15 @@ def measured(
     return measure(layers, formats, dict(compress_candidates(layers, stats, formats, fit)), output, **asked)
 
 
+@pytest.fixture
+def choices(
+    layers: dict[str, nn.Module], stats: dict[str, LayerStats], output: RowwiseOutput
+) -> dict[str, LayerChoices]:
+    return measured(layers, stats, output)
+
+
 def loss_of(choices: LayerChoices, name: str) -> float:
-    return next(candidate.loss for candidate in choices.candidates if candidate.format == name)
+    return next(candidate.loss for candidate in choices.candidates if candidate.scheme == name)
 
 
 def real_loss(denoiser: nn.Module, latents: Tensor, layer: nn.Module, choices: LayerChoices, text: str) -> float:
@@ -95,8 +102,8 @@ def test_predicted_loss_of_each_candidate_is_the_error_it_makes(
     choices = measured(layers, stats, output, vectors=MANY)
     for name, layer in layers.items():
         for candidate in choices[name].candidates:
-            error = real_loss(denoiser, latents, layer, choices[name], candidate.format)
-            assert candidate.loss == pytest.approx(error, rel=0.12), (name, candidate.format)
+            error = real_loss(denoiser, latents, layer, choices[name], candidate.scheme)
+            assert candidate.loss == pytest.approx(error, rel=0.12), (name, candidate.scheme)
 
 
 def test_fp32_loses_nothing(layers: dict[str, nn.Module], stats: dict[str, LayerStats], output: RowwiseOutput) -> None:
@@ -256,7 +263,17 @@ def test_saved_choices_load_as_the_same(
     assert load_choices(tmp_path / "choices.json") == choices
 
 
-@pytest.mark.parametrize("text", ["", "{}", json.dumps({"schema_version": 9}), '{"schema_version": 1}'])
+def test_choices_of_schema_1_have_their_formats_for_schemes(choices: dict[str, LayerChoices], tmp_path: Path) -> None:
+    file = tmp_path / "choices.json"
+    save_choices(file, choices)
+    file.write_text(
+        file.read_text().replace('"scheme":', '"format":').replace('"schema_version": 2', '"schema_version": 1')
+    )
+    assert '"format":' in file.read_text()
+    assert load_choices(file) == choices
+
+
+@pytest.mark.parametrize("text", ["", "{}", json.dumps({"schema_version": 9}), '{"schema_version": 2}'])
 def test_file_that_holds_no_choices_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "choices.json"
     path.write_text(text)
