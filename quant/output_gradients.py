@@ -131,6 +131,8 @@ class BlockTape:
             outputs, _ = tree_flatten(call.block(*args, **kwargs))
         asked = [index for index, each in enumerate(inputs) if isinstance(each, Tensor) and each.requires_grad]
         wanted = [*(inputs[index] for index in asked), *(zero for _, _, zero in seen)]
+        if not wanted:  # no layer in it, and none before it
+            return [], [[None] * len(inputs) for _ in gradients]
         passed: list[Gradients] = []
         by_layer: list[list[Tensor]] = [[] for _ in seen]
         for of_vector in gradients:

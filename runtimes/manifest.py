@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..ground.errors import TurbopocketError
 from ..ground.reading import parse_json, read_text
+from .ceilings import MOST_CHANNELS, MOST_LETTERS, MOST_VALUES
 from .image_size import MOST_PIXELS_ASIDE, ImageSize
 from .pipeline import Name, Pipeline, Record, SamplerTable
 from .schedule import SamplerSpec, validation_summary
@@ -53,14 +54,8 @@ def _inside(path: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 PositiveInt = Annotated[int, Field(ge=1)]
-MOST_CHANNELS = 256
-"""Of latents: published models have 4 to 16."""
-MOST_LETTERS = 1_000_000
-"""Of the text that a token stands for: a token has at most 10,000 vectors, each with a name."""
 Side = Annotated[int, Field(ge=1, le=MOST_PIXELS_ASIDE)]
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
-MOST_VALUES = 2**29
-"""Of one tensor: 2 GiB in float32, more than any that goes into or comes out of a component for the largest picture."""
 
 
 class FileEntry(Record):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...ground.errors import TurbopocketError
 from ...ground.reading import one_sentence
-from ..manifest import MOST_VALUES
+from ..ceilings import MOST_VALUES
 
 _SIZED_BY = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3}
 """Operators whose output is as large as the numbers in one of their inputs say, and which input that is."""

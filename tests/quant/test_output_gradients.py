@@ -97,6 +97,14 @@ def test_gradients_are_those_of_the_whole_model(model: Skipping, blocks: tuple[s
     assert not expected
 
 
+def test_only_layers_that_are_asked_for_are_told_of(model: Skipping) -> None:
+    blocks = [model.down, model.up, model.lost, model.embed]
+    tape = BlockTape({"unet.up.first": model.up.first}, blocks)
+    with tape.recording():
+        y = model(torch.randn(5, 6), torch.randn(5, 3))
+    assert [call.layer for call in tape.backward(y, [torch.randn(5, 4)])] == ["unet.up.first"] * 2
+
+
 def test_output_is_that_of_the_model(model: Skipping) -> None:
     inputs = torch.randn(5, 6), torch.randn(5, 3)
     tape = BlockTape(compressible_layers("unet", model), [model.down, model.up])
