@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from ...quant.calibrate import ranges_of
-from ...quant.fit import Fit
-from ...quant.formats import LayerFormat
+from ...quant.fit import VQDM, Fit
+from ...quant.fit.native import search_notes
+from ...quant.formats import Additive, LayerFormat
 from ...quant.observe import LayerStats
 from ...quant.scheme import Scheme
 from ...quant.workers import Spread
@@ -92,6 +93,9 @@ def make_workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> W
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
     candidates = candidate_schemes(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
     specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
+    searched = any(isinstance(each.weight, Additive) for schemes in candidates.values() for each in schemes)
+    for note in search_notes() if searched and recipe.compress.fit == VQDM.name else ():
+        progress.remark(f"note: {note}")
     draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
     evidence = evidence_for(model)
     return Workbench(recipe, target, model, evidence, components, graphs, layers, candidates, draft, progress, spread)

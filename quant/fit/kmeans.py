@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .base import LARGEST_SCALE, checked_diagonal
 from .mse import column_importance
+from .native import search_library
 
 LARGEST_VALUE = LARGEST_SCALE
 """The end of fp16, in which every table is stored."""
@@ -235,6 +236,8 @@ class _Cloud:
     def nearest(self, codebook_PD: Tensor) -> Tensor:
         """uint8 [N]. Σ d (x - c)² = Σ (d, d x) · (c², -2 c) + Σ d x², where the last is the same for every c."""
         features_2DP = torch.cat([codebook_PD.square(), -2 * codebook_PD], dim=1).T
+        if (library := search_library()) is not None:
+            return library.nearest(self.pulls_N2D, features_2DP)
         codes_N = torch.empty(len(self.pulls_N2D), dtype=torch.uint8)
         size = max(1, CHUNK_DISTANCES // len(codebook_PD))
         for start in range(0, len(codes_N), size):
