@@ -120,10 +120,7 @@ def check(
         unverified = target.inspect(artifact, manifest)
         notes = (*manifest.notes, *target.notes(artifact, manifest))
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
-    if not stored.is_file():
-        why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
-        if emulators:
-            raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
+    if why_not := _why_no_parity(artifact, stored, cpus):
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = _model(artifact, manifest, recipe)
@@ -155,6 +152,16 @@ def check(
         emulated[f"{PREFIX}{cpu.name}"] = measured
     loosened = None if accept_limit else _loosened(limit, own_limit, target.name)
     return Checked(manifest, gaps, None, unverified, notes, emulated, loosened)
+
+
+def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str]) -> str | None:
+    """Why only the files can be checked, if so. Raises TurbopocketError when more was asked for."""
+    if stored.is_file():
+        return None
+    why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
+    if cpus:
+        raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
+    return why_not
 
 
 def _recipe(artifact: Path, manifest: Manifest) -> Recipe:
