@@ -7,6 +7,7 @@ other use for it.
 """
 
 import math
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,7 +45,8 @@ def require_bounded(path: Path, component: str) -> None:
     Builds write neither. Raises TurbopocketError naming the node, and for a file that is no graph.
     """
     with one_sentence(f"{component}: ONNX Runtime cannot open the graph: {path} is none"):
-        model = list(_fields(memoryview(path.read_bytes())))
+        with path.open("rb") as file:
+            model = list(_fields(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))))
         graph = [entry for number, value in model if number == _MODEL_GRAPH for entry in _fields(_bytes(value))]
         nodes = [_node(_bytes(value)) for number, value in graph if number == _GRAPH_NODE]
         stated = dict(_named(_bytes(value)) for number, value in graph if number == _GRAPH_INITIALIZER)
