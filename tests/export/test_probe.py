@@ -75,9 +75,9 @@ def test_losses_are_those_of_the_layer_alone_in_the_model(tiny_sdxl: Path, tmp_p
     assert sorted(felt) == sorted(LAYERS)
 
 
-def test_prediction_of_the_probe_is_that_of_the_walk(tiny_sdxl: Path, tmp_path: Path) -> None:
-    # Prompts, steps and text states of a row belong together, with guidance too, which asks for something else as well.
-    probe, session, _ = probe_of(tiny_sdxl, tmp_path / "art", steps=2, guidance=5.0)
+def test_prediction_of_the_probe_is_that_of_the_walk(tiny_sd: Path, tmp_path: Path) -> None:
+    # Prompts, steps and text states of a row belong together, with guidance too, for which the empty prompt is read.
+    probe, session, _ = probe_of(tiny_sd, tmp_path / "art", steps=2, guidance=5.0)
     denoiser = session.manifest.pipeline.denoiser
     _, output = probe.outputs()[0]
     assert output.rows == 2 * len(PROMPTS)
