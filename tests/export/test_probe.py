@@ -59,6 +59,9 @@ def test_losses_are_those_of_the_layer_alone_in_the_model(tiny_sdxl: Path, tmp_p
     stats = calibrate(modules, draw, only=LAYERS)
     candidates = dict.fromkeys(layers, FORMATS)
     stored = dict(compress_candidates(layers, stats, candidates, MSE))
+    with torch.no_grad():
+        middle = probe.outputs()[-1][1].run(slice(0, 1))
+    assert middle.shape[1] == probe.latents.shape[1], "variances are no part of it"
     felt: list[str] = []
     for components, output in probe.outputs():
         own = {name: formats for name, formats in candidates.items() if component_name(name) in components}
