@@ -29,7 +29,13 @@ from .activations import (
     rounded_by_row,
 )
 from .form import FormOptions, ProgramForm, constant
-from .size import LAYER_BYTES, ROUNDED_CONVOLUTION_BYTES, STATIC_CONVOLUTION_BYTES, STATIC_LINEAR_BYTES
+from .size import (
+    LAYER_BYTES,
+    ROUNDED_CONVOLUTION_BYTES,
+    STATIC_CONVOLUTION_BYTES,
+    STATIC_LINEAR_BYTES,
+    STATIC_POINTWISE_BYTES,
+)
 
 GROUP_MULTIPLE = 32
 GROUP_SCALE_DIGITS = 8
@@ -190,7 +196,7 @@ class IntegerConv2dForm(_IntegerForm):
 
     def operators_bytes(self) -> int:
         if self.scheme.is_static:
-            return LAYER_BYTES + (STATIC_LINEAR_BYTES if self.runs_as_linear else STATIC_CONVOLUTION_BYTES)
+            return LAYER_BYTES + (STATIC_POINTWISE_BYTES if self.runs_as_linear else STATIC_CONVOLUTION_BYTES)
         return LAYER_BYTES + (0 if self.runs_as_linear else ROUNDED_CONVOLUTION_BYTES)
 
     def reference(self, module: Any, weight: CompressedTensor) -> nn.Module:
