@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-from ...ground.names import at_place
 from ...quant.calibrate import calibrate, ranges_of
 from ...quant.fit import Fit
 from ...quant.formats import LayerFormat
@@ -116,8 +115,7 @@ def calibration_drawing(
 
     def draw_all() -> None:
         for index in range(len(prompts)):
-            with at_place(picture=index):
-                drawing.draw(runner, index)
+            drawing.draw(runner, index)
             advance()
 
     return draw_all

@@ -54,7 +54,7 @@ class Probe:
 
     def _conditions(self) -> Arrays:
         drawing = self.session
-        each = [condition(self.runner, drawing.manifest, drawing.tokenizers, prompt) for prompt in drawing.prompts]
+        each = [condition(self.runner, drawing.manifest, drawing.tokenizers, [prompt]) for prompt in drawing.prompts]
         denoiser = drawing.manifest.pipeline.denoiser
         steps = len(self.denoiser_inputs[denoiser.latents]) // len(each)
         rows = {name: np.repeat(np.concatenate([values[name] for values in each]), steps, axis=0) for name in each[0]}

@@ -109,7 +109,7 @@ def record(
     recordings = []
     for index, prompt in enumerate(prompts):
         recorder = Recorder(reference)
-        picture = exercise(recorder, manifest.of_picture(index), tokenizers, prompt, seed + index)
+        picture = exercise(recorder, manifest.of_picture(index), tokenizers, [prompt], [seed + index])[0]
         recordings.append(Recording(prompt, seed + index, picture, recorder.calls))
     return recordings
 

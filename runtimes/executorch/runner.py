@@ -12,7 +12,7 @@ from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..kernels.library import executorch_operators
 from ..manifest import ComponentSpec, Manifest, TensorSpec
-from ..runner import check_inputs, component_spec
+from ..runner import check_inputs, component_spec, one_by_one
 from .file import Layout, data_file, read_layout
 from .imported import executorch_module
 from .shown_layers import LayerName, Shown, with_layer_outputs
@@ -38,11 +38,17 @@ class ExecuTorchRunner:
         self._shown: dict[str, tuple[Shown, Any]] = {}
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The component's outputs by name; TurbopocketError when program, manifest and inputs disagree."""
+        """The component's outputs by name; TurbopocketError when program, manifest and inputs disagree.
+
+        Programs take one item; several are given one after the other.
+        """
         spec = component_spec(self.manifest, component)
-        check_inputs(component, spec.inputs, inputs)
-        found = self._execute(component, self._method(component, spec), inputs)
-        return dict(zip((tensor.name for tensor in spec.outputs), found, strict=True))
+        method, found = self._method(component, spec), []
+        for call in one_by_one(spec.inputs, inputs):
+            check_inputs(component, spec.inputs, call)
+            found.append(self._execute(component, method, call))
+        joined = found[0] if len(found) == 1 else [np.concatenate(values) for values in zip(*found, strict=True)]
+        return dict(zip((tensor.name for tensor in spec.outputs), joined, strict=True))
 
     def run_layers(self, component: str, inputs: Mapping[str, NDArray[Any]], layers: Sequence[str]) -> Arrays:
         """Outputs of the layers whose weights the runner was told of, in execution order, from a second program.

@@ -15,6 +15,10 @@ from turbopocket.export.build.outcome import Built
 from turbopocket.export.output.kept import RANGES_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
+from turbopocket.runtimes.drawing.text_to_image import generate, generate_batch
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
+from turbopocket.runtimes.manifest import load_manifest
+from turbopocket.runtimes.open import open_runner
 
 pytest.importorskip("executorch")
 
@@ -61,3 +65,13 @@ def test_check_rounds_in_the_steps_that_calibration_chose(built: Built, turbopoc
         assert f"{RANGES_FILE}: not a file of ranges: " in ran.err
     finally:
         ranges.write_text(kept)
+
+
+def test_several_pictures_at_once_are_those_drawn_one_by_one(built: Built) -> None:
+    """A program takes one item, so the runner runs it once for each."""
+    manifest = load_manifest(built.folder)
+    drawing = open_runner(built.folder, manifest), manifest, open_tokenizers(built.folder, manifest)
+    found = generate_batch(*drawing, ["a red ring", "a blue ring"], [1, 2])
+    assert (found[0] != found[1]).any()
+    for picture, prompt, seed in zip(found, ["a red ring", "a blue ring"], [1, 2], strict=True):
+        assert (picture == generate(*drawing, prompt, seed)).all()

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 from turbopocket.ground.arrays import Arrays
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.sampler import Memory, make_sampler
-from turbopocket.runtimes.drawing.text_to_image import FirstPicture, draw, seeded_noise
+from turbopocket.runtimes.drawing.text_to_image import FirstPicture, draw, exercise, generate, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import Tokenizer
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import ComponentSpec, FileEntry, ImageSpec, Manifest, TensorSpec
 from turbopocket.runtimes.pipeline import Decoder, Denoiser, Encoder, MaskFeed, NumbersFeed, Pipeline, TextEncoder
+from turbopocket.runtimes.runner import one_by_one
 from turbopocket.runtimes.schedule import SamplerSpec
 
 from ..pipelines import text
@@ -230,3 +231,41 @@ def changed(**denoiser: Any) -> Pipeline:
 def test_a_pipeline_that_the_components_do_not_bear_out_is_refused(pipeline: Pipeline, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         manifest(pipeline=pipeline)
+
+
+class ByPicture(Stubs):
+    """The same networks, whose rows know nothing of each other."""
+
+    def transformer(self, hidden_states: Any, timestep: Any, **told: Any) -> Arrays:
+        rows = []
+        for at in range(len(hidden_states)):
+            own = {name: value[at : at + 1] for name, value in told.items()}
+            rows.append(super().transformer(hidden_states[at : at + 1], timestep, **own))
+        return {"out": np.concatenate([row["out"] for row in rows])}
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("without", ["zeros", "empty prompt"])
+def test_pictures_drawn_at_once_are_those_drawn_one_by_one(
+    words: dict[str, Tokenizer], scheduler: str, without: Any
+) -> None:
+    """The ancestral sampler draws noise at every step, so each picture must go on with its own."""
+    spec = SamplerSpec.from_scheduler_config(DPM | {"_class_name": scheduler}, 4, guidance_scale=4.5)
+    told = manifest(sampler=spec, pipeline=PIPELINE.model_copy(update={"without_prompt": without}))
+    prompts, seeds = ["a red circle", "red", "circle circle red"], [5, 3, 4]
+    stubs = ByPicture()
+    found = exercise(stubs, told, words, prompts, seeds)
+    assert [component for component, _ in stubs.calls].count("transformer") == 2 * 4
+    for picture, prompt, seed in zip(found, prompts, seeds, strict=True):
+        assert picture.std() > 1, "flat pictures would prove nothing"
+        assert (picture == generate(ByPicture(), told, words, prompt, seed)).all()
+
+
+def test_a_graph_for_one_item_is_asked_for_several_one_by_one() -> None:
+    specs = [tensor("x", 1, 2), tensor("timestep"), tensor("t", 1)]
+    x, t = np.arange(6).reshape(3, 2), np.arange(3)
+    calls = one_by_one(specs, {"x": x, "timestep": np.array(7), "t": t})
+    assert [call["x"].tolist() for call in calls] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert [call["t"].tolist() for call in calls] == [[0], [1], [2]]
+    assert all(call["timestep"] == 7 for call in calls)
+    assert len(one_by_one([tensor("x", "batch", 2)], {"x": x})) == 1

@@ -11,7 +11,7 @@ import torch
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.conditioning import PromptCut, feed, guidance_embedding
-from turbopocket.runtimes.drawing.text_to_image import NotFinite, draw, generate
+from turbopocket.runtimes.drawing.text_to_image import NotFinite, draw, draw_batch, generate, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import Manifest
 from turbopocket.runtimes.onnx.runner import OnnxRunner
@@ -111,6 +111,16 @@ def test_sdxl_with_dpm_solver_and_karras_sigmas_draws_what_diffusers_draws(
 ) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, algorithm_type=algorithm, **BETAS)
     assert_draws_like_diffusers(tiny_model(sdxl, "sdxl", tmp_path, scheduler, guidance=5.0, steps=5))
+
+
+def test_pytorch_draws_several_pictures_at_once_as_one_by_one(sdxl: Any, tmp_path: Path) -> None:
+    """But for the order of sums, which a batch changes."""
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **BETAS)
+    model = tiny_model(sdxl, "sdxl", tmp_path, scheduler, guidance=5.0, steps=3)
+    drawing, prompts = (model.runner, model.manifest, model.tokenizers), [PROMPT, NEGATIVE, "red"]
+    found = draw_batch(*drawing, prompts, [seeded_noise(seed) for seed in range(3)])
+    for seed, prompt in enumerate(prompts):
+        np.testing.assert_allclose(found[seed], draw(*drawing, prompt, seeded_noise(seed)), atol=1e-4)
 
 
 def draw_toy(folder: Path, manifest: Manifest, prompt: str = "a red circle", **options: Any) -> np.ndarray:
