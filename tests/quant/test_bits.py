@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from turbopocket.quant.formats.bits import WIDTHS, pack, packed_columns, unpack
+from turbopocket.ground.bits import packed_bytes
+from turbopocket.quant.formats.bits import WIDTHS, pack, unpack
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 7, 9, 64])
@@ -12,7 +13,7 @@ def test_unpack_returns_what_was_packed(bits: int, signed: bool, columns: int) -
     low = -(2 ** (bits - 1)) if signed else 0
     codes_OK = torch.randint(low, low + 2**bits, (5, columns)).to(torch.int8 if signed else torch.uint8)
     packed = pack(codes_OK, bits)
-    assert packed.shape == (5, packed_columns(columns, bits))
+    assert packed.shape == (5, packed_bytes(columns, bits))
     assert torch.equal(unpack(packed, bits, columns, signed), codes_OK)
 
 
@@ -29,5 +30,5 @@ def test_negative_codes_are_twos_complement() -> None:
 def test_a_row_is_one_string_of_bits_low_ones_first(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (13,)).tolist()
     as_one_number = sum(code << (bits * place) for place, code in enumerate(codes))
-    expected = as_one_number.to_bytes(packed_columns(13, bits), "little")
+    expected = as_one_number.to_bytes(packed_bytes(13, bits), "little")
     assert bytes(pack(torch.tensor([codes]), bits)[0].tolist()) == expected
