@@ -14,6 +14,7 @@ from ..quant.compress import load_weights
 from ..quant.ranges import load_ranges
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
+from ..runtimes.drawing.redundant import require_agreement
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from .checkpoint.load import load
@@ -97,13 +98,15 @@ def check(
     What is wrong with the numbers is the outcome's `failure`; `progress` is told of each stage, by default on stderr.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
-    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, and for
-    emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or could not be compared with PyTorch.
+    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, a
+    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or
+    could not be compared with PyTorch.
     """
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
     manifest = load_manifest(artifact)
+    require_agreement(manifest)
     recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
     target = open_target(recipe.target)
     with progress.stage("verify"):
