@@ -179,7 +179,7 @@ class Manifest(Record):
     name: Name
     family: Name
     """For people: nothing that draws asks for it."""
-    target: Literal["onnx", "coreml", "executorch"]
+    target: Name
     files: list[FileEntry]
     components: dict[str, ComponentSpec]
     tokenizers: dict[str, RelativePath]

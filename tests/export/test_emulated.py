@@ -16,7 +16,7 @@ from turbopocket.export.evidence import evidence_for
 from turbopocket.export.families.components import components_of
 from turbopocket.export.output.kept import WEIGHTS_FILE
 from turbopocket.export.recipe import parse_recipe
-from turbopocket.export.targets.onnx.program import OnnxOptions
+from turbopocket.export.target_options import OnnxOptions
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.export.targets.registry import open_target
 from turbopocket.export.verify.emulated import Emulated, measure_emulated

@@ -248,7 +248,7 @@ def test_packages_compute_what_pytorch_does_with_the_stored_weights(
 
 def test_a_guided_unet_takes_two_items_and_three_are_two_calls(tmp_path: Path) -> None:
     component = small_component("unet")
-    graph = target.trace(component, target.CoreMLOptions(unet_batch=2))
+    graph = target.trace(component, unet_batch=2)
     weights = compressed(component, graph, "int8-row")
     target.lower(graph, weights, tmp_path)
     program = Program.open(tmp_path / "Unet.mlpackage")
@@ -467,9 +467,8 @@ def test_chunks_that_are_still_too_large_are_refused(traced: dict[str, Traced], 
 
 def test_an_output_that_can_not_hold_its_layer_is_refused_by_name() -> None:
     component = small_component("unet")
-    options = target.CoreMLOptions(largest={"unet.conv_out": 70_000.0})
     with pytest.raises(TurbopocketError, match=r"unet\.conv_out reaches 70000, and output noise_pred is fp16"):
-        target.trace(component, options)
+        target.trace(component, largest={"unet.conv_out": 70_000.0})
 
 
 def test_inputs_without_a_common_number_of_items_are_refused(traced: dict[str, Traced]) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.targets.coreml import program as target
-from turbopocket.export.targets.coreml.blobs import pack_bits, write_blobs
+from turbopocket.export.targets.coreml.blobs import write_blobs
 from turbopocket.export.targets.coreml.mil import tensor_type
 from turbopocket.export.targets.coreml.precision import Fp32Region
 from turbopocket.export.targets.coreml.stores import STORES
 from turbopocket.export.targets.layer import kind_of
+from turbopocket.ground.bits import pack_bits
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
@@ -358,7 +359,7 @@ def test_layers_beyond_fp16_compute_in_fp32(name: str, deployment: str, tmp_path
     torch.manual_seed(0)
     component = component_of(Stream(), 32, 6, 4)
     largest = {"vae_decoder.first": 9e4, "vae_decoder.second": 3.0, "vae_decoder.last": 5.0}
-    traced = target.trace(component, target.CoreMLOptions(deployment=deployment, largest=largest))
+    traced = target.trace(component, target.CoreMLOptions(deployment=deployment), largest=largest)
     wide = {name for name, layer in traced.layers.items() if layer.wide}
     assert wide == {"vae_decoder.first", "vae_decoder.second"}  # the second reads what the first made
     weights = compressed(component, traced, name)
@@ -387,7 +388,7 @@ def test_layers_beyond_fp16_compute_in_fp32(name: str, deployment: str, tmp_path
 def test_largest_outputs_of_unknown_layers_are_refused() -> None:
     component = component_of(Layers(), 32, 6, 4)
     with pytest.raises(TurbopocketError, match=r"vae_decoder runs no layer nowhere"):
-        target.trace(component, target.CoreMLOptions(largest={"vae_decoder.nowhere": 1.0, "unet.elsewhere": 9e9}))
+        target.trace(component, largest={"vae_decoder.nowhere": 1.0, "unet.elsewhere": 9e9})
 
 
 def test_weight_files_are_those_that_coremltools_writes(tmp_path: Path) -> None:

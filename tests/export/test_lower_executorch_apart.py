@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch.gate import require_constants
 from turbopocket.export.targets.executorch.target import ExecuTorch
 from turbopocket.ground.errors import TurbopocketError
@@ -19,7 +20,7 @@ from .test_lower_executorch import FORMATS, Lowered, OneComponent, component, co
 
 pytest.importorskip("executorch")
 
-TARGET = ExecuTorch(weights_apart=True)
+TARGET = ExecuTorch(ExecuTorchOptions(weights="apart"))
 
 
 @pytest.fixture(scope="module")

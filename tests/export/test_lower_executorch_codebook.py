@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.target_options import Codebooks
 from turbopocket.export.targets.executorch import program as target
-from turbopocket.export.targets.executorch.form import Codebooks
 from turbopocket.export.targets.executorch.gate import require_constants
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.ground.errors import TurbopocketError

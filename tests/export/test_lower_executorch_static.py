@@ -11,6 +11,7 @@ import torch
 
 from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import make_recipe
+from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch import program as lowering
 from turbopocket.export.targets.executorch.activations import MIN_SNR_DB, Static, Steps
 from turbopocket.export.targets.executorch.stores import form_of_weight
@@ -31,7 +32,7 @@ from .test_lower_executorch import OneComponent, component, compressed
 pytest.importorskip("executorch")
 
 FORMATS = {**dict.fromkeys(("conv", "strided", "point", "query", "value", "out"), "int8-row"), "key": "int4-g32"}
-TARGET = ExecuTorch(static=True)
+TARGET = ExecuTorch(ExecuTorchOptions(activations="static"))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 
 from turbopocket.export.build.manifest import require_budget
 from turbopocket.export.build.planning import best_fitting
-from turbopocket.export.targets.onnx.form import OnnxOptions
+from turbopocket.export.target_options import OnnxOptions
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.ground.errors import OverBudget
 from turbopocket.quant.formats import LayerFormat

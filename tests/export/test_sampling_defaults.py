@@ -11,7 +11,8 @@ from typing import Any
 import diffusers
 import pytest
 
-from turbopocket.export.checkpoint.load import FAMILIES, load_shapes
+from turbopocket.export.checkpoint.load import load_shapes
+from turbopocket.export.families.registry import FAMILIES
 from turbopocket.export.recipe import make_recipe, parse_recipe
 from turbopocket.export.sampling.defaults import Sampling, sampling_of
 from turbopocket.export.sampling.spec import with_sampling
@@ -47,7 +48,7 @@ def sampling(folder: Path, *lora: str, **given: Any) -> Sampling:
 
 
 def test_the_pipelines_guidance_is_what_diffusers_calls_them_with() -> None:
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         call = inspect.signature(getattr(diffusers, family.pipeline_class).__call__)
         assert call.parameters["guidance_scale"].default == family.guidance
 

@@ -20,7 +20,7 @@ from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.listings import SAMPLE_FORMATS
 from turbopocket.export.targets.base import Target
 from turbopocket.export.targets.layer import with_references
-from turbopocket.export.targets.registry import TARGETS
+from turbopocket.export.targets.registry import default_targets
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX
@@ -48,7 +48,7 @@ NAMES = (
 LAYERS = ("linear", "conv", "point")
 COMPONENT = "vae_decoder"
 PLANNED_OVER_WRITTEN = 1.005
-FORMS = [(target.name, name) for target in TARGETS for name in NAMES]
+FORMS = [(target.name, name) for target in default_targets() for name in NAMES]
 EVERYWHERE = pytest.mark.parametrize(("target", "name"), FORMS, ids=lambda each: str(each))
 
 
@@ -106,7 +106,7 @@ class Lowered:
 
 
 def target_of(name: str) -> Target:
-    return next(each for each in TARGETS if each.name == name)
+    return next(each for each in default_targets() if each.name == name)
 
 
 @cache
@@ -230,7 +230,7 @@ def test_each_layer_computes_what_its_reference_does(
         assert lost > 3 * max(errors.values()), "is it compressed?"
 
 
-@pytest.mark.parametrize("target", [target.name for target in TARGETS])
+@pytest.mark.parametrize("target", [target.name for target in default_targets()])
 def test_lowering_twice_gives_the_same_bytes(target: str, lower: Callable[[str, str], Lowered], tmp_path: Path) -> None:
     part = lower(target, "int4-g32")
     again = part.target.trace(part.component)
@@ -239,7 +239,7 @@ def test_lowering_twice_gives_the_same_bytes(target: str, lower: Callable[[str, 
         assert (part.folder / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
-@pytest.mark.parametrize("target", [target.name for target in TARGETS])
+@pytest.mark.parametrize("target", [target.name for target in default_targets()])
 def test_weights_that_are_not_the_layers_are_refused(
     target: str, lower: Callable[[str, str], Lowered], tmp_path: Path
 ) -> None:
@@ -280,7 +280,7 @@ class Toy(LayerFormat):
     encode = decode = part_specs  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", default_targets(), ids=lambda target: target.name)
 def test_an_unknown_format_is_told_nothing_else(target: Target) -> None:
     for kind, shape in (("linear", (64, 64)), ("conv2d", (64, 64, 3, 3))):
         reason = target.storable(Toy(), kind, shape)  # type: ignore[arg-type]
@@ -301,7 +301,7 @@ class Sharing(nn.Module):
         return self.second(rows @ self.scale).transpose(1, 2).unflatten(2, (2, 2))
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", default_targets(), ids=lambda target: target.name)
 def test_no_weight_of_a_layer_may_be_another_parameter_but_norms_may(target: Target, tmp_path: Path) -> None:
     part = Sharing()
     nn.init.normal_(part.norm.weight)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.library import Library, impl, register_fake
 
 from ....quant.formats import CompressedTensor, PartSpec
+from ...target_options import Codebooks
 from ..codebook import CodebookForm
-from .form import Codebooks, Order, ProgramForm, constant
+from .form import Order, ProgramForm, constant
 from .size import BOOK_BYTES, KERNEL_BYTES, TAP_BYTES, VECTORS_BYTES
 
 _LIBRARY = Library("turbopocket", "DEF")

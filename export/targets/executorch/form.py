@@ -4,16 +4,15 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ....quant.formats import CompressedTensor, PartSpec
+from ...target_options import Codebooks
 from ..layer import LayerForm
 from .activations import Static
 from .size import KEY_BYTES, PLACE_BYTES, constants_bytes
-
-Codebooks = Literal["portable", "kernel"]
 
 
 @dataclass

@@ -23,9 +23,10 @@ from ....runtimes.executorch.imported import executorch_module
 from ....runtimes.executorch.shown_layers import LayerName
 from ....runtimes.manifest import ComponentSpec, TensorSpec
 from ...families.graphs import Component
+from ...target_options import Codebooks
 from ..layer import Layer, kind_of, require_equal_shares, require_own_weights, with_references
 from .activations import Static
-from .form import Codebooks, FormOptions, ProgramForm
+from .form import FormOptions, ProgramForm
 from .gate import constant_key, refuse_weight_only, require_constants
 from .partition import partitioner
 from .rewrite import Rewritten

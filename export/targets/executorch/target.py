@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ....quant.formats import CompressedTensor, LayerFormat
 from ....quant.ranges import Ranges
@@ -20,15 +20,18 @@ from ....runtimes.memory import MemoryFigures
 from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
+from ...target_options import ExecuTorchOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
 from ..base import GraphShare, Target
 from ..side_files import write_tokenizers
 from . import program as executorch
 from .activations import Static
-from .form import Codebooks, FormOptions
+from .form import FormOptions
 from .integer import GROUP_SCALE_DIGITS
 from .stores import STORES, form_of_weight
+
+DEFAULTS = ExecuTorchOptions()
 
 FLOAT_ERROR = 1e-4
 """Where no activation is rounded, all that differs is the order of sums."""
@@ -60,14 +63,9 @@ was rounded the other way (UNet of `pocket`); `pocket-turbo`'s from itself, step
 
 @dataclass(frozen=True)
 class ExecuTorch(Target):
-    """ExecuTorch with XNNPACK; `static` rounds activations of 8-bit layers in steps that calibration chose.
+    """ExecuTorch with XNNPACK."""
 
-    `weights_apart` puts constants into a .ptd file beside each program; `codebooks` says which operators read them.
-    """
-
-    static: bool = False
-    weights_apart: bool = False
-    codebooks: Codebooks = "portable"
+    options: ExecuTorchOptions = DEFAULTS
 
     name = "executorch"
     stores = STORES
@@ -82,12 +80,21 @@ class ExecuTorch(Target):
     ) -> list[Component]:
         return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
+    @classmethod
+    def opened(cls, options: ExecuTorchOptions, guided: bool) -> Self:
+        return cls(options)
+
+    @property
+    def static(self) -> bool:
+        """Whether 8-bit layers round activations in steps that calibration chose."""
+        return self.options.activations == "static"
+
     @property
     def form_options(self) -> FormOptions:
-        return FormOptions(self.codebooks)
+        return FormOptions(self.options.codebooks)
 
     def trace(self, component: Component) -> executorch.TracedProgram:
-        return executorch.trace(component, self.static, self.weights_apart, self.codebooks)
+        return executorch.trace(component, self.static, self.options.weights == "apart", self.options.codebooks)
 
     def fitted(
         self, traced: executorch.TracedProgram, component: Component, ranges: Mapping[str, Ranges]
@@ -112,7 +119,7 @@ class ExecuTorch(Target):
     def as_run(
         self, component: Component, weights: Mapping[str, CompressedTensor], ranges: Mapping[str, Ranges]
     ) -> Component:
-        return executorch.as_run(component, weights, self._static(ranges), self.codebooks)
+        return executorch.as_run(component, weights, self._static(ranges), self.options.codebooks)
 
     def write_side_files(
         self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
