@@ -23,6 +23,7 @@ from turbopocket.export.targets.executorch import program as lowering
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.pocket.evaluate import write_json
 from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.scheme import Scheme
 from turbopocket.runtimes.command import run
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.executorch.native.build import native_runner
@@ -93,7 +94,7 @@ def lowered(folder: Path, width: int, layers: int, form: Any) -> tuple[Path, int
     with ExecuTorchNativeRunner(folder, manifest, {}) as runner:
         found = runner.run("stack", {"x": x.numpy()})["y"]
     error = relative_error(found, torch_runner([component]).run("stack", {"x": x.numpy()})["y"])
-    planned = lowering.lowered_bytes(traced, {name: weight.format for name, weight in weights.items()})
+    planned = lowering.lowered_bytes(traced, {name: Scheme(weight.format) for name, weight in weights.items()})
     return folder / spec.file, planned, error
 
 

@@ -21,15 +21,16 @@ from executorch.version import __version__
 from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
-from turbopocket.export.targets.executorch.activations import Static, Steps
 from turbopocket.export.targets.executorch.program import TracedProgram, lower, trace
 from turbopocket.export.targets.executorch.size import KEY_BYTES, OPERATOR_BYTES, PLACE_BYTES, constants_bytes
 from turbopocket.export.targets.executorch.stores import STORES
 from turbopocket.pocket.evaluate import write_json
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
+from turbopocket.quant.ranges import Ranges
+from turbopocket.quant.scheme import Scheme
 
 LAYERS, WIDTH = 6, 64
-STATIC = Static(Steps.over(-4.1, 4.0), Steps.over(-3.9, 4.2))
+RANGES = Ranges((-4.1, 4.0), (-3.9, 4.2), 1.0, 1.0)
 CASES = {
     "fp32 linear": ("fp32", 0, {}),
     "fp32 conv": ("fp32", 3, {}),
@@ -96,7 +97,7 @@ def row(text: str, kernel: int, options: Mapping[str, Any]) -> dict[str, float]:
     format = parse_format(text)
     plain, chain = traced_chain(kernel, False, options), traced_chain(kernel, True, options)
     if chain.static:
-        chain = replace(chain, static=dict.fromkeys(chain.layers, STATIC))
+        chain = replace(chain, ranges=dict.fromkeys(chain.layers, RANGES))
     weights = {
         name: random_weight(format, layer.shape, seed) for seed, (name, layer) in enumerate(chain.layers.items())
     }
@@ -105,7 +106,7 @@ def row(text: str, kernel: int, options: Mapping[str, Any]) -> dict[str, float]:
             (Path(folder) / lower(each, given, Path(folder)).file).stat().st_size
             for each, given in ((plain, {}), (chain, weights))
         ]
-    form = STORES.form_of(next(iter(chain.layers.values())), format, chain.options)
+    form = STORES.form_of(next(iter(chain.layers.values())), Scheme(format), chain.options)
     find_bytes = KEY_BYTES if form.named_by_hash else PLACE_BYTES
     held = constants_bytes([spec.nbytes for spec in form.tensors()], find_bytes) + constants_bytes([4 * WIDTH])
     operators = (chain.operators - plain.operators) / LAYERS

@@ -28,7 +28,7 @@ from turbopocket.export.recipe import TargetSection, make_recipe
 from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.layer import kind_of
 from turbopocket.export.targets.registry import open_target
-from turbopocket.quant.formats import parse_format
+from turbopocket.quant.scheme import parse_scheme
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.open import open_runner
 
@@ -56,7 +56,7 @@ def build_all(folder: Path, model: str) -> None:
         target = open_target(section)
         loaded = load_shapes(model)
         shapes = shapes_of(layers_of(target.components(loaded, [loaded.image_size])))
-        wanted = parse_format(text)
+        wanted = parse_scheme(text)
         unfit = [layer for layer, shape in shapes.items() if target.storable(wanted, kind_of(shape), shape) is not None]
         values = {
             "model": {"source": model},

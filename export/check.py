@@ -17,6 +17,7 @@ from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.drawing.redundant import require_agreement
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
+from .build.manifest import planned_schemes
 from .checkpoint.load import load
 from .evidence import evidence_for
 from .families.components import layers_of
@@ -128,10 +129,11 @@ def check(
     components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
     weights = {name: kept[name] for name in layers_of(components) if name in kept}
-    limit = recipe.parity.max_lowering_error or target.lowering_limit(weights)
+    schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
+    limit = recipe.parity.max_lowering_error or target.lowering_limit(schemes)
     asked_of = artifact, manifest, weights, limit
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
-    as_run = [target.as_run(component, weights, ranges) for component in components]
+    as_run = [target.as_run(component, weights, ranges, schemes) for component in components]
     with progress.stage("reference"):
         to_diffusers = compare_with_diffusers(model, torch_runner(components), session)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
@@ -139,7 +141,7 @@ def check(
     here = next(iter(runtimes.values()))
     emulated = {}
     for cpu, emulator in emulators:
-        there = target.emulated(artifact, manifest, weights, cpu, emulator)
+        there = target.emulated(artifact, manifest, weights, cpu, emulator, schemes)
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
             measured = measure_emulated(
                 components, as_run, kept, there, here, gaps.compression, session, evidence, advance

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be asked for: weight formats on each target, and models."""
+"""What can be asked for: schemes on each target, and models."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, product
@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..quant.formats import FORMATS, parse_format
+from ..quant.activations import ActivationFormat
+from ..quant.formats import FORMATS
+from ..quant.scheme import parse_scheme
 from .checkpoint.load import load_shapes
 from .checkpoint.source import BUNDLED
 from .families.components import components_of, parameter_count
@@ -18,8 +20,8 @@ from .targets.layer import Kind
 from .targets.registry import default_targets
 from .units import format_bytes
 
-SAMPLE_FORMATS = (
-    *("fp32", "fp16", "int8-row", "int8-g32"),
+SAMPLE_SCHEMES = (
+    *("fp32", "fp16", "int8-row", "int8-row+a8-dynamic", "int8-row+a8-static", "int8-g32"),
     *("int4-row", "int4-g32", "int4-g32-asym", "int4-g64", "int4-g128"),
     *("lut4", "lut4-r16", "vq8-d4", "vq8-d4-out", "avq2x8-d8"),
 )
@@ -33,20 +35,24 @@ SAMPLE_LAYERS: tuple[tuple[str, Kind, tuple[int, ...]], ...] = (
 
 
 def format_rows() -> list[dict[str, Any]]:
-    """Returns one row per format, target and sample layer: how it is stored, or the reason why it can not be."""
+    """Returns one row per scheme, target and sample layer: how it is stored, or the reason why it can not be.
+
+    `scheme` is the one in which the target runs the format that the row is of.
+    """
     rows = []
-    for name in SAMPLE_FORMATS:
-        form = parse_format(name)
+    for name in SAMPLE_SCHEMES:
+        asked = parse_scheme(name)
         for target, (layer, kind, shape) in product(default_targets(), SAMPLE_LAYERS):
-            reason = target.storable(form, kind, shape)
-            stored_as = target.stored_as(form, kind) if reason is None else None
+            reason = target.storable(asked, kind, shape)
+            stored_as = target.stored_as(asked, kind) if reason is None else None
             rows.append(
                 {
                     "format": name,
                     "target": target.name,
                     "layer": layer,
                     "shape": list(shape),
-                    "bytes": None if reason else form.nbytes(shape),
+                    "scheme": None if reason else str(target.resolved(layer, asked, kind)),
+                    "bytes": None if reason else asked.nbytes(shape),
                     "stored_as": stored_as,
                     "reason": reason,
                 }
@@ -62,7 +68,7 @@ def show_formats(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     operators = _marked((row["stored_as"] for row in rows if row["stored_as"]), ascii_lowercase)
     reasons = _marked((_reason(row) for row in rows if row["reason"]), map(str, count(1)))
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
     table.add_column("format", no_wrap=True)
     table.add_column("target", no_wrap=True)
     for layer in layers:
@@ -84,6 +90,7 @@ def show_formats(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             listed.add_row(mark, text)
         console.print(listed)
     console.print(f"\nevery format: {', '.join(kind.syntax for kind in FORMATS)}", highlight=False)
+    console.print(f"with + behind it, of activations: {ActivationFormat.syntax}", highlight=False)
 
 
 def _marked(notes: Iterable[str], marks: Iterable[str]) -> dict[str, str]:

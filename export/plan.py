@@ -4,7 +4,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from rich.table import Table
 
 from ..ground.errors import TurbopocketError
 from ..quant.account import account
-from ..quant.formats import LayerFormat
-from ..quant.plan import Choice, LayerChoices, Plan, smallest_total_bytes
+from ..quant.plan import Candidate, Choice, LayerChoices, Plan, smallest_total_bytes
 from ..quant.plan import plan as least_loss
+from ..quant.scheme import Scheme, parse_scheme
 from ..quant.sensitivity import estimate_from_shapes, load_choices
-from .build.candidates import candidate_formats
+from .build.candidates import candidate_schemes, resolved, with_schemes
 from .build.fixed_bytes import Estimate, fixed_bytes, show_estimates
 from .checkpoint.load import load_shapes
 from .families.base import LoadedModel
@@ -26,6 +26,8 @@ from .families.sizes import drawn_sizes
 from .recipe import Recipe
 from .sampling.defaults import SamplingUnknown
 from .sampling.spec import with_sampling
+from .targets.base import Target
+from .targets.layer import kind_of
 from .targets.registry import open_target
 from .units import format_bytes
 
@@ -42,11 +44,11 @@ class Weighed:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a recipe's model will weigh, all in bytes, and in which format each layer would be stored.
+    """What a recipe's model will weigh, all in bytes, and in which scheme each layer would be stored and run.
 
     Attributes:
         model: its name; target: what it is lowered to; loss_model: "shapes", or the file of the measured losses.
-        plan: the formats chosen, layer by layer.
+        plan: the schemes chosen, layer by layer.
         fixed_bytes: graphs, uncompressed tensors, tokenizers, configs and the manifest; `estimates` says which of them
             were not there to be counted, and how they were estimated.
         smallest_bytes: of the smallest artifact that the recipe allows.
@@ -88,8 +90,8 @@ class Planned:
 
     @property
     def layers(self) -> dict[str, str]:
-        """Layer name to format, such as `int4-g32`."""
-        return {choice.layer: choice.format for choice in self.plan.choices}
+        """Layer name to scheme, such as `int4-g32` or `int8-row+a8-dynamic`."""
+        return {choice.layer: choice.scheme for choice in self.plan.choices}
 
     def summary(self) -> dict[str, Any]:
         """Returns the plan as JSON values."""
@@ -127,8 +129,12 @@ def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
     sizes = drawn_sizes(model, recipe.image.image_sizes)
     components = target.components(model, sizes, recipe.sampler.image_to_image)
     shapes = shapes_of(layers_of(components))
-    formats = candidate_formats(target, shapes, recipe.compress.formats, recipe.compress.pin)
-    known = estimate_from_shapes(shapes, formats) if measured is None else _measured(Path(measured), shapes, formats)
+    asked = candidate_schemes(target, shapes, recipe.compress.formats, recipe.compress.pin)
+    if measured is None:
+        formats = {name: list(dict.fromkeys(each.weight for each in schemes)) for name, schemes in asked.items()}
+        known = with_schemes(estimate_from_shapes(shapes, formats), resolved(target, shapes, asked))
+    else:
+        known = _measured(Path(measured), target, shapes, asked)
     choices = list(known.values())
     beside = fixed_bytes(target, model, components, sizes[0])
     pins = recipe.compress.pin
@@ -147,8 +153,15 @@ def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
         parts=accounted.part_bytes,
         average_bits=accounted.average_bits(),
         kept=tuple(accounted.kept),
-        notes=(*model.notes, *_notes_on_sampling(recipe, model)),
+        notes=(*model.notes, *_notes_on_sampling(recipe, model), *_notes_on_scales(decided, measured is None)),
     )
+
+
+def _notes_on_scales(decided: Plan, from_shapes: bool) -> tuple[str, ...]:
+    static = sum(scheme.is_static for scheme in decided.schemes.values())
+    if not (static and from_shapes):
+        return ()
+    return (f"at most {static} layers have static scales of activations: calibration leaves some of them dynamic",)
 
 
 def _notes_on_sampling(recipe: Recipe, model: LoadedModel) -> tuple[str, ...]:
@@ -160,9 +173,9 @@ def _notes_on_sampling(recipe: Recipe, model: LoadedModel) -> tuple[str, ...]:
 
 
 def _measured(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], formats: Mapping[str, Sequence[LayerFormat]]
+    path: Path, target: Target, shapes: Mapping[str, tuple[int, ...]], asked: Mapping[str, Sequence[Scheme]]
 ) -> dict[str, LayerChoices]:
-    """The saved choices, narrowed to the wanted formats. Raises TurbopocketError when they are of another model."""
+    """The saved choices, narrowed to what is asked for. Raises TurbopocketError when they are of another model."""
     if not path.is_file():
         raise TurbopocketError(f"{path} is not a file; --measured takes the choices.json of a build")
     saved = load_choices(path)
@@ -170,13 +183,28 @@ def _measured(
         raise TurbopocketError(f"{path} is of another model: {len(odd)} layers differ, {odd[0]} first")
     narrowed = {}
     for name, layer in saved.items():
-        names = {str(each) for each in formats[name]}
-        kept = tuple(candidate for candidate in layer.candidates if candidate.format in names)
+        found = [_as_measured(target, layer, each) for each in asked[name]]
+        kept = tuple(dict.fromkeys(each for each in found if each is not None))
         if not kept:
-            known = ", ".join(candidate.format for candidate in layer.candidates)
+            known = ", ".join(candidate.scheme for candidate in layer.candidates)
             raise TurbopocketError(f"{path}: {name} was measured in {known} only")
         narrowed[name] = LayerChoices(layer.layer, layer.shape, kept)
     return narrowed
+
+
+def _as_measured(target: Target, layer: LayerChoices, asked: Scheme) -> Candidate | None:
+    """The saved candidate of that weight format, in the scheme in which the target runs it; None where there is none.
+
+    Which layers have static scales is told by the build that calibrated, where it is not asked for in so many words.
+    """
+    whole = target.resolved(layer.layer, asked, kind_of(layer.shape))
+    saved = {candidate.scheme: candidate for candidate in layer.candidates}
+    alike = [name for name in saved if parse_scheme(name).weight == asked.weight]
+    if str(whole) in alike or not alike:
+        return saved.get(str(whole))
+    told = parse_scheme(alike[0])
+    decided = asked.is_weight_only and whole.is_static and not told.is_weight_only
+    return saved[alike[0]] if decided else replace(saved[alike[0]], scheme=str(whole))
 
 
 def _by(decided: Plan, key: Callable[[str], str]) -> dict[str, Weighed]:
@@ -194,9 +222,9 @@ def _weighed(choices: Sequence[Choice]) -> Weighed:
 def _by_format(decided: Plan) -> dict[str, dict[str, int]]:
     sums: dict[str, dict[str, int]] = defaultdict(lambda: {"layers": 0, "weights": 0, "bytes": 0})
     for choice in decided.choices:
-        sums[choice.format]["layers"] += 1
-        sums[choice.format]["weights"] += math.prod(choice.shape)
-        sums[choice.format]["bytes"] += choice.nbytes
+        sums[choice.scheme]["layers"] += 1
+        sums[choice.scheme]["weights"] += math.prod(choice.shape)
+        sums[choice.scheme]["bytes"] += choice.nbytes
     return dict(sums)
 
 
@@ -212,12 +240,12 @@ def show_plan(planned: Planned, console: Console) -> None:
             table.add_row(name, str(each.layers), f"{each.weights:,}", *sizes)
         console.print(table)
     for name, entry in _by_format(planned.plan).items():
-        console.print(f"{name:14} {entry['layers']:4} layers {format_bytes(entry['bytes']):>12}", highlight=False)
+        console.print(f"{name:19} {entry['layers']:4} layers {format_bytes(entry['bytes']):>12}", highlight=False)
     parts = ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in planned.parts.items())
     console.print(f"{planned.average_bits:.3f} bits per weight: {parts}", highlight=False)
     if planned.kept:
         console.print(f"{len(planned.kept)} layers in floating point, {planned.kept[0]} first", highlight=False)
-    console.print(f"{'everything else':14} {format_bytes(planned.fixed_bytes):>22}", highlight=False)
+    console.print(f"{'everything else':19} {format_bytes(planned.fixed_bytes):>22}", highlight=False)
     for line in show_estimates(planned.estimates):
         console.print(line, highlight=False, soft_wrap=True)
     for note in planned.notes:

@@ -21,7 +21,7 @@ from pydantic import (
 
 from ..quant.finetune import FineTuneOptions
 from ..quant.fit import parse_fit
-from ..quant.formats import parse_format
+from ..quant.scheme import parse_scheme
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import known_kind
@@ -91,12 +91,13 @@ class CompressSection(Section):
     budget: str | None = None
     """Bytes of the whole artifact, such as "8MB"; without it every layer takes its best format."""
     formats: tuple[str, ...] = ("fp16", "int8-g32", "int4-g32", "int8-row", "int4-row")
+    """Weight formats, whose activations are left to the target, or whole schemes such as "int8-row+a8-static"."""
     fit: str = "gptq"
     """How values are chosen: absmax, mse, gptq (error feedback), or vqdm (gptq, and a tree search for `avq`)."""
     sequential: bool = False
     """Fit block by block, each to the inputs that the stored blocks before it cause; a killed build goes on there."""
     pin: Mapping[str, str] = Field(default_factory=dict)
-    """Glob over layer names to format, such as {"unet.conv_out" = "fp16"}."""
+    """Glob over layer names to format or scheme, such as {"unet.conv_out" = "fp16"}."""
 
     @field_validator("budget")
     @classmethod
@@ -108,15 +109,21 @@ class CompressSection(Section):
     @field_validator("formats")
     @classmethod
     def _formats_are_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        first: dict[str, str] = {}
         for text in values:
-            parse_format(text)
+            weight = str(parse_scheme(text).weight)
+            if first.setdefault(weight, text) != text:
+                raise ValueError(
+                    f"{first[weight]} and {text} store a weight alike, and losses are of weights alone: "
+                    "ask for one, and pin layers to the other"
+                )
         return values
 
     @field_validator("pin")
     @classmethod
-    def _pinned_formats_are_known(cls, values: Mapping[str, str]) -> Mapping[str, str]:
+    def _pinned_schemes_are_known(cls, values: Mapping[str, str]) -> Mapping[str, str]:
         for text in values.values():
-            parse_format(text)
+            parse_scheme(text)
         return values
 
     @field_validator("fit")

@@ -55,8 +55,8 @@ class ExecuTorchOptions:
     """How ExecuTorch programs are to run.
 
     Attributes:
-        activations: how 8-bit layers round their inputs: in steps found while they run, or in steps chosen by
-            calibration. Static steps round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay
+        activations: how 8-bit layers whose format does not say it round inputs: with scales found while they run, or by
+            calibration. Static scales round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay
             dynamic.
         weights: whether a program holds its constants, or a .ptd file beside it does, which can be sent and mapped by
             itself.

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..ground.names import LayerName
-from .formats import CompressedTensor, Dense, parse_format
+from .formats import CompressedTensor, Dense
 from .layers import weight_of
 from .observe import LayerStats, SecondMoment
 from .plan import Choice
+from .scheme import parse_scheme
 from .sensitivity import hessian_loss
 
 
@@ -43,13 +44,13 @@ def account(choices: Iterable[Choice]) -> Account:
     weights, part_bytes, kept = 0, dict[str, int](), []
     counted: set[tuple[str, str, str]] = set()
     for choice in choices:
-        layer_format = parse_format(choice.format)
+        layer_format = parse_scheme(choice.scheme).weight
         weights += math.prod(choice.shape)
         if isinstance(layer_format, Dense):
             kept.append(choice.layer)
         for part, spec in layer_format.part_specs(choice.shape).items():
             if part in layer_format.shared_parts:
-                shared = LayerName.parse(choice.layer).component, choice.format, part
+                shared = LayerName.parse(choice.layer).component, str(layer_format), part
                 if shared in counted:
                     continue
                 counted.add(shared)

@@ -19,6 +19,7 @@ from .formats import CompressedTensor, parse_format
 from .layers import compressible_layers, weight_of
 from .observe import LayerStats, SecondMoment
 from .plan import Choice, Plan
+from .scheme import parse_scheme
 from .workers import Spread, in_turn
 
 
@@ -29,7 +30,7 @@ def compress(
     stats: Mapping[str, LayerStats] | None = None,
     spread: Spread = in_turn,
 ) -> dict[str, CompressedTensor]:
-    """Every layer stored in the format the plan chose, in the plan's order; same input, same bytes.
+    """Every layer stored in the weight format the plan chose, in the plan's order; same input, same bytes.
 
     TurbopocketError naming the layer when plan and model list different layers, shapes or sizes, when a weight is
     NaN or infinite, or when the fit needs statistics that are not there.
@@ -59,10 +60,10 @@ def _job(layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mappi
 def _stored(job: _Job) -> CompressedTensor:
     choice = job.choice
     with of_layer(choice.layer):
-        stored = parse_format(choice.format).compress(job.weight, job.fit, job.hessian_KK)
+        stored = parse_scheme(choice.scheme).weight.compress(job.weight, job.fit, job.hessian_KK)
     if stored.nbytes != choice.nbytes:
         raise TurbopocketError(
-            f"{choice.layer}: {stored.nbytes:,} bytes in {choice.format}, the plan counts {choice.nbytes:,}"
+            f"{choice.layer}: {stored.nbytes:,} bytes in {choice.scheme}, the plan counts {choice.nbytes:,}"
         )
     return stored
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer is stored in which format under a byte budget. Pure: reads choices, looks at no weights."""
+"""Which layer gets which scheme under a byte budget. Pure: reads choices, looks at no weights."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +11,16 @@ from typing import Any, Self
 from ..ground.errors import OverBudget, TurbopocketError
 from ..ground.files import write_whole
 from .knapsack import Kind, least_loss
+from .scheme import Scheme, parse_scheme
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store one layer: the format's name, its exact bytes, its predicted loss (0 = no loss)."""
+    """One way to store and run one layer: the scheme's name, its exact bytes, its predicted loss (0 = no loss)."""
 
-    format: str
+    scheme: str
     nbytes: int
     loss: float
 
@@ -39,7 +40,7 @@ class Choice:
 
     layer: str
     shape: tuple[int, ...]
-    format: str
+    scheme: str
     nbytes: int
     loss: float
 
@@ -60,6 +61,11 @@ class Plan:
     def predicted_loss(self) -> float:
         return sum(choice.loss for choice in self.choices)
 
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of each layer, by its name."""
+        return {choice.layer: parse_scheme(choice.scheme) for choice in self.choices}
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; `total_bytes` and `predicted_loss` are there for readers, not read back."""
         return {
@@ -74,12 +80,12 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The plan that `to_json` wrote; TurbopocketError when it is of another version or a field is missing."""
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise TurbopocketError(
-                f"plan has schema_version {data.get('schema_version')}, this version reads {SCHEMA_VERSION}"
-            )
+        version = data.get("schema_version")
+        if version not in (1, SCHEMA_VERSION):
+            raise TurbopocketError(f"plan has schema_version {version}, this version reads 1 to {SCHEMA_VERSION}")
         try:
-            choices = tuple(Choice(**entry | {"shape": tuple(entry["shape"])}) for entry in data["choices"])
+            entries = [with_scheme(entry, version) for entry in data["choices"]]
+            choices = tuple(Choice(**entry | {"shape": tuple(entry["shape"])}) for entry in entries)
             return cls(choices, data["fixed_bytes"], data["budget_bytes"])
         except (KeyError, TypeError) as error:
             raise TurbopocketError(f"plan is not readable: {error}") from error
@@ -98,6 +104,13 @@ class Plan:
             raise TurbopocketError(f"{path}: {error}") from error
 
 
+def with_scheme(entry: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
+    """A candidate or choice as this version writes it; version 1 has its weight's `format` for a `scheme`."""
+    if schema_version > 1:
+        return dict(entry)
+    return {("scheme" if name == "format" else name): value for name, value in entry.items()}
+
+
 def plan(
     layers: Sequence[LayerChoices],
     budget_bytes: int | None,
@@ -108,10 +121,11 @@ def plan(
 
     Least to one part in 10,000, which is where the solver stops; the budget is kept to the byte.
 
-    `pins` maps a glob over layer names to a format; where two globs match, the later one holds.
+    `pins` maps a glob over layer names to a scheme; where two globs match, the later one holds. A weight format that
+    says nothing of activations is pinned with those that the candidates have, the first one's where they differ.
     Deterministic: among equal layers the earlier get the larger formats, a tie in loss goes to fewer bytes.
     Raises OverBudget with the smallest possible total, TurbopocketError for a pin that matches no layer or names a
-    format the layer cannot have.
+    scheme the layer cannot have.
     """
     allowed = apply_pins(layers, pins or {})
     if budget_bytes is None:
@@ -121,7 +135,7 @@ def plan(
         refuse_over_budget(fixed_bytes + _smallest_bytes(allowed), fixed_bytes, budget_bytes)
     chosen = _solve(allowed, capacity)
     choices = tuple(
-        Choice(layer.layer, layer.shape, candidate.format, candidate.nbytes, candidate.loss)
+        Choice(layer.layer, layer.shape, candidate.scheme, candidate.nbytes, candidate.loss)
         for layer, candidate in zip(allowed, chosen, strict=True)
     )
     return Plan(choices, fixed_bytes, budget_bytes)
@@ -165,14 +179,19 @@ def apply_pins(layers: Sequence[LayerChoices], pins: Mapping[str, str]) -> list[
 
 
 def _pinned(layer: LayerChoices, pins: Mapping[str, str]) -> LayerChoices:
-    formats = [name for glob, name in pins.items() if fnmatchcase(layer.layer, glob)]
-    if not formats:
+    pinned = [name for glob, name in pins.items() if fnmatchcase(layer.layer, glob)]
+    if not pinned:
         return layer
-    kept = tuple(candidate for candidate in layer.candidates if candidate.format == formats[-1])
+    kept = tuple(candidate for candidate in layer.candidates if stands_for(pinned[-1], candidate.scheme))
     if not kept:
-        known = ", ".join(candidate.format for candidate in layer.candidates)
-        raise TurbopocketError(f"{layer.layer}: pinned to {formats[-1]}, its candidates are {known}")
-    return replace(layer, candidates=kept)
+        known = ", ".join(candidate.scheme for candidate in layer.candidates)
+        raise TurbopocketError(f"{layer.layer}: pinned to {pinned[-1]}, its candidates are {known}")
+    return replace(layer, candidates=kept[:1])
+
+
+def stands_for(asked: str, scheme: str) -> bool:
+    """Whether a scheme is what was asked for: itself, or a weight format with whichever activations."""
+    return asked in (scheme, scheme.split("+", 1)[0])
 
 
 def _require_sound(layers: Sequence[LayerChoices]) -> None:
@@ -182,11 +201,11 @@ def _require_sound(layers: Sequence[LayerChoices]) -> None:
             raise TurbopocketError(f"{layer.layer}: listed twice")
         seen.add(layer.layer)
         if not layer.candidates:
-            raise TurbopocketError(f"{layer.layer}: no candidate format for shape {list(layer.shape)}")
+            raise TurbopocketError(f"{layer.layer}: no candidate for shape {list(layer.shape)}")
         for candidate in layer.candidates:
             if not 0 <= candidate.loss < float("inf"):
                 raise TurbopocketError(
-                    f"{layer.layer}: {candidate.format} has loss {candidate.loss}, not a number >= 0"
+                    f"{layer.layer}: {candidate.scheme} has loss {candidate.loss}, not a number >= 0"
                 )
 
 

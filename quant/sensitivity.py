@@ -21,10 +21,10 @@ from .fit import Fit
 from .formats import LayerFormat, matrix_view
 from .layers import weight_of
 from .observe import LayerStats, SecondMoment
-from .plan import Candidate, LayerChoices
+from .plan import Candidate, LayerChoices, with_scheme
 from .workers import Spread, in_turn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def measure(
@@ -173,14 +173,15 @@ def load_choices(path: Path) -> dict[str, LayerChoices]:
     """The choices saved at `path`; TurbopocketError naming the file when it holds something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise TurbopocketError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
-        layers = [_layer_from_json(entry) for entry in data["layers"]]
+        version = data["schema_version"]
+        if version not in (1, SCHEMA_VERSION):
+            raise TurbopocketError(f"schema_version {version}, this version reads 1 to {SCHEMA_VERSION}")
+        layers = [_layer_from_json(entry, version) for entry in data["layers"]]
     except (TurbopocketError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise TurbopocketError(f"{path}: not a file of choices: {error}") from error
     return {layer.layer: layer for layer in layers}
 
 
-def _layer_from_json(entry: dict[str, Any]) -> LayerChoices:
-    candidates = tuple(Candidate(**candidate) for candidate in entry["candidates"])
+def _layer_from_json(entry: dict[str, Any], schema_version: int) -> LayerChoices:
+    candidates = tuple(Candidate(**with_scheme(candidate, schema_version)) for candidate in entry["candidates"])
     return LayerChoices(entry["layer"], tuple(entry["shape"]), candidates)

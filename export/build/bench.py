@@ -11,6 +11,7 @@ from ...quant.calibrate import calibrate, ranges_of
 from ...quant.fit import Fit
 from ...quant.formats import LayerFormat
 from ...quant.observe import LayerStats
+from ...quant.scheme import Scheme
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
 from ...runtimes.manifest import Manifest
@@ -27,13 +28,16 @@ from ..sampling.spec import asks_twice, sampler_spec, with_sampling
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
 from ..verify.gaps import Session, torch_runner
-from .candidates import candidate_formats
+from .candidates import candidate_schemes, resolved
 from .draft import pipeline_manifest
 
 
 @dataclass(frozen=True)
 class Workbench:
-    """What all stages of one build share: the float model as graphs, and what it draws with."""
+    """What all stages of one build share: the float model as graphs, and what it draws with.
+
+    `candidates` are the schemes that each layer may have; before calibration (`with_ranges`) as they were asked for.
+    """
 
     recipe: Recipe
     target: Target
@@ -42,7 +46,7 @@ class Workbench:
     components: Sequence[Component]
     traced: Mapping[str, Traced]
     layers: Mapping[str, nn.Module]
-    formats: Mapping[str, Sequence[LayerFormat]]
+    candidates: Mapping[str, Sequence[Scheme]]
     draft: Manifest
     progress: StageProgress
     spread: Spread
@@ -51,6 +55,11 @@ class Workbench:
     def modules(self) -> dict[str, nn.Module]:
         """Each component's model, which holds the float weights between stages."""
         return {component.name: component.module.model for component in self.components}
+
+    @property
+    def formats(self) -> dict[str, list[LayerFormat]]:
+        """The weight formats of the candidates."""
+        return {name: list(dict.fromkeys(each.weight for each in own)) for name, own in self.candidates.items()}
 
     def fit(self, fit: Fit) -> Fit:
         """The fit, with scales as exact as the target keeps them."""
@@ -72,11 +81,11 @@ def make_workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> W
     # A layer that the graph does not run (a projection nobody reads) is neither planned nor shipped.
     used = {name for graph in graphs.values() for name in graph.layers}
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
-    formats = candidate_formats(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
+    candidates = candidate_schemes(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
     specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
     draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
     evidence = evidence_for(model)
-    return Workbench(recipe, target, model, evidence, components, graphs, layers, formats, draft, progress, spread)
+    return Workbench(recipe, target, model, evidence, components, graphs, layers, candidates, draft, progress, spread)
 
 
 def traced(target: Target, components: Sequence[Component], progress: StageProgress, stage: str) -> dict[str, Traced]:
@@ -122,7 +131,8 @@ def calibration_drawing(
 
 
 def with_ranges(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:
-    """Graphs that hold the ranges which calibration saw."""
+    """Graphs that hold the ranges which calibration saw, and candidates resolved for them."""
     components, ranges = {component.name: component for component in bench.components}, ranges_of(stats)
     traced = {name: bench.target.fitted(graph, components[name], ranges) for name, graph in bench.traced.items()}
-    return replace(bench, traced=traced)
+    candidates = resolved(bench.target, shapes_of(bench.layers), bench.candidates, ranges)
+    return replace(bench, traced=traced, candidates=candidates)

@@ -42,7 +42,7 @@ from ..report.page import HeldOutLoss, LoweringCost, Measurements, ReportData, w
 from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .bench import Workbench, calibrated, calibration_drawing, make_workbench, parity_session, traced, with_ranges
-from .candidates import curve
+from .candidates import curve, with_schemes
 from .manifest import final_manifest, folder_bytes, require_budget
 from .outcome import Built
 from .planning import planned
@@ -90,13 +90,13 @@ def _build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, 
         to_diffusers = _compare_with_diffusers(bench, session)
         stats = calibrated(bench, session)
         bench = with_ranges(bench, stats)
-        choices = _measure(bench, session, stats)
+        choices = with_schemes(_measure(bench, session, stats), bench.candidates)
         decided = planned(bench, stats, choices, artifact)
         weights = _compress(bench, session, stats, decided, run)
         stored, tuned = _fine_tune(bench, session, weights)
         weights = {name: stored[name] for name in weights}
-        bench, costs = _lowered(bench, stats, stored, artifact)
-        gaps = _compare(bench, session, stored, ranges_of(stats), to_diffusers, artifact)
+        bench, costs = _lowered(bench, stats, decided, stored, artifact)
+        gaps = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
@@ -204,7 +204,11 @@ def _tensors(arrays: Arrays, names: Iterable[str]) -> list[Tensor]:
 
 
 def _lowered(
-    bench: Workbench, stats: Mapping[str, LayerStats], stored: Mapping[str, CompressedTensor], artifact: Path
+    bench: Workbench,
+    stats: Mapping[str, LayerStats],
+    decided: Plan,
+    stored: Mapping[str, CompressedTensor],
+    artifact: Path,
 ) -> tuple[Workbench, dict[str, LoweringCost]]:
     """Writes the components; the draft then says what their files are. Also says what each one took."""
     rest = {name: value for name, value in stored.items() if name not in bench.layers}
@@ -212,17 +216,18 @@ def _lowered(
         if bench.recipe.finetune.iterations:
             graphs = traced(bench.target, bench.components, bench.progress, "trace again")
             bench = with_ranges(replace(bench, traced=graphs), stats)
-        return _written(bench, stored, artifact)
+        return _written(bench, decided, stored, artifact)
 
 
 def _written(
-    bench: Workbench, stored: Mapping[str, CompressedTensor], artifact: Path
+    bench: Workbench, decided: Plan, stored: Mapping[str, CompressedTensor], artifact: Path
 ) -> tuple[Workbench, dict[str, LoweringCost]]:
     specs, costs = {}, {}
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for name, graph in bench.traced.items():
             start = time.monotonic()
-            specs[name] = bench.target.lower(graph, {layer: stored[layer] for layer in graph.layers}, artifact)
+            weights = {layer: stored[layer] for layer in graph.layers}
+            specs[name] = bench.target.lower(graph, weights, artifact, decided.schemes)
             peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
             costs[name] = LoweringCost(seconds=time.monotonic() - start, peak_bytes=peak_bytes)
             advance()
@@ -232,17 +237,18 @@ def _written(
 def _compare(
     bench: Workbench,
     session: Session,
+    decided: Plan,
     stored: Mapping[str, CompressedTensor],
     ranges: Mapping[str, Ranges],
     to_diffusers: ToDiffusers,
     artifact: Path,
 ) -> Gaps:
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
-    weights = {name: stored[name] for name in bench.layers}
-    limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(weights)
+    weights, schemes = {name: stored[name] for name in bench.layers}, decided.schemes
+    limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(schemes)
     runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
-        as_run = [bench.target.as_run(component, weights, ranges) for component in bench.components]
+        as_run = [bench.target.as_run(component, weights, ranges, schemes) for component in bench.components]
         gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, to_diffusers, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...ground.errors import OverBudget
+from ...ground.errors import OverBudget, TurbopocketError
 from ...quant.plan import LayerChoices, Plan
+from ...quant.scheme import Scheme, parse_scheme
 from ...runtimes.manifest import FileEntry, Manifest, file_entries
 from ..verify.gaps import Gaps
 from ..verify.table import parity_summary
@@ -32,7 +33,7 @@ def expected_manifest_bytes(
     artifact: Path,
 ) -> int:
     """Returns the bytes of the finished manifest.json, at most: names as long and numbers as wide as they get."""
-    formats = [candidate.format for layer in choices.values() for candidate in layer.candidates]
+    schemes = [candidate.scheme for layer in choices.values() for candidate in layer.candidates]
     files = file_entries(artifact) + [FileEntry(path=path, bytes=10**10, sha256="0" * 64) for path in files_to_come]
     numbers = dict.fromkeys(draft.components, _WORST_NUMBER)
     kinds = dict.fromkeys(("float_model", "stored", "artifact"), _WORST_NUMBER)
@@ -42,7 +43,7 @@ def expected_manifest_bytes(
             "budget_bytes": 10**10,
             "total_bytes": 10**10,
             "predicted_loss": _WORST_NUMBER,
-            "formats": dict.fromkeys(choices, max(formats, key=len)),
+            "schemes": dict.fromkeys(choices, max(schemes, key=len)),
         },
         "parity": {
             "passed": False,
@@ -59,12 +60,24 @@ def expected_manifest_bytes(
     return len(Manifest.model_validate(values).model_dump_json(indent=2)) + 1
 
 
+def planned_schemes(manifest: Manifest) -> dict[str, Scheme]:
+    """The scheme of each layer as the manifest's plan has it; artifacts from before schemes have weight formats there.
+
+    Raises TurbopocketError when the plan has neither.
+    """
+    plan = manifest.plan or {}
+    found = plan.get("schemes", plan.get("formats"))
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise TurbopocketError(f"the manifest of {manifest.name} has a plan without its layers' schemes")
+    return {layer: parse_scheme(text) for layer, text in found.items()}
+
+
 def _plan_summary(plan: Plan) -> dict[str, Any]:
     return {
         "budget_bytes": plan.budget_bytes,
         "total_bytes": plan.total_bytes,
         "predicted_loss": plan.predicted_loss,
-        "formats": {choice.layer: choice.format for choice in plan.choices},
+        "schemes": {choice.layer: choice.scheme for choice in plan.choices},
     }
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a build came to, for the person who waited."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Built:
     Attributes:
         folder: the artifact; report: the page in the folder beside it.
         total_bytes: of all files of the artifact.
-        plan: the format of each layer, and the bytes that were planned.
+        plan: the scheme of each layer, and the bytes that were planned.
         gaps: what compression changed and what lowering did, per component and timestep.
         unverified: what only a device can tell; notes: what to know of the model and of how it ran on this machine.
         stage_seconds: how long each stage took.
@@ -35,6 +36,11 @@ class Built:
     notes: tuple[str, ...]
     stage_seconds: dict[str, float]
 
+    @property
+    def layers_by_scheme(self) -> dict[str, int]:
+        """How many layers have each scheme, most first."""
+        return dict(Counter(choice.scheme for choice in self.plan.choices).most_common())
+
     def summary(self) -> dict[str, Any]:
         """Returns the outcome as JSON values."""
         return {
@@ -43,6 +49,7 @@ class Built:
             "budget_bytes": self.plan.budget_bytes,
             "planned_bytes": self.plan.total_bytes,
             "total_bytes": self.total_bytes,
+            "schemes": self.layers_by_scheme,
             "parity": parity_summary(self.gaps),
             "not_verified_on_device": list(self.unverified),
             "notes": list(self.notes),
@@ -58,5 +65,7 @@ def show_built(built: Built, console: Console) -> None:
     console.print(
         f"bytes     {format_bytes(built.total_bytes)}{allowed} (plan: {format_bytes(built.plan.total_bytes)})"
     )
+    told = ", ".join(f"{layers} {scheme}" for scheme, layers in built.layers_by_scheme.items())
+    console.print(f"layers    {told}", highlight=False, soft_wrap=True)
     console.print(f"artifact  {built.folder}", soft_wrap=True)
     console.print(f"report    {built.report}", soft_wrap=True)

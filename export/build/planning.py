@@ -9,14 +9,14 @@ from pathlib import Path
 from ...ground.errors import OverBudget
 from ...quant.compress import decompressed
 from ...quant.finetune import stand_ins
-from ...quant.formats import LayerFormat, parse_format
 from ...quant.observe import LayerStats
 from ...quant.plan import LayerChoices, Plan, plan, refuse_over_budget, smallest_total_bytes
+from ...quant.scheme import Scheme
 from .bench import Workbench, traced, with_ranges
 from .manifest import expected_manifest_bytes, folder_bytes
 
 PASSES = 3
-"""How often formats are chosen anew, with what the files of the last choice need."""
+"""How often schemes are chosen anew, with what the files of the last choice need."""
 
 
 def planned(
@@ -38,14 +38,13 @@ def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: P
     to_come = [path for spec in bench.draft.components.values() for path in target.files(spec)]
     small = folder_bytes(artifact)
     small += expected_manifest_bytes(bench.draft, choices, to_come, target.runtime_names, artifact)
-    candidates = {form for of_layer in bench.formats.values() for form in of_layer}
 
-    def file_bytes(formats: Mapping[str, LayerFormat]) -> int:
+    def file_bytes(schemes: Mapping[str, Scheme]) -> int:
         return small + sum(
-            target.lowered_bytes(graph, {name: formats[name] for name in graph.layers}) for graph in graphs
+            target.lowered_bytes(graph, {name: schemes[name] for name in graph.layers}) for graph in graphs
         )
 
-    first = small + sum(target.fixed_bytes(graph, candidates) for graph in graphs)
+    first = small + sum(target.fixed_bytes(graph, bench.candidates) for graph in graphs)
     return best_fitting(list(choices.values()), compression.budget_bytes, compression.pin, first, file_bytes)
 
 
@@ -54,21 +53,20 @@ def best_fitting(
     budget_bytes: int | None,
     pins: Mapping[str, str],
     fixed_bytes: int,
-    file_bytes: Callable[[Mapping[str, LayerFormat]], int],
+    file_bytes: Callable[[Mapping[str, Scheme]], int],
 ) -> Plan:
     """The plan of least loss, of those tried, whose files fit the budget; its `fixed_bytes` are exact.
 
-    How many bytes there are beside the layers' weights depends on the formats: a graph needs more nodes for some,
+    How many bytes there are beside the layers' weights depends on the schemes: a graph needs more nodes for some,
     codebooks are shared by layers. So the first pass takes `fixed_bytes`, and each later one what `file_bytes` counts
-    for the formats of the pass before it. If none of the plans fits, one is made with the largest count so far, and
+    for the schemes of the pass before it. If none of the plans fits, one is made with the largest count so far, and
     then the smallest of all. Raises OverBudget when that does not fit either.
     """
     tried: list[Plan] = []
 
     def attempt(fixed: int, allowed: int | None) -> int:
         proposed = plan(layers, allowed, fixed, pins)
-        formats = {choice.layer: parse_format(choice.format) for choice in proposed.choices}
-        exact = file_bytes(formats) - sum(choice.nbytes for choice in proposed.choices)
+        exact = file_bytes(proposed.schemes) - sum(choice.nbytes for choice in proposed.choices)
         tried.append(replace(proposed, budget_bytes=budget_bytes, fixed_bytes=exact))
         return exact
 

@@ -29,9 +29,9 @@ def layer_chart(plan: Plan, layer_snr_db: Mapping[str, float | None], format_cla
     for index, choice in enumerate(plan.choices):
         snr_db = layer_snr_db[choice.layer]
         told = "no error" if snr_db is None else f"{snr_db:.1f} dB"
-        tooltip = f"{choice.layer}\n{choice.format}, {told}, {format_bytes(choice.nbytes)}"
+        tooltip = f"{choice.layer}\n{choice.scheme}, {told}, {format_bytes(choice.nbytes)}"
         height = y(math.inf if snr_db is None else snr_db)
-        dots.append(dot(x(index), height, format_classes[choice.format], tooltip))
+        dots.append(dot(x(index), height, format_classes[choice.scheme], tooltip))
     components = [LayerName.parse(choice.layer).component for choice in plan.choices]
     return _WIDE.figure(
         "Signal-to-noise ratio of each layer's stored weights",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ...quant.formats import parse_format
 from ...quant.plan import Plan
+from ...quant.scheme import parse_scheme
 from ...runtimes.compare.rows import ParityRow
 from ..families.components import group_name
 from ..target_options import TARGET_ENTRIES
@@ -41,9 +41,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class FormatRow:
-    """All layers that are stored in one format; `bits_per_weight` counts scales and zero points too."""
+    """All layers that have one scheme; `bits_per_weight` counts scales and zero points of the weights too."""
 
-    format: str
+    scheme: str
     class_: str
     layers: int
     weights: int
@@ -142,8 +142,12 @@ def page_view(data: ReportData) -> PageView:
 
 
 def format_classes(plan: Plan) -> dict[str, str]:
-    """Returns the CSS class of each format's colour, fewest bits first."""
-    used = sorted({choice.format for choice in plan.choices}, key=lambda name: (parse_format(name).weight_bits, name))
+    """Returns the CSS class of each scheme's colour, fewest bits of a weight first."""
+
+    def order(name: str) -> tuple[float, str]:
+        return parse_scheme(name).weight.weight_bits, name
+
+    used = sorted({choice.scheme for choice in plan.choices}, key=order)
     return {name: f"f{index % _FORMAT_COLOURS}" for index, name in enumerate(used)}
 
 
@@ -159,11 +163,11 @@ def component_bars(data: ReportData) -> tuple[Bar, ...]:
 
 
 def block_bars(plan: Plan, classes: Mapping[str, str]) -> tuple[Bar, ...]:
-    """Returns bytes of the compressed layers by block of the network, in execution order, split by format."""
+    """Returns bytes of the compressed layers by block of the network, in execution order, split by scheme."""
     blocks: dict[str, dict[str, int]] = {}
     for choice in plan.choices:
         formats = blocks.setdefault(group_name(choice.layer), dict.fromkeys(classes, 0))
-        formats[choice.format] += choice.nbytes
+        formats[choice.scheme] += choice.nbytes
     return _bars(
         [
             (block, [(classes[name], name, size) for name, size in formats.items() if size])
@@ -188,10 +192,10 @@ def _bars(rows: Sequence[tuple[str, Sequence[tuple[str, str, int]]]]) -> tuple[B
 
 
 def format_rows(plan: Plan, classes: Mapping[str, str]) -> tuple[FormatRow, ...]:
-    """Returns one row per format of the plan, fewest bits first; percentages are of the planned artifact."""
+    """Returns one row per scheme of the plan, fewest bits first; percentages are of the planned artifact."""
     rows = []
     for name, class_ in classes.items():
-        choices = [choice for choice in plan.choices if choice.format == name]
+        choices = [choice for choice in plan.choices if choice.scheme == name]
         weights = sum(math.prod(choice.shape) for choice in choices)
         nbytes = sum(choice.nbytes for choice in choices)
         percent = 100 * nbytes / plan.total_bytes

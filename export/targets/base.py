@@ -5,11 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, Self
 
 from ...ground.errors import TurbopocketError
-from ...quant.formats import CompressedTensor, LayerFormat
+from ...quant.formats import CompressedTensor
 from ...quant.ranges import Ranges
+from ...quant.scheme import Scheme
 from ...runtimes.arm64.cpus import PREFIX, Cpu
 from ...runtimes.arm64.emulator import Emulator
 from ...runtimes.image_size import ImageSize
@@ -20,7 +22,10 @@ from ..families.graphs import Component
 from ..target_options import with_emulation
 from ..verify.emulated import EmulatedRuntime
 from ..verify.gaps import Runtime
-from .layer import Kind, Layer, Stores
+from .layer import NO_SCHEMES, Kind, Layer, Stores, kind_of, schemes_of
+
+NO_RANGES: Mapping[str, Ranges] = MappingProxyType({})
+"""Of layers that were not calibrated yet."""
 
 
 class Traced(Protocol):
@@ -93,18 +98,40 @@ class Target(ABC):
         `image_to_image` adds the one that reads a first picture.
         """
 
-    @property
     @abstractmethod
-    def form_options(self) -> Any:
-        """What its options say of layers: the `options` of its forms."""
+    def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> Any:
+        """What its options, and what layers saw (by full name), say of layers: the `options` of its forms."""
 
-    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...]) -> str | None:
-        """None when a layer of this kind and shape stays compressed in that format, else the reason."""
-        return self.stores.storable(format, kind, shape, self.form_options)
+    def resolved(self, layer: str, scheme: Scheme, kind: Kind, ranges: Mapping[str, Ranges] = NO_RANGES) -> Scheme:
+        """The scheme in which a layer, by its full name, is run that is to be stored so; `ranges` are what layers saw.
 
-    def stored_as(self, format: LayerFormat, kind: Kind) -> str:
-        """The operators that read a weight in a storable format."""
-        return self.stores.forms[type(format), kind].summary
+        A weight format that says nothing of activations becomes the scheme in which this target runs it. Any other
+        scheme stays as it is.
+        """
+        return self.stores.resolved(scheme, kind, self.form_options(ranges), layer)
+
+    def schemes_of(
+        self,
+        weights: Mapping[str, CompressedTensor],
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
+        ranges: Mapping[str, Ranges] = NO_RANGES,
+    ) -> dict[str, Scheme]:
+        """`resolved` of each stored weight; `schemes` are the planned ones, formats for layers that they do not name.
+
+        Raises TurbopocketError when one is of another format than the weight.
+        """
+        return {
+            name: self.resolved(name, scheme, kind_of(weights[name].shape), ranges)
+            for name, scheme in schemes_of(weights, schemes).items()
+        }
+
+    def storable(self, scheme: Scheme, kind: Kind, shape: tuple[int, ...]) -> str | None:
+        """None when a layer of this kind and shape stays compressed, and is run, in that scheme; else the reason."""
+        return self.stores.storable(scheme, kind, shape, self.form_options())
+
+    def stored_as(self, scheme: Scheme, kind: Kind) -> str:
+        """The operators that read a weight, and round activations, in a storable scheme."""
+        return self.stores.stored_as(scheme, kind, self.form_options())
 
     @abstractmethod
     def trace(self, component: Component) -> Traced:
@@ -115,25 +142,40 @@ class Target(ABC):
         """What a manifest says of it."""
 
     @abstractmethod
-    def fixed_bytes(self, traced: Any, candidates: Iterable[LayerFormat]) -> int:
-        """Bytes of its files beside the layers' own, at most, when each layer gets one of the candidate formats."""
+    def fixed_bytes(self, traced: Any, candidates: Mapping[str, Iterable[Scheme]]) -> int:
+        """Bytes of its files beside the layers' own, at most, when each layer gets one of its candidates."""
 
     @abstractmethod
-    def lowered_bytes(self, traced: Any, formats: Mapping[str, LayerFormat]) -> int:
-        """Bytes of its files with the layers in these formats; never less than they come to."""
+    def lowered_bytes(self, traced: Any, schemes: Mapping[str, Scheme]) -> int:
+        """Bytes of its files with the layers in these schemes; never less than they come to."""
 
     def fitted(self, traced: Any, component: Component, ranges: Mapping[str, Ranges]) -> Traced:
         """The graph again, for layers that see such numbers (by full name); the same by default."""
         return traced
 
     @abstractmethod
-    def lower(self, traced: Any, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
-        """Writes its files under `folder`, and says what they are."""
+    def lower(
+        self,
+        traced: Any,
+        weights: Mapping[str, CompressedTensor],
+        folder: Path,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
+    ) -> ComponentSpec:
+        """Writes its files under `folder`, and says what they are.
+
+        `schemes` are those of the plan; a layer that they do not name has its weight's format, `resolved`.
+        """
 
     def as_run(
-        self, component: Component, weights: Mapping[str, CompressedTensor], ranges: Mapping[str, Ranges]
+        self,
+        component: Component,
+        weights: Mapping[str, CompressedTensor],
+        ranges: Mapping[str, Ranges],
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> Component:
         """The component, given the stored weights, as the runtimes are to compute it: what they are compared with.
+
+        `schemes` are as in `lower`, `ranges` what the layers saw.
 
         By default itself: all that lowering changes is the program. A target that also rounds activations by design
         gives a component that does.
@@ -150,8 +192,8 @@ class Target(ABC):
     def files(self, spec: ComponentSpec) -> list[str]:
         """Paths of the files that `lower` writes for a component."""
 
-    def lowering_limit(self, weights: Mapping[str, CompressedTensor]) -> float:
-        """What `max_lowering_error` is for these stored weights."""
+    def lowering_limit(self, schemes: Mapping[str, Scheme]) -> float:
+        """What `max_lowering_error` is for layers in these schemes, as `schemes_of` gives them."""
         return self.max_lowering_error
 
     @abstractmethod
@@ -170,7 +212,13 @@ class Target(ABC):
         return {}
 
     def emulated(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        cpu: Cpu,
+        emulator: Emulator,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> EmulatedRuntime:
         """The artifact on an emulated CPU. Raises TurbopocketError where that CPU does not run such artifacts."""
         raise TurbopocketError(

@@ -8,6 +8,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from ...ground.errors import TurbopocketError
 from ...ground.names import LayerName
 from ...quant.formats import CompressedTensor, LayerFormat
+from ...quant.scheme import Scheme
 from ..families.graphs import Component
 
 Kind = Literal["linear", "conv2d"]
+NO_SCHEMES: Mapping[str, Scheme] = MappingProxyType({})
+"""For layers of which nothing but the weight's format is decided."""
 
 
 def kind_of(shape: Sequence[int]) -> Kind:
@@ -42,22 +46,45 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerForm(ABC):
-    """One layer in one format on one target; all but `arrays` and `reference` follows from the shape alone.
+    """One layer in one scheme on one target; all but `arrays` and `reference` follows from the shape alone.
 
     `options` are what the target's options say of layers.
     """
 
     layer: Layer
-    format: Any
+    scheme: Scheme
     options: Any
 
     summary: ClassVar[str]
     """What reads the weight, and computes with it, for tables."""
 
+    @property
+    def format(self) -> Any:
+        """How its weight is stored."""
+        return self.scheme.weight
+
     @classmethod
     @abstractmethod
     def refusal(cls, format: Any, shape: tuple[int, ...], options: Any) -> str | None:
         """None when a weight of this shape, which the format fits, can be stored; else the reason with its numbers."""
+
+    @classmethod
+    def resolved(cls, format: Any, layer: str | None, options: Any) -> Scheme:
+        """The scheme in which the target runs a weight of that format: by default activations stay floats.
+
+        `layer` is its full name, for options that hold what calibration saw; None where it is not known.
+        """
+        return Scheme(format)
+
+    @classmethod
+    def rounding_refusal(cls, scheme: Scheme) -> str | None:
+        """None when activations can be rounded as the scheme says, else the reason."""
+        return None if scheme.is_weight_only else f"activations beside {scheme.weight} are not rounded"
+
+    @classmethod
+    def stored_as(cls, scheme: Scheme) -> str:
+        """`summary`, of one scheme."""
+        return cls.summary
 
     @abstractmethod
     def tensors(self) -> Sequence[Any]:
@@ -94,37 +121,64 @@ class Stores(Generic[Form]):
     target: str
     forms: Mapping[tuple[type[LayerFormat], Kind], type[Form]]
 
-    def storable(self, format: LayerFormat, kind: Kind, shape: tuple[int, ...], options: Any) -> str | None:
-        """None when a layer of this kind and shape stays compressed in that format, else the reason."""
+    def resolved(self, scheme: Scheme, kind: Kind, options: Any, layer: str | None = None) -> Scheme:
+        """A weight format that says nothing of activations, in the scheme in which the target runs it; others as is.
+
+        `layer` is its full name: options may hold what it saw.
+        """
+        form = self.forms.get((type(scheme.weight), kind))
+        if form is None or not scheme.is_weight_only:
+            return scheme
+        return form.resolved(scheme.weight, layer, options)
+
+    def storable(self, scheme: Scheme, kind: Kind, shape: tuple[int, ...], options: Any) -> str | None:
+        """None when a layer of this kind and shape stays compressed and is run in that scheme, else the reason."""
+        format = scheme.weight
         form = self.forms.get((type(format), kind))
         if form is None:
             return f"{self.target} has no compressed {kind} for {format}"
-        return format.fits(shape) or form.refusal(format, shape, options)
+        reason = format.fits(shape) or form.refusal(format, shape, options)
+        return reason or form.rounding_refusal(self.resolved(scheme, kind, options))
 
-    def form_of(self, layer: Layer, format: LayerFormat, options: Any) -> Form:
-        """The layer's form in that format. Raises TurbopocketError with `storable`'s reason when there is none."""
-        reason = self.storable(format, layer.kind, layer.shape, options)
+    def stored_as(self, scheme: Scheme, kind: Kind, options: Any) -> str:
+        """The operators that read a weight, and round activations, in a storable scheme."""
+        return self.forms[type(scheme.weight), kind].stored_as(self.resolved(scheme, kind, options))
+
+    def form_of(self, layer: Layer, scheme: Scheme, options: Any) -> Form:
+        """The layer's form in that scheme. Raises TurbopocketError with `storable`'s reason when there is none."""
+        reason = self.storable(scheme, layer.kind, layer.shape, options)
         if reason is not None:
             raise TurbopocketError(f"{layer.name}: {reason}")
-        return self.forms[type(format), layer.kind](layer, format, options)
+        whole = self.resolved(scheme, layer.kind, options, layer.name)
+        return self.forms[type(scheme.weight), layer.kind](layer, whole, options)
 
-    def storable_forms(self, layer: Layer, formats: Iterable[LayerFormat], options: Any) -> list[Form]:
-        """The layer's forms in those of the formats that it can be stored in."""
-        kept = [each for each in formats if self.storable(each, layer.kind, layer.shape, options) is None]
-        return [self.form_of(layer, format, options) for format in kept]
+    def storable_forms(self, layer: Layer, schemes: Iterable[Scheme], options: Any) -> list[Form]:
+        """The layer's forms in those of the schemes that it can be stored in."""
+        kept = [each for each in schemes if self.storable(each, layer.kind, layer.shape, options) is None]
+        return [self.form_of(layer, scheme, options) for scheme in kept]
 
-    def forms_of(
-        self, layers: Mapping[str, Layer], formats: Mapping[str, LayerFormat], options: Any
-    ) -> dict[str, Form]:
+    def forms_of(self, layers: Mapping[str, Layer], schemes: Mapping[str, Scheme], options: Any) -> dict[str, Form]:
         """Each layer's form, by its full name, in the layers' order.
 
-        Raises TurbopocketError when `formats` are not exactly the layers', or one of them can not be stored.
+        Raises TurbopocketError when `schemes` are not exactly the layers', or one of them can not be stored.
         """
-        missing, foreign = sorted(layers.keys() - formats), sorted(formats.keys() - layers)
+        missing, foreign = sorted(layers.keys() - schemes), sorted(schemes.keys() - layers)
         for problem, names in (("no format for", missing), ("the graph has no", foreign)):
             if names:
                 raise TurbopocketError(f"{problem} {names[0]}{_and_others(len(names) - 1)}")
-        return {name: self.form_of(layer, formats[name], options) for name, layer in layers.items()}
+        return {name: self.form_of(layer, schemes[name], options) for name, layer in layers.items()}
+
+
+def schemes_of(weights: Mapping[str, CompressedTensor], schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """The scheme of each stored weight, by layer; its format alone where `schemes` does not name the layer.
+
+    Raises TurbopocketError when a scheme is of another format than the weight.
+    """
+    found = {name: schemes.get(name) or Scheme(weight.format) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if found[name].weight != weight.format:
+            raise TurbopocketError(f"{name}: its weight is stored in {weight.format}, planned is {found[name]}")
+    return found
 
 
 def with_references(

@@ -21,6 +21,7 @@ from torch import nn
 
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
+from turbopocket.quant.scheme import Scheme, parse_scheme
 from turbopocket.runtimes.coreml.interface import loop_spec, package_file, package_inputs
 from turbopocket.runtimes.manifest import ComponentSpec
 
@@ -64,20 +65,21 @@ def full(configs: Path, out: Path) -> dict[str, Any]:
     compress = {"formats": FORMATS, "budget": BUDGET}
     values = {"model": {"source": str(configs)}, "target": {"name": "coreml"}, "compress": compress}
     planned = plan(make_recipe(values, "test"))
-    chosen = {name: parse_format(text) for name, text in planned.layers.items()}
+    chosen = {name: parse_scheme(text) for name, text in planned.layers.items()}
     components = {}
     for component in components_of(load_shapes(str(configs)), all_states=False):
         fill_all_but_layers(component.module)
         traced = coreml.trace(component)
-        formats = {name: chosen[name] for name in traced.layers}
+        schemes = {name: chosen[name] for name in traced.layers}
         shapes = {name: layer.shape for name, layer in traced.layers.items()}
-        layers = sum(format.nbytes(shapes[name]) for name, format in formats.items())
-        spec = coreml.lower(traced, StandIns(shapes, formats), out)
+        layers = sum(scheme.nbytes(shapes[name]) for name, scheme in schemes.items())
+        spec = coreml.lower(traced, StandIns(shapes, {name: each.weight for name, each in schemes.items()}), out)
         files = {file: (out / file).stat().st_size for file in coreml.package_files(spec)}
         components[component.name] = {
-            "layers": len(formats),
-            "planned_before_formats": coreml.fixed_bytes(traced, set(chosen.values())) + layers,
-            "planned": coreml.lowered_bytes(traced, formats),
+            "layers": len(schemes),
+            "planned_before_formats": coreml.fixed_bytes(traced, dict.fromkeys(chosen, frozenset(chosen.values())))
+            + layers,
+            "planned": coreml.lowered_bytes(traced, schemes),
             "packages": packages_of(files),
         }
     return {"plan_bytes": planned["total_bytes"], "components": components}
@@ -118,7 +120,7 @@ def half(configs: Path, out: Path) -> dict[str, Any]:
     weights = {}
     for name, layer in traced.layers.items():
         format = parse_format(HALF_FORMATS[layer.kind])
-        if STORES.storable(format, layer.kind, layer.shape, traced.deployment) is not None:
+        if STORES.storable(Scheme(format), layer.kind, layer.shape, traced.deployment) is not None:
             format = parse_format("fp16")
         parameter = component.module.get_parameter(f"{name}.weight")
         weights[name] = format.compress(parameter.detach(), ABSMAX)
@@ -131,7 +133,7 @@ def half(configs: Path, out: Path) -> dict[str, Any]:
     return {
         "weights": sum(parameter.numel() for parameter in component.module.parameters()),
         "package_bytes": sum((out / file).stat().st_size for file in coreml.package_files(spec)),
-        "planned": coreml.lowered_bytes(traced, {name: weight.format for name, weight in weights.items()}),
+        "planned": coreml.lowered_bytes(traced, {name: Scheme(weight.format) for name, weight in weights.items()}),
         "trace_cpu_s": round(traced_s, 1),
     }
 

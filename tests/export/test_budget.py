@@ -10,15 +10,20 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.build.candidates import candidate_formats
+from turbopocket.export.build.candidates import candidate_schemes, resolved, with_schemes
 from turbopocket.export.build.fixed_bytes import fixed_bytes
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.components import layers_of, parameter_count, shapes_of
 from turbopocket.export.plan import plan
 from turbopocket.export.recipe import make_recipe
+from turbopocket.export.target_options import ExecuTorchOptions
+from turbopocket.export.targets.executorch.target import ExecuTorch
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.export.targets.registry import open_target
 from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.plan import plan as least_loss
+from turbopocket.quant.ranges import Ranges
+from turbopocket.quant.sensitivity import estimate_from_shapes
 
 from .published_sdxl import FILES, write_configs
 
@@ -27,7 +32,7 @@ SHAPES = {"unet.conv_in": (64, 4, 3, 3), "unet.mid.to_q": (64, 64), "unet.mid.to
 
 
 def test_pin_widens_only_the_layers_it_matches() -> None:
-    found = candidate_formats(Onnx(), SHAPES, ["int8-g32"], {"unet.conv_*": "fp16"})
+    found = candidate_schemes(Onnx(), SHAPES, ["int8-g32"], {"unet.conv_*": "fp16"})
     assert {name: [str(each) for each in formats] for name, formats in found.items()} == {
         "unet.conv_in": ["fp16"],
         "unet.mid.to_q": ["int8-g32"],
@@ -35,9 +40,31 @@ def test_pin_widens_only_the_layers_it_matches() -> None:
     }
 
 
+def test_candidates_are_resolved_for_what_each_layer_saw() -> None:
+    target, narrow, wide = ExecuTorch(ExecuTorchOptions(activations="static")), (-4.0, 4.0), (-400.0, 4.0)
+    asked = candidate_schemes(target, SHAPES, ["int8-row", "fp32"], {"unet.mid.to_k": "int8-row+a8-static"})
+    seen = {name: Ranges(wide if "mid" in name else narrow, narrow, 1.0, 1.0) for name in SHAPES}
+    found = resolved(target, SHAPES, asked, seen)
+    assert {name: [str(each) for each in schemes] for name, schemes in found.items()} == {
+        "unet.conv_in": ["int8-row+a8-static", "fp32"],
+        "unet.mid.to_q": ["int8-row+a8-dynamic", "fp32"],
+        "unet.mid.to_k": ["int8-row+a8-static", "int8-row+a8-dynamic", "fp32"],  # pinned, whatever it saw
+    }
+    assert resolved(target, SHAPES, found) == found
+    shapes = {name: list(dict.fromkeys(each.weight for each in schemes)) for name, schemes in found.items()}
+    choices = with_schemes(estimate_from_shapes(SHAPES, shapes), found)
+    for name, schemes in found.items():
+        assert [each.scheme for each in choices[name].candidates] == list(map(str, schemes))
+        assert len({each.loss for each in choices[name].candidates}) == 2
+    pins = {"unet.*": "int8-row", "unet.mid.to_k": "int8-row+a8-static"}
+    decided = least_loss(list(choices.values()), None, 0, pins)
+    scales = [scheme.is_static for scheme in decided.schemes.values()]
+    assert scales == [True, False, True]
+
+
 def test_layer_without_any_format_is_named_with_every_reason() -> None:
     with pytest.raises(TurbopocketError, match=r"unet.conv_in: no format left .*multiple of .*32"):
-        candidate_formats(Onnx(), SHAPES, ["int8-g32"], {})
+        candidate_schemes(Onnx(), SHAPES, ["int8-g32"], {})
 
 
 def test_parts_of_a_plan_and_its_fixed_bytes_are_its_total() -> None:

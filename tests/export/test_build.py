@@ -30,14 +30,14 @@ def test_artifact_is_within_budget_and_as_large_as_planned(built: Any) -> None:
 
 
 def test_budget_bites(built: Any) -> None:
-    assert {choice.format for choice in built.plan.choices} == {"int4-g32", "int8-g32", "fp16"}
+    assert {choice.scheme for choice in built.plan.choices} == {"int4-g32", "int8-g32", "fp16"}
 
 
 def test_files_match_the_manifest(built: Any) -> None:
     manifest = load_manifest(built.folder)
     verify(built.folder, manifest)
     assert manifest.plan is not None
-    assert manifest.plan["formats"] == {choice.layer: choice.format for choice in built.plan.choices}
+    assert manifest.plan["schemes"] == {choice.layer: choice.scheme for choice in built.plan.choices}
 
 
 def test_lowering_gap_is_rounding_and_compression_gap_is_not(built: Any) -> None:
@@ -93,14 +93,14 @@ def _plant_wrong_scale(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     honest = target.lower
 
-    def lower(traced: Any, weights: Any, folder: Path, options: Any) -> Any:
+    def lower(traced: Any, weights: Any, folder: Path, options: Any, schemes: Any) -> Any:
         changed = dict(weights)
         if layer in changed:
             stored = changed[layer]
             part = "scale" if "scale" in stored.parts else "weight"
             parts = {**stored.parts, part: stored.parts[part] * 1.2}
             changed[layer] = type(stored)(stored.format, stored.shape, parts)
-        return honest(traced, changed, folder, options)
+        return honest(traced, changed, folder, options, schemes)
 
     monkeypatch.setattr(target, "lower", lower)
 

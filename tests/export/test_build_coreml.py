@@ -65,7 +65,7 @@ def test_all_three_arithmetics_are_in_the_parity_table(built: Built) -> None:
 def test_the_plan_says_the_bytes(built: Built) -> None:
     assert built.total_bytes <= built.plan.total_bytes <= 1_700_000
     assert built.total_bytes == pytest.approx(built.plan.total_bytes, rel=0.01)
-    used = {choice.format for choice in built.plan.choices}
+    used = {choice.scheme for choice in built.plan.choices}
     assert len(used) >= 3
 
 

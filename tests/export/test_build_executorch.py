@@ -2,6 +2,7 @@
 """A build for ExecuTorch with static steps, end to end: parity by layer, `check`, and what it needs beside it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from PIL import Image
 
 from turbopocket.export.build.build import build
 from turbopocket.export.build.outcome import Built
-from turbopocket.export.output.kept import RANGES_FILE
+from turbopocket.export.output.kept import CHOICES_FILE, RANGES_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
+from turbopocket.export.targets.executorch.activations import keeps_digits
+from turbopocket.quant.ranges import load_ranges
+from turbopocket.quant.sensitivity import load_choices
 from turbopocket.runtimes.drawing.text_to_image import generate, generate_batch
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import load_manifest
@@ -22,12 +26,15 @@ from turbopocket.runtimes.open import open_runner
 
 pytest.importorskip("executorch")
 
+PINNED = "unet.conv_out"
+"""A layer that would have static scales, if the pin did not say otherwise."""
+
 
 @pytest.fixture(scope="module")
 def built(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Built:
     wanted = {
         "target": {"name": "executorch", "executorch": {"activations": "static"}},
-        "compress": {"formats": ["int8-row"], "fit": "absmax"},
+        "compress": {"formats": ["int8-row"], "fit": "absmax", "pin": {PINNED: "int8-row+a8-dynamic"}},
         "model": {"source": str(tiny_sdxl)},
     }
     out = tmp_path_factory.mktemp("executorch") / "art"
@@ -39,6 +46,58 @@ def test_the_plan_says_the_bytes(built: Built) -> None:
     assert built.total_bytes <= built.plan.total_bytes
     # 0.5 % on pocket-turbo; on so small a model graphs, which are counted at most, are half of the bytes
     assert built.total_bytes == pytest.approx(built.plan.total_bytes, rel=0.06)
+
+
+def test_which_layers_are_static_is_decided_and_told_by_name(built: Built) -> None:
+    ranges = load_ranges(built.report.parent / RANGES_FILE)
+    expected = {
+        layer: "int8-row+a8-static" if keeps_digits(seen) and layer != PINNED else "int8-row+a8-dynamic"
+        for layer, seen in ranges.items()
+    }
+    assert keeps_digits(ranges[PINNED])
+    assert set(expected.values()) == {"int8-row+a8-static", "int8-row+a8-dynamic"}
+    assert {layer: str(scheme) for layer, scheme in built.plan.schemes.items()} == expected
+    plan = load_manifest(built.folder).plan
+    assert plan is not None
+    assert plan["schemes"] == expected
+    choices = load_choices(built.report.parent / CHOICES_FILE)
+    assert {layer: choices[layer].candidates[0].scheme for layer in expected} == expected
+    static = list(expected.values()).count("int8-row+a8-static")
+    assert built.summary()["schemes"]["int8-row+a8-static"] == static
+    assert f'int8-row+a8-static</th><td class="n">{static}</td>' in built.report.read_text()
+
+
+def test_an_artifact_from_before_schemes_is_checked_by_its_recipe(
+    built: Built, turbopocket: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its plan has weight formats; the rule for static scales is the one that its build went by."""
+    for folder in (built.folder, built.report.parent):
+        shutil.copytree(folder, tmp_path / folder.name)
+    file = tmp_path / built.folder.name / "manifest.json"
+    manifest = json.loads(file.read_text())
+    names = dict.fromkeys(manifest["plan"].pop("schemes"), "int8-row")
+    manifest["plan"]["formats"] = names | {PINNED: "int8-row+a8-dynamic"}  # which no pin could say then
+    file.write_text(json.dumps(manifest))
+    assert turbopocket("check", file.parent).code == 0
+    del manifest["plan"]["formats"]
+    file.write_text(json.dumps(manifest))
+    ran = turbopocket("check", file.parent)
+    assert ran.code == 1
+    assert "has a plan without its layers' schemes" in ran.err
+
+
+def test_a_plan_on_what_was_measured_has_the_scales_that_calibration_chose(
+    built: Built, tiny_sdxl: Path, turbopocket: Callable[..., Any]
+) -> None:
+    asked = "plan", tiny_sdxl, "--formats", "int8-row", "--json", "--set", "target.executorch.activations=static"
+    measured = "--measured", built.report.parent / CHOICES_FILE
+    planned = json.loads(turbopocket(*asked, "--target", "executorch", *measured).out)
+    assert planned["layers"] == {layer: str(scheme) for layer, scheme in built.plan.schemes.items()}
+    shapes = json.loads(turbopocket(*asked, "--target", "executorch").out)
+    assert set(shapes["layers"].values()) == {"int8-row+a8-static"}
+    assert any("calibration leaves some of them dynamic" in note for note in shapes["notes"])
+    onnx = json.loads(turbopocket(*asked, "--target", "onnx", *measured).out)
+    assert set(onnx["layers"].values()) == {"int8-row"}
 
 
 def test_a_picture_is_drawn_from_the_programs(built: Built, turbopocket: Callable[..., Any], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def worst(gaps: Any, component: str) -> float:
 
 def test_artifact_is_closer_to_the_float_model_at_the_same_bytes(built: Any, tuned: Any) -> None:
     assert worst(tuned.gaps, "unet") < worst(built.gaps, "unet")
-    assert {choice.format for choice in tuned.plan.choices} == {choice.format for choice in built.plan.choices}
+    assert {choice.scheme for choice in tuned.plan.choices} == {choice.scheme for choice in built.plan.choices}
     assert 0.99 * tuned.plan.total_bytes <= tuned.total_bytes <= tuned.plan.total_bytes
 
 

@@ -20,6 +20,7 @@ from turbopocket.quant.compress import save_weights
 from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.ranges import save_ranges
+from turbopocket.quant.scheme import Scheme
 from turbopocket.runtimes.manifest import file_entries, write_manifest
 
 pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU
@@ -41,7 +42,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, name in enumerate(name for graph in traced.values() for name in graph.layers):
         weight: Any = layers[name].weight.detach()
         wanted = parse_format(FORMATS[index % len(FORMATS)])
-        fits = target.storable(wanted, kind_of(weight.shape), tuple(weight.shape)) is None
+        fits = target.storable(Scheme(wanted), kind_of(weight.shape), tuple(weight.shape)) is None
         weights[name] = (wanted if fits else parse_format("fp16")).compress(weight, parse_fit("absmax"))
     specs = {
         name: target.lower(graph, {layer: weights[layer] for layer in graph.layers}, folder)

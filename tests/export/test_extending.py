@@ -172,7 +172,7 @@ def test_one_of_each_kind_is_added_in_one_file(toy_folder: str, tmp_path: Path) 
     assert parse_recipe(recipe.to_toml(), "printed") == recipe
     planned = turbopocket.plan(recipe)
     built = turbopocket.build(recipe, tmp_path / "art", progress=StageProgress(quiet=True))
-    used = {choice.format for choice in built.plan.choices}
+    used = {choice.scheme for choice in built.plan.choices}
     assert "coarse" in used & set(planned.layers.values())
     assert len(LargestInput.seen) == len(built.plan.choices)
     assert max(LargestInput.seen) > 0

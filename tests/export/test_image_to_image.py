@@ -113,7 +113,7 @@ def reading(tiny_sd: Path, recipe_values: dict[str, Any], tmp_path_factory: pyte
 
 
 def test_the_encoder_is_planned_compressed_and_compared(reading: Built) -> None:
-    layers = {choice.layer: choice.format for choice in reading.plan.choices}
+    layers = {choice.layer: choice.scheme for choice in reading.plan.choices}
     assert {"vae_encoder.encoder.conv_in", "vae_encoder.quant_conv"} <= layers.keys()
     assert set(layers.values()) == {"int8-row"}
     for report in (reading.gaps.compression, *reading.gaps.lowering.values()):

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from turbopocket.export import listings
 from turbopocket.export.targets.registry import default_targets
-from turbopocket.quant.formats import FORMATS, parse_format
+from turbopocket.quant.formats import FORMATS
+from turbopocket.quant.scheme import parse_scheme
 
 
 def _shown(show: object, rows: object, width: int = 400) -> str:
@@ -19,15 +20,15 @@ def _shown(show: object, rows: object, width: int = 400) -> str:
 
 def test_every_format_has_an_answer_for_every_layer_and_never_both() -> None:
     rows = listings.format_rows()
-    assert len(rows) == len(listings.SAMPLE_FORMATS) * len(listings.SAMPLE_LAYERS) * len(default_targets())
+    assert len(rows) == len(listings.SAMPLE_SCHEMES) * len(listings.SAMPLE_LAYERS) * len(default_targets())
     for row in rows:
         assert (row["stored_as"] is None) == (row["bytes"] is None) == (row["reason"] is not None)
         if row["bytes"] is not None:
-            assert row["bytes"] == parse_format(row["format"]).nbytes(tuple(row["shape"]))
+            assert row["bytes"] == parse_scheme(row["format"]).nbytes(tuple(row["shape"]))
 
 
 def test_every_kind_of_format_is_listed() -> None:
-    assert {type(parse_format(name)) for name in listings.SAMPLE_FORMATS} == set(FORMATS)
+    assert {type(parse_scheme(name).weight) for name in listings.SAMPLE_SCHEMES} == set(FORMATS)
 
 
 def test_a_no_comes_with_its_numbers() -> None:
@@ -37,6 +38,19 @@ def test_a_no_comes_with_its_numbers() -> None:
         (row,) = [row for row in rows if (row["target"], row["format"], row["shape"]) == asked]
         assert row["stored_as"] is None
         assert row["reason"] == "4 input channels are not a multiple of group 32 in int4-g32"
+
+
+def test_a_weight_format_is_told_with_the_activations_that_a_target_runs_it_with() -> None:
+    rows = [row for row in listings.format_rows() if row["shape"] == [640, 640] and "int8-row" in row["format"]]
+    told = {(row["format"], row["target"]): (row["scheme"], row["reason"]) for row in rows}
+    dynamic, static = "int8-row+a8-dynamic", "int8-row+a8-static"
+    for target in ("onnx", "coreml"):
+        assert told["int8-row", target] == ("int8-row", None)
+        for name in (dynamic, static):
+            assert told[name, target] == (None, "activations beside int8-row are not rounded")
+    assert told["int8-row", "executorch"] == told[dynamic, "executorch"] == (dynamic, None)
+    assert told[static, "executorch"] == (static, None)
+    assert len({row["stored_as"] for row in rows if row["target"] == "executorch"}) == 2
 
 
 def test_codebooks_are_for_all_targets() -> None:

@@ -26,6 +26,7 @@ from turbopocket.export.targets.coreml.stores import STORES
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.scheme import Scheme
 from turbopocket.runtimes.coreml.chain import run_chain
 from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator
 from turbopocket.runtimes.coreml.file.program import Program
@@ -105,7 +106,9 @@ def compressed(component: Component, graph: target.TracedProgram, *names: str) -
     weights = {}
     for name, layer in graph.layers.items():
         formats = map(parse_format, (*names, "fp16"))
-        format = next(f for f in formats if STORES.storable(f, layer.kind, layer.shape, graph.deployment) is None)
+        format = next(
+            f for f in formats if STORES.storable(Scheme(f), layer.kind, layer.shape, graph.deployment) is None
+        )
         weights[name] = format.compress(component.module.get_parameter(f"{name}.weight"), ABSMAX)
     return weights
 
@@ -269,11 +272,11 @@ def test_packages_have_exactly_the_predicted_bytes(traced: dict[str, Traced], na
     for part, (component, graph) in traced.items():
         weights = compressed(component, graph, name, "int8-row")
         target.lower(graph, weights, tmp_path)
-        formats = {layer: weight.format for layer, weight in weights.items()}
+        formats = {layer: Scheme(weight.format) for layer, weight in weights.items()}
         on_disk = bytes_on_disk(tmp_path / package_file(part))
         assert on_disk == target.lowered_bytes(graph, formats)
         in_layers = sum(weight.nbytes for weight in weights.values())
-        exact_candidates = target.fixed_bytes(graph, set(formats.values())) + in_layers
+        exact_candidates = target.fixed_bytes(graph, dict.fromkeys(formats, frozenset(formats.values()))) + in_layers
         assert on_disk <= exact_candidates
         assert exact_candidates - on_disk <= 220 * len(graph.layers) + 2500
 
@@ -346,7 +349,7 @@ def test_ios17_packages_compute_the_same_without_fused_attention(tmp_path: Path)
 def test_a_large_unet_becomes_two_packages_that_compute_the_same(traced: dict[str, Traced], tmp_path: Path) -> None:
     component, graph = traced["unet"]
     weights = compressed(component, graph, "int8-row")
-    formats = {name: weight.format for name, weight in weights.items()}
+    formats = {name: Scheme(weight.format) for name, weight in weights.items()}
     target.lower(graph, weights, tmp_path / "whole")
     whole_bytes = bytes_on_disk(tmp_path / "whole")
     cut = replace(graph, max_package_bytes=round(0.65 * whole_bytes))
@@ -359,7 +362,7 @@ def test_a_large_unet_becomes_two_packages_that_compute_the_same(traced: dict[st
     assert sorted(target.package_files(spec)) == sorted(path.as_posix() for path in files)
     sizes = [bytes_on_disk(tmp_path / "cut" / name) for name in names]
     assert sum(sizes) == target.lowered_bytes(cut, formats)
-    assert sum(sizes) <= target.fixed_bytes(cut, set(formats.values())) + sum(
+    assert sum(sizes) <= target.fixed_bytes(cut, dict.fromkeys(formats, frozenset(formats.values()))) + sum(
         weight.nbytes for weight in weights.values()
     )
     assert max(sizes) <= cut.max_package_bytes
@@ -398,7 +401,7 @@ def test_a_second_chunk_takes_what_crosses_and_the_inputs_that_it_reads(tmp_path
     component = unet_component(Late().eval(), text_tokens=5)
     graph = target.trace(component)
     weights = compressed(component, graph)
-    whole = target.lowered_bytes(graph, {name: weight.format for name, weight in weights.items()})
+    whole = target.lowered_bytes(graph, {name: Scheme(weight.format) for name, weight in weights.items()})
     target.lower(graph, weights, tmp_path)
     target.lower(replace(graph, max_package_bytes=round(0.7 * whole)), weights, tmp_path)
     first, second = (Program.open(tmp_path / package_file("unet", chunk)) for chunk in (1, 2))

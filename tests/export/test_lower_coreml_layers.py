@@ -22,6 +22,7 @@ from turbopocket.ground.bits import pack_bits
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
+from turbopocket.quant.scheme import Scheme, parse_scheme
 from turbopocket.runtimes.coreml.evaluate.evaluator import Evaluator, Mode
 from turbopocket.runtimes.coreml.file.blobs import BlobFile
 from turbopocket.runtimes.coreml.file.program import Program
@@ -76,7 +77,7 @@ def compressed(component: Component, traced: target.TracedProgram, *names: str) 
 def first_storable(traced: target.TracedProgram, name: str, names: tuple[str, ...]) -> LayerFormat:
     layer = traced.layers[name]
     formats = map(parse_format, (*names, "fp16"))
-    return next(f for f in formats if STORES.storable(f, layer.kind, layer.shape, traced.deployment) is None)
+    return next(f for f in formats if STORES.storable(Scheme(f), layer.kind, layer.shape, traced.deployment) is None)
 
 
 def lowered(
@@ -194,7 +195,7 @@ def test_ios26_packages_compute_the_same(tmp_path: Path) -> None:
 def test_what_can_not_be_stored_is_refused_with_a_reason(
     name: str, shape: tuple[int, ...], deployment: Any, reason: str
 ) -> None:
-    assert reason in str(STORES.storable(parse_format(name), kind_of(shape), shape, deployment))
+    assert reason in str(STORES.storable(parse_scheme(name), kind_of(shape), shape, deployment))
 
 
 def test_what_coremltools_made_before_changes_no_name() -> None:
@@ -363,14 +364,15 @@ def test_layers_beyond_fp16_compute_in_fp32(name: str, deployment: str, tmp_path
     wide = {name for name, layer in traced.layers.items() if layer.wide}
     assert wide == {"vae_decoder.first", "vae_decoder.second"}  # the second reads what the first made
     weights = compressed(component, traced, name)
-    formats = {layer: weight.format for layer, weight in weights.items()}
+    formats = {layer: Scheme(weight.format) for layer, weight in weights.items()}
     spec = target.lower(traced, weights, tmp_path / "wide")
     folder = (tmp_path / "wide" / spec.file).parent
     on_disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert (
         on_disk
         == target.lowered_bytes(traced, formats)
-        <= target.fixed_bytes(traced, set(formats.values())) + sum(weight.nbytes for weight in weights.values())
+        <= target.fixed_bytes(traced, dict.fromkeys(formats, frozenset(formats.values())))
+        + sum(weight.nbytes for weight in weights.values())
     )
     program = Program.open(folder)
     kinds = {program.function.types[value].dtype.name for value in ("first", "second")}

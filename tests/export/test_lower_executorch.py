@@ -26,6 +26,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, PartSpec, parse_format
+from turbopocket.quant.scheme import Scheme, parse_scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.compare.replay import Call, compare_by_layer, locate_divergence
 from turbopocket.runtimes.compare.rows import Limits
@@ -163,7 +164,7 @@ def test_rounded_convolutions_behind_rows_of_features_lower_and_compute_what_pyt
     traced = target.trace(part)
     weights = compressed(part, dict.fromkeys(("out", "conv", "last"), "int8-row"))
     manifest: Any = OneComponent({"part": target.lower(traced, weights, tmp_path)})
-    planned = target.lowered_bytes(traced, {name: weight.format for name, weight in weights.items()})
+    planned = target.lowered_bytes(traced, {name: Scheme(weight.format) for name, weight in weights.items()})
     assert (tmp_path / "part.pte").stat().st_size <= planned
     sample = {"sample": np.random.default_rng(1).standard_normal((1, 32, 8, 8), dtype=np.float32)}
     found = ExecuTorchRunner(tmp_path, manifest).run("part", sample)["picture"]
@@ -220,11 +221,11 @@ def test_layer_by_layer_the_program_is_pytorchs_whatever_comes_before(lowered: L
 
 def test_the_file_is_no_larger_than_planned_and_hardly_smaller(lowered: Lowered) -> None:
     found = (lowered.folder / lowered.spec.file).stat().st_size
-    formats = {name: weight.format for name, weight in lowered.weights.items()}
+    formats = {name: Scheme(weight.format) for name, weight in lowered.weights.items()}
     planned = target.lowered_bytes(lowered.traced, formats)
     assert found <= planned <= found + 12_000
     layers = sum(weight.nbytes for weight in lowered.weights.values())
-    assert planned <= target.fixed_bytes(lowered.traced, set(formats.values())) + layers
+    assert planned <= target.fixed_bytes(lowered.traced, dict.fromkeys(formats, frozenset(formats.values()))) + layers
 
 
 def test_narrow_convolutions_between_group_norms_are_no_larger_than_planned(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_narrow_convolutions_between_group_norms_are_no_larger_than_planned(tmp_
     }
     spec = target.lower(traced, weights, tmp_path)
     found = (tmp_path / spec.file).stat().st_size
-    planned = target.lowered_bytes(traced, {name: weight.format for name, weight in weights.items()})
+    planned = target.lowered_bytes(traced, {name: Scheme(weight.format) for name, weight in weights.items()})
     assert found <= planned <= found + 8_000
 
 
@@ -361,7 +362,7 @@ def test_a_program_for_other_shapes_is_refused(lowered: Lowered, sample: dict[st
 def test_what_a_program_can_not_store_has_a_reason(
     text: str, kind: Any, shape: tuple[int, ...], reason: str | None
 ) -> None:
-    found = ExecuTorch().storable(parse_format(text), kind, shape)
+    found = ExecuTorch().storable(parse_scheme(text), kind, shape)
     assert found is None if reason is None else reason in str(found)
 
 

@@ -13,6 +13,7 @@ from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch.gate import require_constants
 from turbopocket.export.targets.executorch.target import ExecuTorch
 from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.scheme import Scheme
 from turbopocket.runtimes.executorch.native.runner import ExecuTorchNativeRunner
 from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
@@ -71,11 +72,11 @@ def test_all_weights_are_in_the_second_file_and_bytes_are_planned(apart: Lowered
     with pytest.raises(TurbopocketError, match=r"part\.pte does not hold"):
         require_constants(program, apart.weights)
     found = program.stat().st_size + data.stat().st_size
-    formats = {name: weight.format for name, weight in apart.weights.items()}
+    formats = {name: Scheme(weight.format) for name, weight in apart.weights.items()}
     planned = TARGET.lowered_bytes(apart.traced, formats)
     assert found <= planned <= found + 14_000
     layers = sum(weight.nbytes for weight in apart.weights.values())
-    assert planned <= TARGET.fixed_bytes(apart.traced, set(formats.values())) + layers
+    assert planned <= TARGET.fixed_bytes(apart.traced, dict.fromkeys(formats, frozenset(formats.values()))) + layers
 
 
 def test_a_missing_cut_off_or_other_second_file_is_one_clear_error(

@@ -22,6 +22,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.scheme import Scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.compare.replay import Call, compare_by_layer
 from turbopocket.runtimes.compare.rows import Limits
@@ -191,12 +192,15 @@ def test_layers_that_round_are_compared_one_by_one_between_those_of_codebooks(
 @pytest.mark.parametrize("form", FORMS)
 def test_the_file_is_no_larger_than_planned_and_hardly_smaller(build: Build, form: Codebooks) -> None:
     part = build(form)
-    formats = {name: weight.format for name, weight in part.weights.items()}
+    formats = {name: Scheme(weight.format) for name, weight in part.weights.items()}
     planned, found = target.lowered_bytes(part.traced, formats), part.program.stat().st_size
     assert found <= planned <= found + 12_000
     own = sum(weight.nbytes for weight in part.weights.values())
     shared = 3 * 256 * 8 * 2
-    assert planned - shared <= target.fixed_bytes(part.traced, set(formats.values())) + own + 1000
+    assert (
+        planned - shared
+        <= target.fixed_bytes(part.traced, dict.fromkeys(formats, frozenset(formats.values()))) + own + 1000
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -224,7 +228,7 @@ def test_shared_codebooks_are_held_once(tmp_path: Path) -> None:
         folder.mkdir()
         torch.manual_seed(0)
         stack = built(folder, Stack(3), torch.zeros(1, 16, 256), {f"layers.{i}": text for i in range(3)}, "kernel")
-        formats = {name: weight.format for name, weight in stack.weights.items()}
+        formats = {name: Scheme(weight.format) for name, weight in stack.weights.items()}
         sizes.append((stack.program.stat().st_size, target.lowered_bytes(stack.traced, formats)))
     codebooks = 2 * 256 * 8 * 2
     for own, shared in zip(*sizes, strict=True):

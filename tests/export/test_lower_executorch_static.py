@@ -13,15 +13,17 @@ from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch import program as lowering
-from turbopocket.export.targets.executorch.activations import MIN_SNR_DB, Static, Steps
+from turbopocket.export.targets.executorch.activations import MIN_SNR_DB, StaticQParams, keeps_digits, rounded
 from turbopocket.export.targets.executorch.stores import form_of_weight
-from turbopocket.export.targets.executorch.target import FLOAT_ERROR, STATIC_LAYER_ERROR, ExecuTorch
+from turbopocket.export.targets.executorch.target import FLOAT_ERROR, LAYER_ERROR, STATIC_LAYER_ERROR, ExecuTorch
 from turbopocket.export.targets.registry import open_target
 from turbopocket.export.verify.gaps import torch_runner
+from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.activations import QParams
 from turbopocket.quant.calibrate import calibrate, ranges_of
-from turbopocket.quant.fit import ABSMAX
-from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.formats import CompressedTensor
 from turbopocket.quant.ranges import Ranges
+from turbopocket.quant.scheme import Scheme, parse_scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.compare.replay import Call, compare_by_layer
 from turbopocket.runtimes.compare.rows import Limits
@@ -79,12 +81,11 @@ def test_every_layer_is_pytorchs_or_one_step_beside_it(built: Built, sample: dic
         if layer == "key":
             assert relative_error(found[layer], own[layer]) < 1e-5
             continue
-        static = built.traced.static[f"part.{layer}"]
-        assert static is not None
-        steps = np.abs(found[layer] - own[layer]) / static.output.size
+        scale = StaticQParams.of(built.ranges[f"part.{layer}"]).output.scale
+        steps = np.abs(found[layer] - own[layer]) / scale
         assert steps.max() < 1.01, layer
         assert (steps > 0.5).mean() < 0.01, layer
-        codes = found[layer] / static.output.size
+        codes = found[layer] / scale
         assert np.abs(codes - codes.round()).max() < 1e-3, f"{layer} is not rounded"
         assert len(np.unique(codes.round())) <= 256
 
@@ -103,7 +104,6 @@ def test_it_differs_from_the_program_that_finds_its_steps_while_it_runs(
 ) -> None:
     dynamic = ExecuTorch()
     traced = dynamic.fitted(dynamic.trace(built.component), built.component, built.ranges)
-    assert traced.static == {}
     manifest: Any = OneComponent({"part": dynamic.lower(traced, built.weights, tmp_path)})
     there = ExecuTorchRunner(tmp_path, manifest).run("part", sample)["row"]
     floats = torch_runner([built.component]).run("part", sample)["row"]
@@ -138,44 +138,88 @@ def test_a_wrong_step_or_weight_turns_its_layer_red(built: Built, sample: dict[s
 
 def test_planned_bytes_hold_before_and_after_the_steps_are_known(built: Built) -> None:
     found = (built.folder / "part.pte").stat().st_size
-    formats = {name: weight.format for name, weight in built.weights.items()}
+    formats = {name: Scheme(weight.format) for name, weight in built.weights.items()}
     not_yet_known = TARGET.trace(built.component)
     after, before = (lowering.lowered_bytes(traced, formats) for traced in (built.traced, not_yet_known))
     assert found <= after <= found + 12_000
     layers = sum(weight.nbytes for weight in built.weights.values())
-    assert after <= before <= lowering.fixed_bytes(not_yet_known, set(formats.values())) + layers
+    assert (
+        after
+        <= before
+        <= lowering.fixed_bytes(not_yet_known, dict.fromkeys(formats, frozenset(formats.values()))) + layers
+    )
 
 
 @pytest.mark.parametrize(("least", "greatest"), [(-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (-1e-3, 700.0)])
-def test_steps_span_the_range_and_hold_zero_exactly(least: float, greatest: float) -> None:
-    steps = Steps.over(least, greatest)
-    assert -128 <= steps.zero <= 127
+def test_scales_span_the_range_and_hold_zero_exactly(least: float, greatest: float) -> None:
+    qparams = QParams.over(least, greatest)
+    assert -128 <= qparams.zero_point <= 127
     ends = torch.tensor([min(least, 0.0), 0.0, max(greatest, 0.0)])
-    rounded = steps.rounded(ends)
-    assert rounded[1] == 0
-    assert (rounded - ends).abs().max() <= steps.size * 0.51
-    beyond = steps.rounded(torch.tensor([least - 1e6, greatest + 1e6]))
-    assert (beyond - torch.tensor([ends[0], ends[2]])).abs().max() <= steps.size * 0.51
+    found = rounded(ends, qparams)
+    assert found[1] == 0
+    assert (found - ends).abs().max() <= qparams.scale * 0.51
+    beyond = rounded(torch.tensor([least - 1e6, greatest + 1e6]), qparams)
+    assert (beyond - torch.tensor([ends[0], ends[2]])).abs().max() <= qparams.scale * 0.51
 
 
-def test_a_layer_that_saw_nothing_but_zeros_has_steps_all_the_same() -> None:
-    assert Steps.over(0.0, 0.0).rounded(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+def test_a_layer_that_saw_nothing_but_zeros_has_a_scale_all_the_same() -> None:
+    assert rounded(torch.zeros(3), QParams.over(0.0, 0.0)).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_layers_that_keep_hardly_any_digits_stay_dynamic() -> None:
     """A few giants among the input, or a call whose output is far below what others give."""
     enough = (8 / 255) ** 2 / 12 * 10 ** (MIN_SNR_DB / 10)
     ranges = (-4.0, 4.0), (-4.0, 4.0)
-    assert Static.of(Ranges(*ranges, 1.01 * enough, 1.01 * enough)) is not None
-    assert Static.of(Ranges(*ranges, 0.99 * enough, 1.01 * enough)) is None
-    assert Static.of(Ranges(*ranges, 1.01 * enough, 0.99 * enough)) is None
-    kept = lowering.static_layers({"a": Ranges(*ranges, 1.0, 1.0), "b": Ranges((-400.0, 4.0), (-4.0, 4.0), 1.0, 1.0)})
-    assert list(kept) == ["a"]
+    assert keeps_digits(Ranges(*ranges, 1.01 * enough, 1.01 * enough))
+    assert not keeps_digits(Ranges(*ranges, 0.99 * enough, 1.01 * enough))
+    assert not keeps_digits(Ranges(*ranges, 1.01 * enough, 0.99 * enough))
+    seen = {"a": Ranges(*ranges, 1.0, 1.0), "b": Ranges((-400.0, 4.0), (-4.0, 4.0), 1.0, 1.0)}
+    int8, int4 = parse_scheme("int8-row"), parse_scheme("int4-row")
+    static, dynamic = parse_scheme("int8-row+a8-static"), parse_scheme("int8-row+a8-dynamic")
+    assert [TARGET.resolved(name, int8, "linear", seen) for name in seen] == [static, dynamic]
+    assert TARGET.resolved("a", int8, "linear") == static
+    assert TARGET.resolved("a", int4, "linear", seen) == parse_scheme("int4-row+a8-dynamic")
+    assert ExecuTorch().resolved("a", int8, "linear", seen) == dynamic
+    for whole in (static, dynamic):  # a scheme that tells its activations is taken at its word
+        assert TARGET.resolved("b", whole, "linear", seen) == ExecuTorch().resolved("a", whole, "linear", seen) == whole
+
+
+def test_the_plan_decides_and_not_the_ranges(built: Built, tmp_path: Path) -> None:
+    """Both ways: a layer that might be static is not, and one is that the target's options leave dynamic."""
+    dynamic, static = parse_scheme("int8-row+a8-dynamic"), parse_scheme("int8-row+a8-static")
+    every = [name for name, weight in built.weights.items() if str(weight.format) == "int8-row"]
+    planned = {name: static if name == "part.query" else dynamic for name in every}
+    programs = {}
+    for target in (TARGET, ExecuTorch()):
+        traced = target.fitted(target.trace(built.component), built.component, built.ranges)
+        target.lower(traced, built.weights, tmp_path, planned)
+        programs[target] = (tmp_path / "part.pte").read_bytes()
+        shown = target.as_run(built.component, built.weights, built.ranges, planned).module.model
+        assert {name: shown.get_submodule(name.removeprefix("part.")).static is not None for name in every} == {
+            name: name == "part.query" for name in every
+        }
+    assert programs[TARGET] == programs[ExecuTorch()]
+    assert programs[TARGET] != (built.folder / "part.pte").read_bytes()
+
+
+def test_static_scales_need_what_calibration_saw(built: Built, tmp_path: Path) -> None:
+    traced = TARGET.trace(built.component)
+    with pytest.raises(TurbopocketError) as caught:
+        TARGET.lower(traced, built.weights, tmp_path)
+    assert str(caught.value) == "part.conv: int8-row+a8-static needs the ranges that calibration saw"
+
+
+def test_a_plan_of_another_format_than_the_weights_is_refused(built: Built, tmp_path: Path) -> None:
+    with pytest.raises(TurbopocketError) as caught:
+        TARGET.lower(built.traced, built.weights, tmp_path, {"part.key": parse_scheme("int8-row+a8-static")})
+    assert str(caught.value) == "part.key: its weight is stored in int4-g32, planned is int8-row+a8-static"
 
 
 def test_the_recipe_chooses(built: Built) -> None:
     asked = make_recipe({"target": {"name": "executorch", "executorch": {"activations": "static"}}}, "test")
     assert open_target(asked.target) == TARGET
     assert open_target(make_recipe({"target": {"name": "executorch"}}, "test").target) == ExecuTorch()
-    assert TARGET.lowering_limit(built.weights) == STATIC_LAYER_ERROR
-    assert TARGET.lowering_limit({"a": parse_format("fp32").compress(torch.zeros(2, 2), ABSMAX)}) == FLOAT_ERROR
+    schemes = TARGET.schemes_of(built.weights, ranges=built.ranges)
+    assert TARGET.lowering_limit(schemes) == STATIC_LAYER_ERROR
+    assert TARGET.lowering_limit({"a": schemes["part.key"]}) == LAYER_ERROR
+    assert TARGET.lowering_limit({"a": parse_scheme("fp32")}) == FLOAT_ERROR

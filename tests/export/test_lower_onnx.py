@@ -25,6 +25,7 @@ from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.fit.universal import universal_codebooks
 from turbopocket.quant.formats import Additive, Codebook, CompressedTensor, LayerFormat, parse_format
+from turbopocket.quant.scheme import Scheme, parse_scheme
 
 FORMATS = ("fp16", "int4-row-asym", "int4-g32", "avq2x8-d8-shared")
 MOST_ERROR = 2e-5
@@ -88,7 +89,7 @@ def traced() -> dict[str, Traced]:
 
 
 def first_storable(names: tuple[str, ...], kind: str, shape: tuple[int, ...]) -> LayerFormat:
-    return next(f for f in map(parse_format, names) if Onnx().storable(f, kind, shape) is None)
+    return next(f for f in map(parse_format, names) if Onnx().storable(Scheme(f), kind, shape) is None)
 
 
 def compressed(component: Component, graph: target.TracedGraph, *names: str) -> dict[str, CompressedTensor]:
@@ -190,16 +191,17 @@ def test_files_have_exactly_the_predicted_bytes(traced: dict[str, Traced], name:
         weights = compressed(component, graph, name, "int8-row")
         target.lower(graph, weights, tmp_path)
         on_disk = sum(file.stat().st_size for file in (tmp_path / component.name).iterdir())
-        formats = {layer: weight.format for layer, weight in weights.items()}
+        formats = {layer: Scheme(weight.format) for layer, weight in weights.items()}
         assert on_disk == target.lowered_bytes(graph, formats)
         in_layers = sum(weight.nbytes for weight in weights.values())
-        exact_candidates = target.fixed_bytes(graph, set(formats.values())) + in_layers
+        exact_candidates = target.fixed_bytes(graph, dict.fromkeys(formats, frozenset(formats.values()))) + in_layers
         assert on_disk <= exact_candidates <= 1.01 * on_disk
 
 
 def test_shared_codebooks_are_no_layers_overhead(traced: dict[str, Traced]) -> None:
     _, graph = traced["unet"]
-    shared, own = (target.fixed_bytes(graph, [parse_format(name)]) for name in ("avq2x8-d8-shared", "avq2x8-d8"))
+    names = "avq2x8-d8-shared", "avq2x8-d8"
+    shared, own = (target.fixed_bytes(graph, dict.fromkeys(graph.layers, (parse_scheme(name),))) for name in names)
     assert shared <= own <= shared + 300 * len(graph.layers)  # codebooks have 8,192 bytes, their entry a few
 
 
@@ -221,11 +223,11 @@ def test_shared_codebooks_are_in_the_file_once_and_their_bytes_are_planned(
     sharing = [name for name, weight in weights.items() if weight.format.shared_parts]
     assert len(sharing) > 5
     target.lower(graph, weights, tmp_path)
-    formats = {layer: weight.format for layer, weight in weights.items()}
+    formats = {layer: Scheme(weight.format) for layer, weight in weights.items()}
     on_disk = sum(file.stat().st_size for file in (tmp_path / "unet").iterdir())
     assert on_disk == target.lowered_bytes(graph, formats)
-    own = parse_format("avq2x8-d8")
-    apart = {name: own if form.shared_parts else form for name, form in formats.items()}
+    own = parse_scheme("avq2x8-d8")
+    apart = {name: own if scheme.weight.shared_parts else scheme for name, scheme in formats.items()}
     codebooks = 2 * 256 * 8 * 2
     assert target.lowered_bytes(graph, apart) - on_disk > (len(sharing) - 1) * codebooks
     assert own.nbytes((64, 64)) - parse_format("avq2x8-d8-shared").nbytes((64, 64)) == codebooks

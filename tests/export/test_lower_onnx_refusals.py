@@ -9,7 +9,7 @@ from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.targets.onnx import program as target
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.formats import parse_format
+from turbopocket.quant.scheme import parse_scheme
 
 
 class Wrapped(ComponentModule):
@@ -43,7 +43,7 @@ def graph() -> target.TracedGraph:
 def test_a_format_that_does_not_fit_has_a_reason_with_numbers(
     name: str, kind: str, shape: tuple[int, ...], reason: str
 ) -> None:
-    found = Onnx().storable(parse_format(name), kind, shape)
+    found = Onnx().storable(parse_scheme(name), kind, shape)
     assert found is not None
     assert reason in found
 
@@ -61,7 +61,7 @@ def test_a_format_that_does_not_fit_has_a_reason_with_numbers(
     ],
 )
 def test_a_format_that_fits_has_none(name: str, kind: str, shape: tuple[int, ...]) -> None:
-    assert Onnx().storable(parse_format(name), kind, shape) is None
+    assert Onnx().storable(parse_scheme(name), kind, shape) is None
 
 
 class _Computed(nn.Module):

@@ -14,6 +14,7 @@ from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.components import components_of
 from turbopocket.export.families.graphs import Component, unet_component, vae_decoder_component
 from turbopocket.export.targets.onnx import program as target
+from turbopocket.quant.scheme import Scheme
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.kernels.library import onnx_operators
 from turbopocket.runtimes.onnx.session import open_session
@@ -91,7 +92,7 @@ def test_a_graph_of_free_size_computes_what_pytorch_does_at_every_size(
     with stored_weights(component, weights):
         assert largest_error(component, tmp_path / spec.file, latents) <= MOST_ERROR
     on_disk = sum(file.stat().st_size for file in (tmp_path / component.name).iterdir())
-    assert on_disk == target.lowered_bytes(graph, {layer: weight.format for layer, weight in weights.items()})
+    assert on_disk == target.lowered_bytes(graph, {layer: Scheme(weight.format) for layer, weight in weights.items()})
 
 
 def test_kernels_take_every_size(traced: dict[tuple[str, int], Traced], tmp_path: Path) -> None:

@@ -98,8 +98,7 @@ def test_from_folder_to_picture(checkpoint: Checkpoint, target: str, tmp_path: P
     tokenizers = open_tokenizers(tmp_path / "art", manifest)
     found = draw(open_runner(tmp_path / "art", manifest), manifest, tokenizers, PROMPT, seeded_noise(SEED))
     assert found.std() > 0.02
-    weights = load_weights(built.report.parent / WEIGHTS_FILE)
-    limit = AMPLIFIED * open_target(recipe.target).lowering_limit(weights)
+    limit = AMPLIFIED * open_target(recipe.target).lowering_limit(built.plan.schemes)
     assert relative_error(found - expected.mean(), expected - expected.mean()) < limit
 
 

@@ -16,6 +16,7 @@ from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.scheme import Scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.onnx.runner import OnnxRunner
@@ -121,11 +122,11 @@ def test_the_onnx_file_computes_what_pytorch_computes_with_the_stored_weights(
     inputs, graph = inputs_of(component), target.trace(component)
     weights = {}
     for layer_name, layer in graph.layers.items():
-        fitting = [f for f in map(parse_format, formats) if Onnx().storable(f, layer.kind, layer.shape) is None]
+        fitting = [f for f in map(parse_format, formats) if Onnx().storable(Scheme(f), layer.kind, layer.shape) is None]
         weight = component.module.get_parameter(f"{layer_name}.weight")
         weights[layer_name] = fitting[0].compress(weight, ABSMAX)
         weight.copy_(fitting[0].decompress(weights[layer_name]))
-    planned = target.lowered_bytes(graph, {layer_name: weight.format for layer_name, weight in weights.items()})
+    planned = target.lowered_bytes(graph, {layer_name: Scheme(weight.format) for layer_name, weight in weights.items()})
     spec = target.lower(graph, weights, tmp_path)
     assert planned == sum(path.stat().st_size for path in (tmp_path / name).iterdir())
     manifest: Any = type("OneComponent", (), {"components": {name: spec}})()

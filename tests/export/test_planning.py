@@ -10,20 +10,20 @@ from turbopocket.export.build.planning import best_fitting
 from turbopocket.export.target_options import OnnxOptions
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.ground.errors import OverBudget
-from turbopocket.quant.formats import LayerFormat
 from turbopocket.quant.plan import Candidate, LayerChoices
+from turbopocket.quant.scheme import Scheme
 
 SMALL, LARGE = Candidate("int4-row", 100, 8.0), Candidate("int8-row", 200, 1.0)
 LAYERS = [LayerChoices(f"unet.{index}", (10, 20), (SMALL, LARGE)) for index in range(4)]
-Formats = Mapping[str, LayerFormat]
+Schemes = Mapping[str, Scheme]
 
 
-def bytes_beside(of_small: int, of_large: int, once: int = 0) -> Callable[[Formats], int]:
+def bytes_beside(of_small: int, of_large: int, once: int = 0) -> Callable[[Schemes], int]:
     """Counts files in which every layer costs that much beside its weights, and small ones share `once`."""
 
-    def count(formats: Formats) -> int:
-        small = sum(str(each) == SMALL.format for each in formats.values())
-        large = len(formats) - small
+    def count(schemes: Schemes) -> int:
+        small = sum(str(each) == SMALL.scheme for each in schemes.values())
+        large = len(schemes) - small
         return small * (SMALL.nbytes + of_small) + large * (LARGE.nbytes + of_large) + once * bool(small)
 
     return count

@@ -32,6 +32,15 @@ def test_shipped_recipe_loads(name: str) -> None:
         ({"modle": {}}, "unknown key `modle`: known are `model`, `target`"),
         ({"compress": {"formats": ["int5"]}}, "`int5` is not a weight format: known are fp16"),
         ({"compress": {"pin": {"*": "int9"}}}, "`int9` is not a weight format"),
+        (
+            {"compress": {"formats": ["int8-row+a8"]}},
+            "`a8` is no format of activations: known are a8-dyn",
+        ),
+        ({"compress": {"pin": {"*": "fp32+a9-static"}}}, "`a9-static` is no format of activations"),
+        (
+            {"compress": {"formats": ["int8-row", "fp16", "int8-row+a8-static"]}},
+            r"int8-row and int8-row\+a8-static store a weight alike.*ask for one, and pin layers to the other",
+        ),
         ({"compress": {"fit": "best"}}, "`best` is not a fit: known are absmax, mse, gptq"),
         ({"compress": {"budget": "8"}}, "'8' is not a number with a unit"),
         ({"target": {"name": "tflite"}}, "`tflite` is not a target: known are onnx, coreml, executorch"),

@@ -240,7 +240,7 @@ def test_blocks_split_their_bytes_by_format() -> None:
 
 def test_formats_are_ordered_by_bits_and_count_scales() -> None:
     rows = page_view(_data()).formats
-    assert [row.format for row in rows] == ["int4-g32", "int8-g32", "fp16"]
+    assert [row.scheme for row in rows] == ["int4-g32", "int8-g32", "fp16"]
     assert [row.bits_per_weight for row in rows] == [4.5, 8.5, 16.0]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every target promises of every weight format, for each kind of layer.
+"""What every target promises of every scheme, for each kind of layer.
 
 A layer is storable exactly where it lowers; its bytes are planned; the runtime computes what the reference does; the
 same bytes come twice; and what is wrong is refused in the same words by all.
@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
-from turbopocket.export.listings import SAMPLE_FORMATS
+from turbopocket.export.listings import SAMPLE_SCHEMES
 from turbopocket.export.targets.base import Target
 from turbopocket.export.targets.layer import with_references
 from turbopocket.export.targets.registry import default_targets
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.calibrate import calibrate, ranges_of
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.fit.universal import universal_codebooks
 from turbopocket.quant.formats import (
@@ -32,8 +33,9 @@ from turbopocket.quant.formats import (
     CompressedTensor,
     Dense,
     LayerFormat,
-    parse_format,
 )
+from turbopocket.quant.ranges import Ranges
+from turbopocket.quant.scheme import Scheme, parse_scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.manifest import ComponentSpec
 
@@ -41,8 +43,9 @@ pytest.importorskip("coremltools")
 pytest.importorskip("executorch")
 
 NAMES = (
-    *SAMPLE_FORMATS,
+    *SAMPLE_SCHEMES,
     *("int8-row-asym", "int4-row-asym", "int4-g16"),
+    *("int4-g32+a8-dynamic", "int4-g32+a8-static", "int8-row+a6-static", "int8-row+a8-static+float", "fp32+a8-static"),
     *("lut3", "vq6-d2", "vq8-d4-r16", "avq3x8-d4", "avq2x8-d8-shared"),
 )
 LAYERS = ("linear", "conv", "point")
@@ -87,18 +90,16 @@ class OneComponent:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A part whose layers have one format, where they can, else the target's own dense one."""
+    """A part whose layers have one scheme, where they can, else the target's own dense one."""
 
     target: Target
     traced: Any
     component: Component
+    ranges: dict[str, Ranges]
+    schemes: dict[str, Scheme]
     weights: dict[str, CompressedTensor]
     folder: Path
     spec: ComponentSpec
-
-    @property
-    def formats(self) -> dict[str, LayerFormat]:
-        return {name: weight.format for name, weight in self.weights.items()}
 
     @property
     def written(self) -> int:
@@ -110,10 +111,13 @@ def target_of(name: str) -> Target:
 
 
 @cache
-def traced(target: str) -> tuple[Component, Any]:
+def traced(target_name: str) -> tuple[Component, Any, dict[str, Ranges]]:
     torch.manual_seed(0)
-    component = component_of(Part())
-    return component, target_of(target).trace(component)
+    component, target = component_of(Part()), target_of(target_name)
+    samples = torch.randn(4, 1, 256, 2, 2)
+    stats = calibrate({COMPONENT: component.module.model}, lambda: [component.module(each) for each in samples])
+    ranges = ranges_of(stats)
+    return component, target.fitted(target.trace(component), component, ranges), ranges
 
 
 def compressed(target: Target, format: LayerFormat, weight: Tensor) -> CompressedTensor:
@@ -134,39 +138,37 @@ def compressed(target: Target, format: LayerFormat, weight: Tensor) -> Compresse
     return CompressedTensor(format, tuple(weight.shape), parts)
 
 
-def first_storable(target: Target, layer: Any, *names: str) -> LayerFormat:
-    formats = map(parse_format, names)
-    return next(each for each in formats if target.storable(each, layer.kind, layer.shape) is None)
+def first_storable(target: Target, layer: Any, *names: str) -> Scheme:
+    schemes = map(parse_scheme, names)
+    return next(each for each in schemes if target.storable(each, layer.kind, layer.shape) is None)
 
 
 @pytest.fixture(scope="module")
 def lower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Lowered]]:
-    """The part in one format on one target, lowered once."""
+    """The part in one scheme on one target, lowered once."""
 
     @cache
     def lowered(target_name: str, name: str) -> Lowered:
         target = target_of(target_name)
-        component, graph = traced(target_name)
-        wanted = parse_format(name)
+        component, graph, ranges = traced(target_name)
+        wanted = parse_scheme(name)
         if name != "fp32" and all(target.storable(wanted, each.kind, each.shape) for each in graph.layers.values()):
             return lowered(target_name, "fp32")
+        schemes = {path: first_storable(target, layer, name, "fp32", "fp16") for path, layer in graph.layers.items()}
         weights = {
-            path: compressed(
-                target,
-                first_storable(target, layer, name, "fp32", "fp16"),
-                component.module.get_parameter(f"{path}.weight"),
-            )
-            for path, layer in graph.layers.items()
+            path: compressed(target, scheme.weight, component.module.get_parameter(f"{path}.weight"))
+            for path, scheme in schemes.items()
         }
         folder = tmp_path_factory.mktemp(f"{target.name}-{name}")
-        return Lowered(target, graph, component, weights, folder, target.lower(graph, weights, folder))
+        spec = target.lower(graph, weights, folder, schemes)
+        return Lowered(target, graph, component, ranges, schemes, weights, folder, spec)
 
     yield lowered
     traced.cache_clear()
 
 
 def test_every_class_of_formats_is_asked() -> None:
-    assert {type(parse_format(name)) for name in NAMES} == set(FORMATS)
+    assert {type(parse_scheme(name).weight) for name in NAMES} == set(FORMATS)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -174,17 +176,17 @@ def test_every_class_of_formats_is_asked() -> None:
 def test_a_layer_is_storable_exactly_where_it_lowers(
     target: str, name: str, layer: str, lower: Callable[[str, str], Lowered], tmp_path: Path
 ) -> None:
-    part, path, format = lower(target, name), f"{COMPONENT}.{layer}", parse_format(name)
+    part, path, scheme = lower(target, name), f"{COMPONENT}.{layer}", parse_scheme(name)
     asked = part.traced.layers[path]
-    reason = part.target.storable(format, asked.kind, asked.shape)
+    reason = part.target.storable(scheme, asked.kind, asked.shape)
     if reason is None:
-        assert part.weights[path].format == format
-        assert part.target.stored_as(format, asked.kind)
+        assert part.schemes[path] == scheme
+        assert part.target.stored_as(scheme, asked.kind)
         return
-    weight = compressed(part.target, format, part.component.module.get_parameter(f"{path}.weight"))
+    weight = compressed(part.target, scheme.weight, part.component.module.get_parameter(f"{path}.weight"))
     for refused in (
-        lambda: part.target.lower(part.traced, part.weights | {path: weight}, tmp_path),
-        lambda: part.target.lowered_bytes(part.traced, part.formats | {path: format}),
+        lambda: part.target.lower(part.traced, part.weights | {path: weight}, tmp_path, part.schemes | {path: scheme}),
+        lambda: part.target.lowered_bytes(part.traced, part.schemes | {path: scheme}),
     ):
         with pytest.raises(TurbopocketError) as caught:
             refused()
@@ -195,11 +197,12 @@ def test_a_layer_is_storable_exactly_where_it_lowers(
 @EVERYWHERE
 def test_planned_bytes_are_those_written(target: str, name: str, lower: Callable[[str, str], Lowered]) -> None:
     part = lower(target, name)
-    planned = part.target.lowered_bytes(part.traced, part.formats)
+    planned = part.target.lowered_bytes(part.traced, part.schemes)
     own = sum(weight.nbytes for weight in part.weights.values())
     assert own < part.written <= planned <= PLANNED_OVER_WRITTEN * part.written
-    if not any(format.shared_parts for format in part.formats.values()):  # which are counted when all formats are known
-        before = part.target.fixed_bytes(part.traced, set(part.formats.values())) + own
+    if not any(each.format.shared_parts for each in part.weights.values()):  # counted when all formats are known
+        candidates = dict.fromkeys(part.schemes, frozenset(part.schemes.values()))
+        before = part.target.fixed_bytes(part.traced, candidates) + own
         assert part.written <= before <= 1.01 * part.written
 
 
@@ -208,13 +211,14 @@ def test_each_layer_computes_what_its_reference_does(
     target: str, name: str, lower: Callable[[str, str], Lowered]
 ) -> None:
     part = lower(target, name)
-    limit = part.target.lowering_limit(part.weights)
+    schemes = part.target.schemes_of(part.weights, part.schemes, part.ranges)
+    limit = part.target.lowering_limit(schemes)
     manifest: Any = OneComponent({COMPONENT: part.spec})
     runtimes = part.target.runtimes(part.folder, manifest, part.weights, limit)
     runner = runtimes[part.target.runtime_names[0]].runner
     random = torch.Generator().manual_seed(2)
     inputs = {"latent_sample": torch.randn(1, 256, 2, 2, generator=random).half().float().numpy()}
-    forms = part.target.stores.forms_of(part.traced.layers, part.formats, part.target.form_options)
+    forms = part.target.stores.forms_of(part.traced.layers, schemes, part.target.form_options(part.ranges))
     reference = torch_runner([with_references(part.component, forms, part.weights)])
     found = runner.run_layers(COMPONENT, inputs, LAYERS)
     assert set(found) == {form.layer.path for form in forms.values() if getattr(form, "named_by_hash", True)}
@@ -225,7 +229,7 @@ def test_each_layer_computes_what_its_reference_does(
     assert {each: value.shape for each, value in found.items()} == {each: expected[each].shape for each in found}
     errors = {each: relative_error(value, expected[each]) for each, value in found.items()}
     assert max(errors.values()) <= limit, errors
-    if name not in ("fp32", "fp16") and name in map(str, part.formats.values()):
+    if name not in ("fp32", "fp16") and name in map(str, part.schemes.values()):
         lost = max(relative_error(value, without[each]) for each, value in found.items())
         assert lost > 3 * max(errors.values()), "is it compressed?"
 
@@ -234,7 +238,7 @@ def test_each_layer_computes_what_its_reference_does(
 def test_lowering_twice_gives_the_same_bytes(target: str, lower: Callable[[str, str], Lowered], tmp_path: Path) -> None:
     part = lower(target, "int4-g32")
     again = part.target.trace(part.component)
-    assert part.target.lower(again, part.weights, tmp_path) == part.spec
+    assert part.target.lower(again, part.weights, tmp_path, part.schemes) == part.spec
     for file in part.target.files(part.spec):
         assert (part.folder / file).read_bytes() == (tmp_path / file).read_bytes()
 
@@ -283,7 +287,7 @@ class Toy(LayerFormat):
 @pytest.mark.parametrize("target", default_targets(), ids=lambda target: target.name)
 def test_an_unknown_format_is_told_nothing_else(target: Target) -> None:
     for kind, shape in (("linear", (64, 64)), ("conv2d", (64, 64, 3, 3))):
-        reason = target.storable(Toy(), kind, shape)  # type: ignore[arg-type]
+        reason = target.storable(Scheme(Toy()), kind, shape)  # type: ignore[arg-type]
         assert reason == f"{target.stores.target} has no compressed {kind} for toy"
 
 
@@ -309,7 +313,9 @@ def test_no_weight_of_a_layer_may_be_another_parameter_but_norms_may(target: Tar
     graph = target.trace(component)
     weights = {
         path: compressed(
-            target, first_storable(target, layer, "fp32", "fp16"), component.module.get_parameter(f"{path}.weight")
+            target,
+            first_storable(target, layer, "fp32", "fp16").weight,
+            component.module.get_parameter(f"{path}.weight"),
         )
         for path, layer in graph.layers.items()
     }

@@ -76,10 +76,10 @@ def test_more_budget_never_gives_more_loss(layers: list[LayerChoices], spare: in
 @given(layer_lists, spare_bytes, st.data())
 def test_pinned_layers_keep_their_format(layers: list[LayerChoices], spare: int, data: st.DataObject) -> None:
     pinned = data.draw(st.sampled_from(layers))
-    pins = {pinned.layer: data.draw(st.sampled_from(pinned.candidates)).format}
+    pins = {pinned.layer: data.draw(st.sampled_from(pinned.candidates)).scheme}
     budget_bytes = smallest_total_bytes(layers, FIXED_BYTES, pins) + spare
     found = plan(layers, budget_bytes, FIXED_BYTES, pins)
-    assert [choice.format for choice in found.choices if choice.layer in pins] == list(pins.values())
+    assert [choice.scheme for choice in found.choices if choice.layer in pins] == list(pins.values())
     assert found.total_bytes <= budget_bytes
 
 
@@ -111,12 +111,12 @@ def test_small_losses_are_seen_beside_huge_ones() -> None:
 
 def test_equal_layers_share_a_budget_from_the_first_on() -> None:
     found = plan(three_layers(), 8 + 4 + 4, 0)
-    assert [choice.format for choice in found.choices] == ["int8-row", "int4-row", "int4-row"]
+    assert [choice.scheme for choice in found.choices] == ["int8-row", "int4-row", "int4-row"]
 
 
 def test_equal_loss_goes_to_the_smaller_format() -> None:
     layers = [choice_of("unet.a", {"big": (9, 1.0), "small": (3, 1.0), "smaller": (2, 2.0)})]
-    assert plan(layers, None, 0).choices[0].format == "small"
+    assert plan(layers, None, 0).choices[0].scheme == "small"
 
 
 def test_budget_that_is_met_to_the_byte_is_used_and_one_byte_less_is_not() -> None:
@@ -138,7 +138,16 @@ def test_pins_count_in_the_smallest_total() -> None:
 
 def test_glob_pins_every_layer_it_matches_and_a_later_pin_overrides() -> None:
     found = plan(three_layers(), None, 0, {"unet.*": "int4-row", "unet.mid.*": "int8-row"})
-    assert [choice.format for choice in found.choices] == ["int4-row", "int8-row", "int8-row"]
+    assert [choice.scheme for choice in found.choices] == ["int4-row", "int8-row", "int8-row"]
+
+
+def test_a_pinned_weight_format_has_whichever_activations_there_are() -> None:
+    dynamic, static = {"int8-row+a8-dynamic": (8, 1.0)}, {"int8-row+a8-static": (8, 1.0)}
+    layers = [choice_of(f"unet.{at}", {"fp32": (16, 0.0), **own}) for at, own in enumerate((dynamic, static))]
+    found = plan(layers, None, 0, {"*": "int8-row"})
+    assert list(map(str, found.schemes.values())) == ["int8-row+a8-dynamic", "int8-row+a8-static"]
+    with pytest.raises(TurbopocketError, match=r"unet\.0: pinned to int8-row\+a8-static, its candidates are"):
+        plan(layers, None, 0, {"*": "int8-row+a8-static"})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +166,7 @@ def test_pin_in_vain_is_refused(pins: dict[str, str], message: str) -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([choice_of("unet.a", {})], "unet.a: no candidate format"),
+        ([choice_of("unet.a", {})], "unet.a: no candidate for shape"),
         ([choice_of("unet.a", {"f": (1, 1.0)})] * 2, "unet.a: listed twice"),
         ([choice_of("unet.a", {"f": (1, math.nan)})], "unet.a: f has loss nan"),
         ([choice_of("unet.a", {"f": (1, -1.0)})], "unet.a: f has loss -1"),
@@ -216,9 +225,17 @@ def test_saved_plan_loads_as_the_same_plan(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_text())["total_bytes"] == made.total_bytes
 
 
+def test_a_plan_of_schema_1_has_its_formats_for_schemes(tmp_path: Path) -> None:
+    made = plan(three_layers(), 40, 2)
+    old = made.to_json() | {"schema_version": 1}
+    old["choices"] = [{("format" if key == "scheme" else key): each[key] for key in each} for each in old["choices"]]
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    assert Plan.load(tmp_path / "plan.json") == made
+
+
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"schema_version": 2}', '{"schema_version": 1}', '{"schema_version": 1, "choices": [{}]}'],
+    ["{", "[]", '{"schema_version": 3}', '{"schema_version": 2}', '{"schema_version": 1, "choices": [{}]}'],
 )
 def test_file_that_is_no_plan_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"

@@ -55,7 +55,7 @@ def choices(
 
 
 def loss_of(choices: LayerChoices, name: str) -> float:
-    return next(candidate.loss for candidate in choices.candidates if candidate.format == name)
+    return next(candidate.loss for candidate in choices.candidates if candidate.scheme == name)
 
 
 def test_predicted_loss_of_the_perturbed_format_is_the_error_of_the_model(
@@ -140,7 +140,17 @@ def test_saved_choices_load_as_the_same(choices: dict[str, LayerChoices], tmp_pa
     assert load_choices(tmp_path / "choices.json") == choices
 
 
-@pytest.mark.parametrize("text", ["", "{}", json.dumps({"schema_version": 9}), '{"schema_version": 1}'])
+def test_choices_of_schema_1_have_their_formats_for_schemes(choices: dict[str, LayerChoices], tmp_path: Path) -> None:
+    file = tmp_path / "choices.json"
+    save_choices(file, choices)
+    file.write_text(
+        file.read_text().replace('"scheme":', '"format":').replace('"schema_version": 2', '"schema_version": 1')
+    )
+    assert '"format":' in file.read_text()
+    assert load_choices(file) == choices
+
+
+@pytest.mark.parametrize("text", ["", "{}", json.dumps({"schema_version": 9}), '{"schema_version": 2}'])
 def test_file_that_holds_no_choices_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "choices.json"
     path.write_text(text)

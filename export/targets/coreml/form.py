@@ -40,7 +40,7 @@ class MilLayer(Layer):
 
 @dataclass(frozen=True)
 class Form(LayerForm):
-    """One layer in one format for one system, as tensors of the weight file and operations of them."""
+    """One layer in one scheme for one system, as tensors of the weight file and operations of them."""
 
     layer: MilLayer
     options: Deployment

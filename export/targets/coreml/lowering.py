@@ -4,7 +4,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from ....ground.errors import TurbopocketError
-from ....quant.formats import CompressedTensor, LayerFormat
+from ....quant.formats import CompressedTensor
+from ....quant.scheme import Scheme
 from ....runtimes.coreml.file.dtypes import TensorType
 from ....runtimes.coreml.interface import CHUNKS, package_file
 from .blobs import blob_bytes
@@ -24,14 +25,14 @@ _LARGE = 2**31
 
 
 class Lowering:
-    """A component's program with its layers in the given formats (by full name).
+    """A component's program with its layers in the given schemes (by full name).
 
     Raises TurbopocketError when these are not exactly the traced layers, or Core ML can not store one of them.
     """
 
-    def __init__(self, traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> None:
+    def __init__(self, traced: TracedProgram, schemes: Mapping[str, Scheme]) -> None:
         self.traced = traced
-        forms = STORES.forms_of(traced.layers, formats, traced.deployment)
+        forms = STORES.forms_of(traced.layers, schemes, traced.deployment)
         self.forms = {form.layer.path: form for form in forms.values()}
         self.blob_types = list(traced.rest_types)
         self._owner: list[tuple[str, int]] = []

@@ -11,13 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from ....quant.formats import CompressedTensor, LayerFormat
+from ....quant.formats import CompressedTensor
+from ....quant.scheme import Scheme
 from ....runtimes.coreml.file.dtypes import TensorType
 from ....runtimes.coreml.file.package import coremltools_module
 from ....runtimes.coreml.interface import CHUNKS, layer_value, loop_spec, package_file
 from ....runtimes.manifest import ComponentSpec, TensorSpec
 from ...families.graphs import Component
 from ...target_options import CoreMLOptions
+from ..layer import NO_SCHEMES, schemes_of
 from .emit import constants_of, geometry_constants, path_of
 from .interface import wrapped
 from .lowering import Lowering, is_cut, layer_bytes, skeleton_bytes
@@ -89,12 +91,19 @@ def trace(
     )
 
 
-def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
+def lower(
+    traced: TracedProgram,
+    weights: Mapping[str, CompressedTensor],
+    folder: Path,
+    schemes: Mapping[str, Scheme] = NO_SCHEMES,
+) -> ComponentSpec:
     """Writes the component's package, or its two chunks, under `folder`; returns what a manifest says of it.
+
+    `schemes` are as `Target.lower` has them.
 
     Raises TurbopocketError when `weights` are not exactly the traced layers' or Core ML can not store one of them.
     """
-    lowering = Lowering(traced, {name: weight.format for name, weight in weights.items()})
+    lowering = Lowering(traced, schemes_of(weights, schemes))
     packages = lowering.packages()
     for content in packages:
         write_package(content, folder, lowering.arrays(content.blobs, weights))
@@ -126,17 +135,16 @@ def package_files(spec: ComponentSpec) -> list[str]:
     return [f"{package}/{path}" for package in spec.packages for path in PACKAGE_PATHS]
 
 
-def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
-    """Exact bytes of all files that `lower` would write for layers in these formats."""
-    return sum(content.nbytes for content in Lowering(traced, formats).packages())
+def lowered_bytes(traced: TracedProgram, schemes: Mapping[str, Scheme]) -> int:
+    """Exact bytes of all files that `lower` would write for layers in these schemes."""
+    return sum(content.nbytes for content in Lowering(traced, schemes).packages())
 
 
-def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat]) -> int:
-    """Bytes of all files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
+def fixed_bytes(traced: TracedProgram, candidates: Mapping[str, Iterable[Scheme]]) -> int:
+    """Bytes of all files beside the layers' `nbytes`, at most, when every layer gets one of its candidates.
 
     Candidates that a layer can not be stored in count for nothing.
     """
-    formats = tuple(candidates)
     uses: dict[str, list[Message]] = {}
     for op in traced.operations:
         if op.type == LAYER:
@@ -144,7 +152,7 @@ def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat]) -> int
     constants = constants_of(traced.operations)
     overhead = largest = 0
     for layer in traced.layers.values():
-        kept = STORES.storable_forms(layer, formats, traced.deployment)
+        kept = STORES.storable_forms(layer, candidates[layer.name], traced.deployment)
         totals = [layer_bytes(form, uses[layer.path], constants) for form in kept]
         overhead += max((n - form.format.nbytes(layer.shape) for n, form in zip(totals, kept, strict=True)), default=0)
         largest += max(totals, default=0)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from ....ground.errors import TurbopocketError
-from ....quant.formats import CompressedTensor, LayerFormat
+from ....quant.formats import CompressedTensor
 from ....quant.ranges import Ranges
+from ....quant.scheme import Scheme
 from ....runtimes.compare.rows import Limits
 from ....runtimes.coreml import apple
 from ....runtimes.coreml.evaluate.evaluator import Mode
@@ -23,7 +24,8 @@ from ...families.graphs import Component
 from ...families.sizes import require_even_levels
 from ...target_options import CoreMLOptions, Deployment
 from ...verify.gaps import Runtime
-from ..base import GraphShare, Target
+from ..base import NO_RANGES, GraphShare, Target
+from ..layer import NO_SCHEMES
 from ..side_files import SWIFT_FILES, write_swift_files
 from . import program as coreml
 from .precision import too_large
@@ -71,8 +73,7 @@ class CoreML(Target):
     def opened(cls, options: CoreMLOptions, guided: bool) -> Self:
         return cls(options, guided)
 
-    @property
-    def form_options(self) -> Deployment:
+    def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> Deployment:
         return self.options.deployment
 
     def trace(self, component: Component) -> coreml.TracedProgram:
@@ -93,16 +94,20 @@ class CoreML(Target):
     def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
         return coreml.component_spec(traced)
 
-    def fixed_bytes(self, traced: coreml.TracedProgram, candidates: Iterable[LayerFormat]) -> int:
+    def fixed_bytes(self, traced: coreml.TracedProgram, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         return coreml.fixed_bytes(traced, candidates)
 
-    def lowered_bytes(self, traced: coreml.TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
-        return coreml.lowered_bytes(traced, formats)
+    def lowered_bytes(self, traced: coreml.TracedProgram, schemes: Mapping[str, Scheme]) -> int:
+        return coreml.lowered_bytes(traced, schemes)
 
     def lower(
-        self, traced: coreml.TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path
+        self,
+        traced: coreml.TracedProgram,
+        weights: Mapping[str, CompressedTensor],
+        folder: Path,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> ComponentSpec:
-        return coreml.lower(traced, weights, folder)
+        return coreml.lower(traced, weights, folder, schemes)
 
     def write_side_files(
         self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the operators
 
+from ....quant.activations import QParams
 from ....quant.ranges import Ranges
 
 OPS = torch.ops.quantized_decomposed
@@ -21,62 +22,52 @@ at int8-row, 12 pictures: 39.3 dB from float with every layer static, 43.2 with 
 
 
 @dataclass(frozen=True)
-class Steps:
-    """255 equal steps of a tensor's int8: the real number of a code is (code - zero) * size."""
+class StaticQParams:
+    """Of a layer's input and output, as constants of the program."""
 
-    size: float
-    zero: int
-
-    @classmethod
-    def over(cls, least: float, greatest: float) -> "Steps":
-        """From least to greatest, and 0 exact: a code of its own, even where the range does not hold it."""
-        least, greatest = min(least, 0.0), max(greatest, 0.0)
-        size = max((greatest - least) / (HIGHEST - LOWEST), _SMALLEST_SCALE)
-        return cls(size, LOWEST - round(least / size))
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """x as int8 holds it; what lies outside the range becomes its end."""
-        limits = self.size, self.zero, LOWEST, HIGHEST, torch.int8
-        rounded: Tensor = OPS.dequantize_per_tensor(OPS.quantize_per_tensor(x, *limits), *limits)
-        return rounded
-
-
-@dataclass(frozen=True)
-class Static:
-    """A layer's input and output in steps that are constants of the program."""
-
-    input: Steps
-    output: Steps
+    input: QParams
+    output: QParams
 
     @classmethod
-    def of(cls, ranges: Ranges) -> "Static | None":
-        """Of a layer that saw these ranges; None when one step for all would lose too much.
+    def of(cls, ranges: Ranges) -> "StaticQParams":
+        """Of a layer that saw these ranges."""
+        return cls(QParams.over(*ranges.input), QParams.over(*ranges.output))
 
-        Rounding to steps of s costs s² / 12 of a tensor's power. Below `MIN_SNR_DB` of the input a few values are so
-        much larger than the others that these keep hardly any digits: in SDXL's layout the hidden states of a prompt,
-        whose first token stands out (MixDQ, arXiv 2405.17873, section 3.2), and the products inside a GEGLU. Below it
-        of the output in its quietest call, there are timesteps at which hardly anything is left of it.
-        """
-        found = cls(Steps.over(*ranges.input), Steps.over(*ranges.output))
-        least = 10 ** (MIN_SNR_DB / 10) / 12
-        kept = ranges.input_power, ranges.quietest_output_power
-        enough = all(
-            power >= least * steps.size**2 for power, steps in zip(kept, (found.input, found.output), strict=True)
-        )
-        return found if enough else None
+
+def keeps_digits(ranges: Ranges) -> bool:
+    """Whether one scale for all inputs of a layer, and one for all its outputs, loses little enough.
+
+    Rounding with a scale of s costs s² / 12 of a tensor's power. Below `MIN_SNR_DB` of the input a few values are so
+    much larger than the others that these keep hardly any digits: in SDXL's layout the hidden states of a prompt,
+    whose first token stands out (MixDQ, arXiv 2405.17873, section 3.2), and the products inside a GEGLU. Below it
+    of the output in its quietest call, there are timesteps at which hardly anything is left of it.
+    """
+    found = StaticQParams.of(ranges)
+    least = 10 ** (MIN_SNR_DB / 10) / 12
+    kept = ranges.input_power, ranges.quietest_output_power
+    return all(
+        power >= least * qparams.scale**2 for power, qparams in zip(kept, (found.input, found.output), strict=True)
+    )
+
+
+def rounded(x: Tensor, qparams: QParams) -> Tensor:
+    """x as int8 holds it; what lies outside the range becomes its end."""
+    limits = qparams.scale, qparams.zero_point, qparams.lowest, qparams.highest, torch.int8
+    found: Tensor = OPS.dequantize_per_tensor(OPS.quantize_per_tensor(x, *limits), *limits)
+    return found
 
 
 def rounded_by_row(x: Tensor) -> Tensor:
-    """x as XNNPACK's int8 holds it: 255 steps from least to greatest of each row of the last dimension, 0 exact."""
-    scale, zero = OPS.choose_qparams_per_token_asymmetric(x, torch.int8)
-    codes = OPS.quantize_per_token(x, scale, zero, LOWEST, HIGHEST, torch.int8)
-    rounded: Tensor = OPS.dequantize_per_token(codes, scale, zero, LOWEST, HIGHEST, torch.int8, torch.float32)
-    return rounded
+    """x as XNNPACK's int8 holds it: a scale and zero point for each row of the last dimension, 0 exact."""
+    scale, zero_point = OPS.choose_qparams_per_token_asymmetric(x, torch.int8)
+    codes = OPS.quantize_per_token(x, scale, zero_point, LOWEST, HIGHEST, torch.int8)
+    found: Tensor = OPS.dequantize_per_token(codes, scale, zero_point, LOWEST, HIGHEST, torch.int8, torch.float32)
+    return found
 
 
 def rounded_by_picture(x: Tensor) -> Tensor:
-    """x [1, I, H, W] as XNNPACK's int8 holds it, one scale and zero for all of it."""
-    scale, zero = OPS.choose_qparams.tensor(x, LOWEST, HIGHEST, _SMALLEST_SCALE, torch.int8)
-    codes = OPS.quantize_per_tensor.tensor(x, scale, zero, LOWEST, HIGHEST, torch.int8)
-    rounded: Tensor = OPS.dequantize_per_tensor.tensor(codes, scale, zero, LOWEST, HIGHEST, torch.int8)
-    return rounded
+    """x [1, I, H, W] as XNNPACK's int8 holds it, one scale and zero point for all of it."""
+    scale, zero_point = OPS.choose_qparams.tensor(x, LOWEST, HIGHEST, _SMALLEST_SCALE, torch.int8)
+    codes = OPS.quantize_per_tensor.tensor(x, scale, zero_point, LOWEST, HIGHEST, torch.int8)
+    found: Tensor = OPS.dequantize_per_tensor.tensor(codes, scale, zero_point, LOWEST, HIGHEST, torch.int8)
+    return found

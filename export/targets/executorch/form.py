@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ....quant.formats import CompressedTensor, PartSpec
+from ....quant.ranges import Ranges
 from ...target_options import Codebooks
 from ..layer import LayerForm
-from .activations import Static
 from .size import KEY_BYTES, PLACE_BYTES, constants_bytes
 
 
@@ -26,24 +26,22 @@ class Order:
 class FormOptions:
     """What the layers of one component have in common.
 
-    `codebooks` says which operators read codebooks, and `order` in which order they do; `static` has the layers, by
-    full name, whose activations are rounded in steps known ahead, where their weight has 8 bits: None until calibration
-    has chosen them.
+    `codebooks` says which operators read codebooks, and `order` in which order they do. `static` is for formats that
+    say nothing of activations: those of 8 bits have static scales then, where `ranges` (what each layer saw, by full
+    name) leave digits enough. Static scales are those of the ranges.
     """
 
     codebooks: Codebooks = "portable"
-    static: Mapping[str, Static | None] = field(default_factory=dict)
+    static: bool = False
+    ranges: Mapping[str, Ranges] = field(default_factory=dict)
     order: Order = field(default_factory=Order)
 
 
 @dataclass(frozen=True)
 class ProgramForm(LayerForm):
-    """One layer in one format; `reference` is the module that is exported."""
+    """One layer in one scheme; `reference` is the module that is exported."""
 
     options: FormOptions
-
-    rounds_input: ClassVar[bool] = False
-    """Whether activations are rounded on their way in."""
 
     named_by_hash: ClassVar[bool] = True
     """Whether the program names the constants by their SHA-256: XNNPACK's are."""

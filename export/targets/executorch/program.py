@@ -8,7 +8,7 @@ weight is compressed, and `lower` writes the same bytes every time.
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,15 +17,23 @@ from torch import Tensor, nn
 
 from ....ground import names
 from ....ground.errors import TurbopocketError
-from ....quant.formats import CompressedTensor, LayerFormat
+from ....quant.formats import CompressedTensor
 from ....quant.ranges import Ranges
+from ....quant.scheme import Scheme
 from ....runtimes.executorch.imported import executorch_module
 from ....runtimes.executorch.shown_layers import LayerName
 from ....runtimes.manifest import ComponentSpec, TensorSpec
 from ...families.graphs import Component
 from ...target_options import Codebooks
-from ..layer import Layer, kind_of, require_equal_shares, require_own_weights, with_references
-from .activations import Static
+from ..layer import (
+    NO_SCHEMES,
+    Layer,
+    kind_of,
+    require_equal_shares,
+    require_own_weights,
+    schemes_of,
+    with_references,
+)
 from .form import FormOptions, ProgramForm
 from .gate import constant_key, refuse_weight_only, require_constants
 from .partition import partitioner
@@ -41,7 +49,6 @@ __all__ = [
     "layers_by_key",
     "lower",
     "lowered_bytes",
-    "static_layers",
     "trace",
 ]
 
@@ -53,8 +60,8 @@ _LAYER_OPS = ("aten.linear.default", "aten.conv2d.default")
 class TracedProgram:
     """A component that was exported once: its layers by full name, the bytes of its other tensors, its operators.
 
-    `static` has the layers whose activations are rounded in steps known ahead, where their weight has 8 bits; None
-    until calibration has chosen them. `weights_apart`: constants go into a file of their own.
+    `static` and `ranges` are those of `FormOptions`; without ranges, before calibration, static layers are counted but
+    can not be lowered. `weights_apart`: constants go into a file of their own.
     """
 
     source: Component
@@ -63,9 +70,10 @@ class TracedProgram:
     operators: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    static: Mapping[str, Static | None]
+    static: bool
     weights_apart: bool
     codebooks: Codebooks
+    ranges: Mapping[str, Ranges] = field(default_factory=dict)
 
     @property
     def component(self) -> str:
@@ -74,7 +82,7 @@ class TracedProgram:
     @property
     def options(self) -> FormOptions:
         """What its layers have in common, for one program."""
-        return FormOptions(self.codebooks, self.static)
+        return FormOptions(self.codebooks, self.static, self.ranges)
 
 
 def trace(
@@ -82,8 +90,7 @@ def trace(
 ) -> TracedProgram:
     """Runs PyTorch's exporter once, for one item a call. Layer weights are not looked at.
 
-    With `static`, every layer counts as one of static steps until `static_layers` says which are; `weights_apart` and
-    `codebooks` are for the programs that will be written.
+    `static`, `weights_apart` and `codebooks` are for the programs that will be written.
 
     Raises TurbopocketError when ExecuTorch is missing, when two layers share one weight, or when a layer's weight is
     used by anything but its layer, or when PyTorch can not export the component.
@@ -106,22 +113,26 @@ def trace(
         operators=sum(node.op == "call_function" for node in nodes.values()),
         inputs=tuple(_spec(name, tensor) for name, tensor in _example_item(component).items()),
         outputs=_outputs(component, program),
-        static=dict.fromkeys(layers) if static else {},
+        static=static,
         weights_apart=weights_apart,
         codebooks=codebooks,
     )
 
 
-def lower(traced: TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
+def lower(
+    traced: TracedProgram,
+    weights: Mapping[str, CompressedTensor],
+    folder: Path,
+    schemes: Mapping[str, Scheme] = NO_SCHEMES,
+) -> ComponentSpec:
     """Writes `<component>.pte` under `folder`, and returns what a manifest says of it.
 
-    Its constants are inside, or in `<component>.ptd` beside it.
+    Its constants are inside, or in `<component>.ptd` beside it. `schemes` are as `Target.lower` has them.
 
     Raises TurbopocketError when `weights` are not exactly the traced layers', a program can not store one of them, what
     layers share is not equal, ExecuTorch fails on the way, or the finished program does not hold one as it is.
     """
-    formats = {name: weight.format for name, weight in weights.items()}
-    forms = STORES.forms_of(traced.layers, formats, traced.options)
+    forms = STORES.forms_of(traced.layers, schemes_of(weights, schemes), traced.options)
     require_equal_shares(weights)
     program = _exported(with_references(traced.source, forms, weights))
     refuse_weight_only(program)
@@ -142,22 +153,16 @@ def layers_by_key(weights: Mapping[str, CompressedTensor]) -> dict[str, dict[str
     return found
 
 
-def static_layers(ranges: Mapping[str, Ranges]) -> dict[str, Static | None]:
-    """The layers, by full name, that round their activations in steps known ahead, given what they saw."""
-    return {name: Static.of(layer) for name, layer in ranges.items() if Static.of(layer) is not None}
-
-
 def as_run(
     component: Component,
     weights: Mapping[str, CompressedTensor],
-    static: Mapping[str, Static | None],
-    codebooks: Codebooks = "portable",
+    options: FormOptions,
+    schemes: Mapping[str, Scheme] = NO_SCHEMES,
 ) -> Component:
     """The component as the runtime is to compute it, in PyTorch; it shares all tensors but the layers' weights."""
     own = {name: weight for name, weight in weights.items() if name.startswith(component.layer_prefix)}
-    options = FormOptions(codebooks, static)
-    forms = {name: form_of_weight(name, weight, options) for name, weight in own.items()}
-    return with_references(component, forms, own)
+    layers = {name: Layer(name, kind_of(weight.shape), weight.shape) for name, weight in own.items()}
+    return with_references(component, STORES.forms_of(layers, schemes_of(own, schemes), options), own)
 
 
 def component_spec(traced: TracedProgram) -> ComponentSpec:
@@ -170,19 +175,19 @@ def component_spec(traced: TracedProgram) -> ComponentSpec:
     )
 
 
-def fixed_bytes(traced: TracedProgram, candidates: Iterable[LayerFormat]) -> int:
-    """Bytes of the files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
+def fixed_bytes(traced: TracedProgram, candidates: Mapping[str, Iterable[Scheme]]) -> int:
+    """Bytes of the files beside the layers' `nbytes`, at most, when every layer gets one of its candidates.
 
     Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
     """
-    formats, options = tuple(candidates), traced.options
-    kept = [STORES.storable_forms(layer, formats, options) for layer in traced.layers.values()]
+    options = traced.options
+    kept = [STORES.storable_forms(layer, candidates[name], options) for name, layer in traced.layers.items()]
     return _base_bytes(traced) + sum(max(map(_overhead_bytes, each), default=0) for each in kept)
 
 
-def lowered_bytes(traced: TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
-    """Bytes of the files that `lower` would write for layers in these formats, at most."""
-    forms = STORES.forms_of(traced.layers, formats, traced.options).values()
+def lowered_bytes(traced: TracedProgram, schemes: Mapping[str, Scheme]) -> int:
+    """Bytes of the files that `lower` would write for layers in these schemes, at most."""
+    forms = STORES.forms_of(traced.layers, schemes, traced.options).values()
     shared = {form.format: form.shared_bytes() for form in forms}
     return _base_bytes(traced) + sum(form.own_bytes() for form in forms) + sum(shared.values())
 

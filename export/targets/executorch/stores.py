@@ -2,6 +2,7 @@
 """Which format fits which kind of layer on this target."""
 
 from ....quant.formats import Additive, Affine, Codebook, CompressedTensor, Dense
+from ....quant.scheme import Scheme
 from ..layer import Layer, Stores, kind_of
 from .codebook import CodebookConv2dForm, CodebookLinearForm
 from .dense import DenseConv2d, DenseLinear
@@ -24,7 +25,10 @@ STORES: Stores[ProgramForm] = Stores(
 """What runs each: XNNPACK, or for codebooks operators of PyTorch's or ours."""
 
 
-def form_of_weight(name: str, weight: CompressedTensor, options: FormOptions | None = None) -> ProgramForm:
-    """The form of a layer that is known by its stored weight alone; TurbopocketError when there is none."""
+def form_of_weight(name: str, weight: CompressedTensor) -> ProgramForm:
+    """The form of a layer that is known by its stored weight alone, and how that is held; TurbopocketError if none.
+
+    Constants do not depend on how activations are rounded.
+    """
     layer = Layer(name, kind_of(weight.shape), weight.shape)
-    return STORES.form_of(layer, weight.format, options or FormOptions())
+    return STORES.form_of(layer, Scheme(weight.format), FormOptions())

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ....quant.formats import CompressedTensor, LayerFormat
+from ....quant.formats import CompressedTensor
 from ....quant.ranges import Ranges
+from ....quant.scheme import Scheme
 from ....runtimes.arm64.cpus import Cpu
 from ....runtimes.arm64.emulator import Emulator
 from ....runtimes.compare.rows import Limits
@@ -23,13 +24,13 @@ from ...families.graphs import Component
 from ...target_options import ExecuTorchOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
-from ..base import GraphShare, Target
+from ..base import NO_RANGES, GraphShare, Target
+from ..layer import NO_SCHEMES
 from ..side_files import write_tokenizers
 from . import program as executorch
-from .activations import Static
 from .form import FormOptions
 from .integer import GROUP_SCALE_DIGITS
-from .stores import STORES, form_of_weight
+from .stores import STORES
 
 DEFAULTS = ExecuTorchOptions()
 
@@ -63,7 +64,11 @@ was rounded the other way (UNet of `pocket`); `pocket-turbo`'s from itself, step
 
 @dataclass(frozen=True)
 class ExecuTorch(Target):
-    """ExecuTorch with XNNPACK."""
+    """ExecuTorch with XNNPACK.
+
+    Options that say how activations are rounded are for formats that say nothing of it; schemes that do are taken at
+    their word.
+    """
 
     options: ExecuTorchOptions = DEFAULTS
 
@@ -89,9 +94,8 @@ class ExecuTorch(Target):
         """Whether 8-bit layers round activations in steps that calibration chose."""
         return self.options.activations == "static"
 
-    @property
-    def form_options(self) -> FormOptions:
-        return FormOptions(self.options.codebooks)
+    def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> FormOptions:
+        return FormOptions(self.options.codebooks, self.static, ranges)
 
     def trace(self, component: Component) -> executorch.TracedProgram:
         return executorch.trace(component, self.static, self.options.weights == "apart", self.options.codebooks)
@@ -99,27 +103,34 @@ class ExecuTorch(Target):
     def fitted(
         self, traced: executorch.TracedProgram, component: Component, ranges: Mapping[str, Ranges]
     ) -> executorch.TracedProgram:
-        static = {name: steps for name, steps in self._static(ranges).items() if name in traced.layers}
-        return replace(traced, static=static)
+        return replace(traced, ranges={name: ranges[name] for name in traced.layers if name in ranges})
 
     def component_spec(self, traced: executorch.TracedProgram) -> ComponentSpec:
         return executorch.component_spec(traced)
 
-    def fixed_bytes(self, traced: executorch.TracedProgram, candidates: Iterable[LayerFormat]) -> int:
+    def fixed_bytes(self, traced: executorch.TracedProgram, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         return executorch.fixed_bytes(traced, candidates)
 
-    def lowered_bytes(self, traced: executorch.TracedProgram, formats: Mapping[str, LayerFormat]) -> int:
-        return executorch.lowered_bytes(traced, formats)
+    def lowered_bytes(self, traced: executorch.TracedProgram, schemes: Mapping[str, Scheme]) -> int:
+        return executorch.lowered_bytes(traced, schemes)
 
     def lower(
-        self, traced: executorch.TracedProgram, weights: Mapping[str, CompressedTensor], folder: Path
+        self,
+        traced: executorch.TracedProgram,
+        weights: Mapping[str, CompressedTensor],
+        folder: Path,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> ComponentSpec:
-        return executorch.lower(traced, weights, folder)
+        return executorch.lower(traced, weights, folder, schemes)
 
     def as_run(
-        self, component: Component, weights: Mapping[str, CompressedTensor], ranges: Mapping[str, Ranges]
+        self,
+        component: Component,
+        weights: Mapping[str, CompressedTensor],
+        ranges: Mapping[str, Ranges],
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> Component:
-        return executorch.as_run(component, weights, self._static(ranges), self.options.codebooks)
+        return executorch.as_run(component, weights, self.form_options(ranges), schemes)
 
     def write_side_files(
         self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
@@ -132,33 +143,40 @@ class ExecuTorch(Target):
     def runtimes(
         self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
     ) -> dict[str, Runtime]:
-        limits = Limits(max_relative_error=max_lowering_error, by_layer=_rounds(weights))
+        limits = Limits(max_relative_error=max_lowering_error, by_layer=_rounds(self.schemes_of(weights)))
         runner = ExecuTorchRunner(folder, manifest, executorch.layers_by_key(weights))
         return {self.runtime_names[0]: Runtime(runner, limits)}
 
-    def lowering_limit(self, weights: Mapping[str, CompressedTensor]) -> float:
-        if not _rounds(weights):
+    def lowering_limit(self, schemes: Mapping[str, Scheme]) -> float:
+        if not _rounds(schemes):
             return FLOAT_ERROR
-        return STATIC_LAYER_ERROR if self.static else self.max_lowering_error
+        return STATIC_LAYER_ERROR if _any_static(schemes) else self.max_lowering_error
 
     def emulated(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        cpu: Cpu,
+        emulator: Emulator,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> EmulatedRuntime:
-        layers = executorch.layers_by_key(weights)
-        runner = EmulatedExecuTorchRunner(folder, manifest, layers, cpu, emulator)
-        to_pytorch = Limits(max_relative_error=self.lowering_limit(weights), by_layer=_rounds(weights))
-        rounded = STATIC_WHOLE_ERROR if self.static else WHOLE_ERROR
-        to_native = Limits(max_relative_error=rounded if _rounds(weights) else ORDER_OF_SUMS)
-        return EmulatedRuntime(runner, to_pytorch, to_native, within_compression=_rounds(weights))
+        layers, schemes = executorch.layers_by_key(weights), self.schemes_of(weights, schemes)
+        runner, rounds = EmulatedExecuTorchRunner(folder, manifest, layers, cpu, emulator), _rounds(schemes)
+        to_pytorch = Limits(max_relative_error=self.lowering_limit(schemes), by_layer=rounds)
+        rounded = STATIC_WHOLE_ERROR if _any_static(schemes) else WHOLE_ERROR
+        to_native = Limits(max_relative_error=rounded if rounds else ORDER_OF_SUMS)
+        return EmulatedRuntime(runner, to_pytorch, to_native, within_compression=rounds)
 
     def memory(self, folder: Path, component: str) -> MemoryFigures:
         """Of the C++ runner: the Python bindings bring PyTorch along, whose memory would be counted with it."""
         return measure_program(folder, component)
 
-    def _static(self, ranges: Mapping[str, Ranges]) -> dict[str, Static | None]:
-        return executorch.static_layers(ranges) if self.static else {}
 
-
-def _rounds(weights: Mapping[str, CompressedTensor]) -> bool:
+def _rounds(schemes: Mapping[str, Scheme]) -> bool:
     """Whether any layer rounds its input."""
-    return any(form_of_weight(name, weight).rounds_input for name, weight in weights.items())
+    return any(not scheme.is_weight_only for scheme in schemes.values())
+
+
+def _any_static(schemes: Mapping[str, Scheme]) -> bool:
+    return any(scheme.is_static for scheme in schemes.values())

@@ -29,7 +29,7 @@ DEFAULTS = OnnxOptions()
 
 @dataclass(frozen=True)
 class Form(LayerForm):
-    """One layer in one format, as initializers and nodes."""
+    """One layer in one scheme, as initializers and nodes."""
 
     options: OnnxOptions
 

@@ -11,10 +11,11 @@ from typing import Literal
 
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from ....quant.formats import CompressedTensor, LayerFormat
+from ....quant.formats import CompressedTensor
+from ....quant.scheme import Scheme
 from ....runtimes.manifest import ComponentSpec, TensorSpec
 from ...target_options import OnnxOptions
-from ..layer import require_equal_shares
+from ..layer import NO_SCHEMES, require_equal_shares, schemes_of
 from .codebook import distinct
 from .data import DATA_FILE, MODEL_FILE, StoredTensor, data_bytes, external_initializers, write_data
 from .form import DEFAULTS, Array, Form
@@ -47,13 +48,16 @@ def lower(
     weights: Mapping[str, CompressedTensor],
     folder: Path,
     options: OnnxOptions = DEFAULTS,
+    schemes: Mapping[str, Scheme] = NO_SCHEMES,
 ) -> ComponentSpec:
     """Writes `<component>/model.onnx` and its data file under `folder`, and returns what a manifest says of them.
+
+    `schemes` are as `Target.lower` has them.
 
     Raises TurbopocketError when `weights` are not exactly the traced layers', ONNX can not store one of them, or what
     layers share is not equal.
     """
-    forms = _forms(traced, {layer: weight.format for layer, weight in weights.items()}, options)
+    forms = _forms(traced, schemes_of(weights, schemes), options)
     require_equal_shares(weights)
     graph = _Graph(traced, forms)
     target = folder / traced.component
@@ -74,30 +78,31 @@ def component_spec(traced: TracedGraph) -> ComponentSpec:
     )
 
 
-def lowered_bytes(traced: TracedGraph, formats: Mapping[str, LayerFormat], options: OnnxOptions = DEFAULTS) -> int:
-    """Exact bytes of both files that `lower` would write for layers in these formats, not prepacked."""
-    graph = _Graph(traced, _forms(traced, formats, options))
+def lowered_bytes(traced: TracedGraph, schemes: Mapping[str, Scheme], options: OnnxOptions = DEFAULTS) -> int:
+    """Exact bytes of both files that `lower` would write for layers in these schemes, not prepacked."""
+    graph = _Graph(traced, _forms(traced, schemes, options))
     return graph.model().ByteSize() + data_bytes(graph.tensors())
 
 
-def fixed_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
-    """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of the candidate formats.
+def fixed_bytes(traced: TracedGraph, candidates: Mapping[str, Iterable[Scheme]]) -> int:
+    """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of its candidates.
 
     Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
     """
     return graph_bytes(traced, candidates) + rest_bytes(traced)
 
 
-def graph_bytes(traced: TracedGraph, candidates: Iterable[LayerFormat]) -> int:
-    """Bytes of `model.onnx` and of gaps in the data file, at most: each layer in its wordiest candidate format.
+def graph_bytes(traced: TracedGraph, candidates: Mapping[str, Iterable[Scheme]]) -> int:
+    """Bytes of `model.onnx` and of gaps in the data file, at most: each layer in its wordiest candidate.
 
     Candidates that a layer can not be stored in count for nothing; so does a layer without any.
     """
-    formats = tuple(candidates)
     skeleton_bytes = _Graph(traced, {}).model().ByteSize()
     by_path = {layer.path: layer for layer in traced.layers.values()}
     uses = [node for node in traced.skeleton.graph.node if node.domain == DOMAIN]
-    forms = [(node, STORES.storable_forms(by_path[layer_path(node)], formats, DEFAULTS)) for node in uses]
+    layers = [by_path[layer_path(node)] for node in uses]
+    kept = [STORES.storable_forms(layer, candidates[layer.name], DEFAULTS) for layer in layers]
+    forms = list(zip(uses, kept, strict=True))
     in_nodes = sum(max((form.overhead_bytes(node) for form in options), default=0) for node, options in forms)
     bodies = distinct([body for node, options in forms for form in options for body in form.functions(node)])
     return skeleton_bytes + in_nodes + _function_bytes(bodies)
@@ -187,9 +192,9 @@ def _rest(traced: TracedGraph) -> list[RestParameter]:
     return rest_parameters(traced.rest, traced.skeleton.graph.node)
 
 
-def _forms(traced: TracedGraph, formats: Mapping[str, LayerFormat], options: OnnxOptions) -> dict[str, Form]:
+def _forms(traced: TracedGraph, schemes: Mapping[str, Scheme], options: OnnxOptions) -> dict[str, Form]:
     """By module path."""
-    return {form.layer.path: form for form in STORES.forms_of(traced.layers, formats, options).values()}
+    return {form.layer.path: form for form in STORES.forms_of(traced.layers, schemes, options).values()}
 
 
 def _tensor_spec(value: ValueInfoProto) -> TensorSpec:

@@ -9,7 +9,9 @@ from typing import Any, Self
 from onnx import load
 
 from ....ground.errors import TurbopocketError
-from ....quant.formats import CompressedTensor, LayerFormat
+from ....quant.formats import CompressedTensor
+from ....quant.ranges import Ranges
+from ....quant.scheme import Scheme
 from ....runtimes.arm64.cpus import PREFIX, Cpu
 from ....runtimes.arm64.emulator import Emulator
 from ....runtimes.compare.rows import Limits
@@ -25,7 +27,8 @@ from ...families.graphs import Component
 from ...target_options import OnnxOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
-from ..base import GraphShare, Target
+from ..base import NO_RANGES, GraphShare, Target
+from ..layer import NO_SCHEMES
 from ..side_files import TOKENIZER_FILES, write_side_files
 from . import program as onnx
 from .stores import STORES
@@ -61,8 +64,7 @@ class Onnx(Target):
     def opened(cls, options: OnnxOptions, guided: bool) -> Self:
         return cls(options)
 
-    @property
-    def form_options(self) -> OnnxOptions:
+    def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> OnnxOptions:
         return self.options
 
     def trace(self, component: Component) -> onnx.TracedGraph:
@@ -71,14 +73,20 @@ class Onnx(Target):
     def component_spec(self, traced: onnx.TracedGraph) -> ComponentSpec:
         return onnx.component_spec(traced)
 
-    def fixed_bytes(self, traced: onnx.TracedGraph, candidates: Iterable[LayerFormat]) -> int:
+    def fixed_bytes(self, traced: onnx.TracedGraph, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         return onnx.fixed_bytes(traced, candidates)
 
-    def lowered_bytes(self, traced: onnx.TracedGraph, formats: Mapping[str, LayerFormat]) -> int:
-        return onnx.lowered_bytes(traced, formats, self.options)
+    def lowered_bytes(self, traced: onnx.TracedGraph, schemes: Mapping[str, Scheme]) -> int:
+        return onnx.lowered_bytes(traced, schemes, self.options)
 
-    def lower(self, traced: onnx.TracedGraph, weights: Mapping[str, CompressedTensor], folder: Path) -> ComponentSpec:
-        return onnx.lower(traced, weights, folder, self.options)
+    def lower(
+        self,
+        traced: onnx.TracedGraph,
+        weights: Mapping[str, CompressedTensor],
+        folder: Path,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
+    ) -> ComponentSpec:
+        return onnx.lower(traced, weights, folder, self.options, schemes)
 
     def write_side_files(
         self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
@@ -113,7 +121,13 @@ class Onnx(Target):
         return (NO_KERNELS,)
 
     def emulated(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], cpu: Cpu, emulator: Emulator
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        cpu: Cpu,
+        emulator: Emulator,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> EmulatedRuntime:
         if self.options.prepacked:
             raise TurbopocketError(

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decided for a layer, as a value with a name: `int8-row`, `int8-row+a8-dynamic`, `int8-row+a8-static`.
+
+After compressed-tensors' QuantizationScheme (weights, input_activations, output_activations), as one string.
+"""
+
+from dataclasses import dataclass
+
+from ..ground.errors import TurbopocketError
+from .activations import ActivationFormat
+from .formats import LayerFormat, parse_format
+
+_FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is stored, and how the layer's input and output are rounded; None leaves them as they are.
+
+    Its name is the weight format's, then that of the activations' format: rounded inputs where it is dynamic, rounded
+    inputs and outputs where it is static, since integers that come out of a layer are what static scales are for. Any
+    other pair is spelled out, input first, as in `int8-row+a8-static+float`.
+
+    A name without activations, in a recipe, is a weight format and nothing else: a target reads it as it runs it (see
+    `Target.resolved`). Only where a target rounds no activations is it the whole scheme.
+    """
+
+    weight: LayerFormat
+    input: ActivationFormat | None = None
+    output: ActivationFormat | None = None
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether neither input nor output is rounded."""
+        return self.input is None and self.output is None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it needs scales from calibration."""
+        return any(each is not None and each.scales == "static" for each in (self.input, self.output))
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Exact stored bytes of a weight of this shape; TurbopocketError when it does not fit."""
+        return self.weight.nbytes(shape)
+
+    def __str__(self) -> str:
+        if self.is_weight_only:
+            return str(self.weight)
+        if self.input is not None and self == with_activations(self.weight, self.input):
+            return f"{self.weight}+{self.input}"
+        return f"{self.weight}+{self.input or _FLOAT}+{self.output or _FLOAT}"
+
+
+def with_activations(weight: LayerFormat, activations: ActivationFormat) -> Scheme:
+    """The scheme that is named by these two: inputs rounded, and outputs too where scales are static."""
+    return Scheme(weight, activations, activations if activations.scales == "static" else None)
+
+
+def parse_scheme(text: str) -> Scheme:
+    """The scheme of that name, the inverse of `str(scheme)`; TurbopocketError listing what there is."""
+    name, *activations = text.split("+")
+    weight = parse_format(name)
+    found = [None if each == _FLOAT else _activations(text, each) for each in activations]
+    if len(found) > 2:
+        raise TurbopocketError(f"`{text}` is not a scheme: after the weight format come activations, as in +a8-static")
+    first = found[0] if len(found) == 1 else None
+    scheme = Scheme(weight, *found) if first is None else with_activations(weight, first)
+    if str(scheme) != text:
+        raise TurbopocketError(f"`{text}` is written `{scheme}`")
+    return scheme
+
+
+def _activations(text: str, name: str) -> ActivationFormat:
+    found = ActivationFormat.parse(name)
+    if found is None:
+        raise TurbopocketError(f"`{text}`: `{name}` is no format of activations: known are {ActivationFormat.syntax}")
+    return found
