@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..ground.errors import TurbopocketError
+from ..ground.records import schema_version
 from .image_size import ImageSize
 from .pipeline import Name, Pipeline, Record, SamplerTable
 from .schedule import SamplerSpec, validation_summary
@@ -290,13 +291,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise TurbopocketError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:  # broken syntax, absurd numbers, absurd nesting
         raise TurbopocketError(f"{path} is not JSON: {error}", hint="the file may be cut off: build again") from error
-    version = found.get("schema_version") if isinstance(found, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        raise TurbopocketError(
-            f"{path} has schema_version {version!r}: this version reads 1 to {SCHEMA_VERSION}",
-            hint="a newer turbopocket wrote it: install that" if newer else None,
-        )
+    version = schema_version(found, str(path), SCHEMA_VERSION)
     try:
         text = text if version == SCHEMA_VERSION else json.dumps(upgraded(found))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
