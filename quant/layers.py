@@ -21,3 +21,8 @@ def weight_of(name: str, layer: nn.Module) -> Tensor:
     if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
         return layer.weight
     raise TurbopocketError(f"{name}: {type(layer).__name__} is not a Linear or a Conv2d with groups=1")
+
+
+def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Rows, or columns, that a convolution gives for so many; `padding` is that of one side, both have it."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

@@ -51,16 +51,6 @@ def test_sessions_open_on_first_use(toy_artifact: Path, toy_manifest: Manifest) 
         runner.run("vae_decoder", {"latent_sample": np.zeros((1, 4, LATENT, LATENT), dtype=np.float32)})
 
 
-def test_without_keep_open_one_session_lives_at_a_time(toy_artifact: Path, toy_manifest: Manifest) -> None:
-    frugal = OnnxRunner(toy_artifact, toy_manifest, keep_open=False)
-    ids = {"input_ids": np.zeros((1, TOKENS), dtype=np.int64)}
-    frugal.run("text_encoder", ids)
-    frugal.run("unet", unet_inputs())
-    (toy_artifact / "text_encoder" / "model.onnx").unlink()
-    with pytest.raises(TurbopocketError, match=r"text_encoder: .*model.onnx is missing"):
-        frugal.run("text_encoder", ids)
-
-
 def test_memory_goes_back_when_a_tensor_dies() -> None:
     options = session_options(threads=1)
     assert not options.enable_cpu_mem_arena

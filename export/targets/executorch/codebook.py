@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.library import Library, impl, register_fake
 
 from ....quant.formats import CompressedTensor, PartSpec
+from ....quant.layers import convolved_size
 from ...target_options import Codebooks
 from ..codebook import CodebookForm
 from .form import Order, ProgramForm, constant
@@ -141,10 +142,7 @@ def _output_sizes(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
     """Rows and columns of a convolution's output."""
-    return [
-        (x.shape[2 + axis] + 2 * padding[axis] - (kernel[axis] - 1) * dilation[axis] - 1) // stride[axis] + 1
-        for axis in range(2)
-    ]
+    return [convolved_size(*each) for each in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)]
 
 
 def _dense(codes: Tensor, codebooks: Tensor, scale: Tensor) -> Tensor:
