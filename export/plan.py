@@ -200,11 +200,11 @@ def _as_measured(target: Target, layer: LayerChoices, asked: Scheme) -> Candidat
     whole = target.resolved(layer.layer, asked, kind_of(layer.shape))
     saved = {candidate.scheme: candidate for candidate in layer.candidates}
     alike = [name for name in saved if parse_scheme(name).weight == asked.weight]
-    if str(whole) in alike or not alike:
-        return saved.get(str(whole))
-    told = parse_scheme(alike[0])
-    decided = asked.is_weight_only and whole.is_static and not told.is_weight_only
-    return saved[alike[0]] if decided else replace(saved[alike[0]], scheme=str(whole))
+    if asked.is_weight_only and whole.is_static:
+        told = [name for name in alike if not parse_scheme(name).is_weight_only]
+        if told:
+            return saved[told[-1]]  # a pinned one comes first
+    return replace(saved[alike[0]], scheme=str(whole)) if alike else None
 
 
 def _by(decided: Plan, key: Callable[[str], str]) -> dict[str, Weighed]:

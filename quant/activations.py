@@ -50,7 +50,7 @@ class ActivationFormat:
     bits: int
     scales: Literal["dynamic", "static"]
 
-    syntax: ClassVar[str] = "a8-dynamic, a8-static; also a4-… and a6-…, which no target runs"
+    syntax: ClassVar[str] = "a8-dynamic, a8-static (also of 4 and 6 bits, which no target runs)"
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 6, 8):
