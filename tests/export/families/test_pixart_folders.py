@@ -21,8 +21,8 @@ from turbopocket.export.families.tokenizers import T5
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.tokenizer import Tokenizer
 
-from ..conftest import WORDS
-from ..pixart_checkpoints import write_alpha, write_sigma
+from ...conftest import WORDS
+from ...pixart_checkpoints import write_alpha, write_sigma
 
 TEXT_FILE = "text_encoder/model.safetensors"
 SHARED, EMBEDDED = "shared.weight", "encoder.embed_tokens.weight"

@@ -17,8 +17,8 @@ from turbopocket.export.output.owned import checkpoints, refuse_build, refuse_fo
 from turbopocket.export.output.staging import claimed, report_folder, settle_output
 from turbopocket.ground.errors import TurbopocketError
 
-from .crash_states import crash_states, killed_before
-from .stand_ins import put_artifact, put_checkpoint, put_report
+from ..crash_states import crash_states, killed_before
+from ..stand_ins import put_artifact, put_checkpoint, put_report
 
 Work = Callable[[Path, str, bool], None]
 

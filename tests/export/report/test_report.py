@@ -36,7 +36,7 @@ from turbopocket.runtimes.manifest import (
 from turbopocket.runtimes.memory import MemoryFigures
 from turbopocket.runtimes.schedule import SamplerSpec
 
-from ..pipelines import of_one_graph
+from ...pipelines import of_one_graph
 
 PROMPT = 'a red <b>circle</b> & "a star"'
 TIMESTEPS = (999.0, 499.0)

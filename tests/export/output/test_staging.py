@@ -26,7 +26,7 @@ from turbopocket.export.output.staging import (
 )
 from turbopocket.ground.errors import TurbopocketError
 
-from .crash_states import killed_between
+from ..crash_states import killed_between
 
 
 def anything() -> None:

@@ -29,7 +29,7 @@ from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.onnx.runner import OnnxRunner
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 QUIET = StageProgress(quiet=True)
 PROMPT = "a red circle on the blue square"
 Run = Callable[..., Any]

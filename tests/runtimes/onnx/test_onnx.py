@@ -17,7 +17,7 @@ from turbopocket.runtimes.onnx.runner import OnnxRunner
 from turbopocket.runtimes.onnx.session import session_options
 from turbopocket.runtimes.open import open_runner
 
-from .conftest import LATENT, TOKENS, WIDTH, toy_graphs
+from ..conftest import LATENT, TOKENS, WIDTH, toy_graphs
 
 
 def weights_of(component: str) -> dict[str, np.ndarray]:

@@ -21,8 +21,8 @@ from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.open import open_runner
 
-from ..pixart_checkpoints import write_alpha, write_sigma
-from .drawer import PROMPT, drawer
+from ...pixart_checkpoints import write_alpha, write_sigma
+from ..drawer import PROMPT, drawer
 
 WRITERS = {"sigma": write_sigma, "alpha": write_alpha}
 

@@ -22,7 +22,7 @@ from turbopocket.runtimes.pipeline import Decoder, Denoiser, Encoder, MaskFeed, 
 from turbopocket.runtimes.runner import one_by_one
 from turbopocket.runtimes.schedule import SamplerSpec
 
-from ..pipelines import text
+from ...pipelines import text
 
 TOKENS, WIDTH = 6, 5
 PROMPT = "a red circle"

@@ -18,7 +18,7 @@ from turbopocket.export.families import pixart_keys as pixart
 from turbopocket.export.families.keys import KeyTable, LeftOut, check_config, constructor_defaults
 from turbopocket.ground.errors import TurbopocketError
 
-from .published_sdxl import CLIP_L, FILES, INDEX, OPENCLIP_BIG_G, UNET, VAE, write_configs
+from ..published_sdxl import CLIP_L, FILES, INDEX, OPENCLIP_BIG_G, UNET, VAE, write_configs
 
 TABLES: dict[tuple[str, str], list[KeyTable]] = {
     ("diffusers", "UNet2DConditionModel"): [tables.UNET, tables.SDXL_UNET],

@@ -18,7 +18,7 @@ from turbopocket.export.targets.side_files import write_side_files
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.tokenizer import Tokenizer
 
-from .test_diffusers_reference import Drawing
+from ..verify.test_diffusers_reference import Drawing
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 

@@ -15,7 +15,7 @@ from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.executorch.native.runner import EmulatedExecuTorchRunner, ExecuTorchNativeRunner
 from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
-from .test_lower_executorch import FORMATS, OneComponent, component, compressed
+from ..targets.executorch.test_lower_executorch import FORMATS, OneComponent, component, compressed
 
 pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU and builds the runner
 

@@ -26,7 +26,7 @@ from turbopocket.runtimes.compare.replay import (
     record,
 )
 
-from .conftest import TinyModel, tiny_model
+from ..conftest import TinyModel, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 

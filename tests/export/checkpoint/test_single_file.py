@@ -17,7 +17,7 @@ from turbopocket.export.families.base import LoadedModel
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.manifest import load_manifest
 
-from .published_sdxl import FILES, write_configs
+from ..published_sdxl import FILES, write_configs
 from .single_files import open_clip, original, write_single_file, write_sparse_file
 from .test_families_shapes import SD_1_INDEX, SD_1_UNET
 

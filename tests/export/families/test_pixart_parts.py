@@ -21,7 +21,7 @@ from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.image_size import ImageSize
 from turbopocket.runtimes.onnx.runner import OnnxRunner
 
-from ..pixart_checkpoints import t5_encoder, transformer
+from ...pixart_checkpoints import t5_encoder, transformer
 
 TOKENS, SIZE = 21, ImageSize(12, 20)
 TOLD = {"resolution": torch.tensor([[96.0, 160.0], [512.0, 300.0]]), "aspect_ratio": torch.tensor([[0.6], [1.7]])}

@@ -12,7 +12,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.tokenizer import Tokenizer, open_tokenizers
 from turbopocket.runtimes.manifest import Manifest
 
-from .conftest import write_toy_tokenizer
+from ..conftest import write_toy_tokenizer
 
 TEXTS = [
     "a red circle on the blue square",

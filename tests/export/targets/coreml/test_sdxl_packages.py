@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .published_sdxl import write_configs
+from ...published_sdxl import write_configs
 
 pytest.importorskip("coremltools")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -18,7 +18,7 @@ from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.plan import plan, smallest_total_bytes
 from turbopocket.quant.sensitivity import estimate_from_shapes
 
-from .published_sdxl import FILES, write_configs
+from ..published_sdxl import FILES, write_configs
 
 SD_1_INDEX = {
     "_class_name": "StableDiffusionPipeline",

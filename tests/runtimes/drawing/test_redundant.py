@@ -12,7 +12,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.redundant import require_agreement
 from turbopocket.runtimes.manifest import Manifest
 
-GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("manifest-2-*.json"))
+GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("manifest-2-*.json"))
 
 
 def manifest(path: Path, change: Callable[[dict[str, Any]], None] = lambda values: None) -> Manifest:

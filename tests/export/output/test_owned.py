@@ -11,7 +11,7 @@ import pytest
 from turbopocket.export.output.owned import checkpoints, refuse_build, refuse_occupied
 from turbopocket.ground.errors import TurbopocketError
 
-from .stand_ins import put_artifact, put_checkpoint, put_report
+from ..stand_ins import put_artifact, put_checkpoint, put_report
 
 
 def precious(folder: Path, name: str = "thesis.txt") -> Path:

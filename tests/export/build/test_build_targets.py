@@ -13,7 +13,7 @@ from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import Recipe, make_recipe
 from turbopocket.ground.errors import ParityFailed, TurbopocketError
 
-from .stand_ins import put_artifact, put_report
+from ..stand_ins import put_artifact, put_report
 
 
 @dataclass(frozen=True)

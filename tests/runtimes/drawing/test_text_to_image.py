@@ -16,7 +16,7 @@ from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import Manifest
 from turbopocket.runtimes.onnx.runner import OnnxRunner
 
-from .conftest import TinyModel, tiny_model
+from ..conftest import TinyModel, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
