@@ -12,8 +12,8 @@ from torch import nn
 
 from turbopocket.export.checkpoint.lora.names import LayerNames, split_name
 
-from .lora_files import adaptable
 from ..published_sdxl import CLIP_L, OPENCLIP_BIG_G, UNET
+from .lora_files import adaptable
 
 SD_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}  # the class's defaults are Stable Diffusion 1.x
 
