@@ -69,6 +69,16 @@ class ExecuTorchOptions:
     weights: Literal["inside", "apart"] = "inside"
     codebooks: Codebooks = "portable"
 
+    @property
+    def static(self) -> bool:
+        """Whether activations are rounded with scales that calibration chose."""
+        return self.activations == "static"
+
+    @property
+    def weights_apart(self) -> bool:
+        """Whether constants go into a file of their own."""
+        return self.weights == "apart"
+
 
 @dataclass(frozen=True)
 class TargetEntry:

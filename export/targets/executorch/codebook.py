@@ -111,13 +111,13 @@ class _CodebookForm(CodebookForm, ProgramForm):
         return self.parts(weight)
 
     def operators_bytes(self) -> int:
-        if self.options.codebooks == "kernel":
+        if self.options.asked.codebooks == "kernel":
             return KERNEL_BYTES
         taps = math.prod(self.layer.shape[2:])
         return VECTORS_BYTES + BOOK_BYTES * self.count + (TAP_BYTES * taps if taps > 1 else 0)
 
     def reference(self, module: Any, weight: CompressedTensor) -> nn.Module:
-        return CodebookLayer(module, self.arrays(weight), self.options.codebooks, self.options.order)
+        return CodebookLayer(module, self.arrays(weight), self.options.asked.codebooks, self.options.order)
 
 
 class CodebookLinearForm(_CodebookForm):

@@ -28,11 +28,9 @@ from ..base import NO_RANGES, GraphShare, Target
 from ..layer import NO_SCHEMES
 from ..side_files import write_tokenizers
 from . import program as executorch
-from .form import FormOptions
+from .form import DEFAULTS, FormOptions
 from .integer import GROUP_SCALE_DIGITS
 from .stores import STORES
-
-DEFAULTS = ExecuTorchOptions()
 
 FLOAT_ERROR = 1e-4
 """Where no activation is rounded, all that differs is the order of sums."""
@@ -89,16 +87,11 @@ class ExecuTorch(Target):
     def opened(cls, options: ExecuTorchOptions, guided: bool) -> Self:
         return cls(options)
 
-    @property
-    def static(self) -> bool:
-        """Whether 8-bit layers round activations in steps that calibration chose."""
-        return self.options.activations == "static"
-
     def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> FormOptions:
-        return FormOptions(self.options.codebooks, self.static, ranges)
+        return FormOptions(self.options, ranges)
 
     def trace(self, component: Component) -> executorch.TracedProgram:
-        return executorch.trace(component, self.static, self.options.weights == "apart", self.options.codebooks)
+        return executorch.trace(component, self.options)
 
     def fitted(
         self, traced: executorch.TracedProgram, component: Component, ranges: Mapping[str, Ranges]

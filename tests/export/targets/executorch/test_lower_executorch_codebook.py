@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
-from turbopocket.export.target_options import Codebooks
+from turbopocket.export.target_options import Codebooks, ExecuTorchOptions
 from turbopocket.export.targets.executorch import program as target
 from turbopocket.export.targets.executorch.gate import require_constants
 from turbopocket.export.verify.gaps import torch_runner
@@ -118,7 +118,7 @@ Build = Callable[..., Built]
 
 def built(folder: Path, module: nn.Module, sample: Tensor, formats: Mapping[str, str], form: Codebooks) -> Built:
     component = Component("part", Wrapped("part", module.eval()), {"sample": sample}, ("row",))
-    traced = target.trace(component, codebooks=form)
+    traced = target.trace(component, ExecuTorchOptions(codebooks=form))
     layers = dict(module.named_modules())
     weights = {
         f"part.{path}": parse_format(text).compress(layers[path].weight.detach(), MSE) for path, text in formats.items()
