@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, vae_decoder_component
 from turbopocket.export.targets.executorch import program as target
+from turbopocket.export.targets.executorch.form import FormOptions
 from turbopocket.export.targets.executorch.stores import form_of_weight
 from turbopocket.export.targets.executorch.target import ExecuTorch
 from turbopocket.export.verify.gaps import torch_runner
@@ -53,7 +54,7 @@ def test_rounded_convolutions_behind_rows_of_features_lower_and_compute_what_pyt
     assert (tmp_path / "part.pte").stat().st_size <= planned
     sample = {"sample": np.random.default_rng(1).standard_normal((1, 32, 8, 8), dtype=np.float32)}
     found = ExecuTorchRunner(tmp_path, manifest).run("part", sample)["picture"]
-    assert relative_error(found, torch_runner([target.as_run(part, weights, {})]).run("part", sample)["picture"]) < 1e-5
+    assert relative_error(found, torch_runner([target.as_run(part, weights, FormOptions())]).run("part", sample)["picture"]) < 1e-5
     assert relative_error(found, torch_runner([part]).run("part", sample)["picture"]) > 1e-3
 
 
