@@ -3,16 +3,30 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
-.PHONY: setup demo test test-slow test-fuzz check arm64 bench bench-quality bench-executorch bench-distill bench-vqdm \
-	bench-codebooks train-pocket distill-pocket distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
+.PHONY: setup search fuzz-search demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality \
+	bench-executorch bench-distill bench-vqdm bench-codebooks synthetic-sdxl train-pocket distill-pocket distill-baseline \
+	test-optimum kernels kernels-arm64 \
+	fuzz-kernels clean
 
 setup: .venv/.installed
+	@$(MAKE) --no-print-directory search || echo "without it VQDM searches in PyTorch" >&2
 
 # The CPU build of torch is enough; pip takes it where the index offers it for this exact pin.
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# VQDM's search in C++, into quant/fit/native/lib. Everything works without it, several times more slowly.
+SEARCH := quant/fit/native
+search: $(SEARCH)/lib/.built
+
+$(SEARCH)/lib/.built: $(SEARCH)/CMakeLists.txt $(wildcard $(SEARCH)/core/*)
+	@command -v cmake >/dev/null && command -v c++ >/dev/null || { echo "make search needs CMake and a C++ compiler" >&2; exit 1; }
+	cmake -S $(SEARCH) -B build/vqdm/release
+	cmake --build build/vqdm/release
+	cmake --install build/vqdm/release --prefix $(SEARCH)
 	touch $@
 
 # One thread: for layers this small PyTorch's threads wait for each other longer than they work.
@@ -32,9 +46,22 @@ test-slow: export OMP_NUM_THREADS = 1
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -rP
 
-# Damaged Core ML packages, 15 times as many as in `make test`; hypothesis prints how many it ran.
+# Damaged Core ML packages, 15 times as many as in `make test` (hypothesis prints how many it ran), then damaged models and
+# artifacts and hostile requests, over a thousand commands, each in a child of its own: about an hour.
+test-fuzz: export OMP_NUM_THREADS = 1
 test-fuzz: setup
 	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
+	$(BIN)/python -m pytest tests/robustness --hypothesis-profile=long --timeout=7200 -rP
+
+# Builds killed at a hundred random moments; what was killed in which stage is printed.
+test-kills: export OMP_NUM_THREADS = 1
+test-kills: setup
+	$(BIN)/python -m pytest tests/export/test_journal.py -m slow -rP
+
+# The Android app's core on a JVM, beside Python; part of `make test` as well. Says why where it is skipped.
+test-android: export OMP_NUM_THREADS = 1
+test-android: setup
+	$(BIN)/python -m pytest -m "slow or not slow" tests/export/test_android_demo.py
 
 check: setup
 	$(BIN)/ruff check .
@@ -45,8 +72,14 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/unet.py
 
+# Folders of SDXL-Turbo's topology with weights drawn by chance, 7 GB at full width: for memory, time and file sizes.
+WIDTH ?= full
+synthetic-sdxl: setup
+	$(BIN)/python benchmarks/synthetic_sdxl.py build/synthetic-sdxl-$(WIDTH) --width $(WIDTH)
+
 # VQDM beside residual k-means on every layer of pocket: about half an hour of one core.
 bench-vqdm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vqdm_search.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vqdm.py
 
 # Codebooks of 2, 3 and 4 bits step by step beside scalar formats, and one block of SDXL: about an hour and a half of one core.
@@ -137,6 +170,12 @@ fuzz-kernels:
 	cmake -S runtimes/kernels -B build/kernels/sanitized -DCODEBOOK_SANITIZE=ON
 	cmake --build build/kernels/sanitized --target fuzz
 	build/kernels/sanitized/fuzz 1000000 $(SEED)
+
+# Searches of all shapes on every path under the same sanitizers.
+fuzz-search:
+	cmake -S $(SEARCH) -B build/vqdm/sanitized -DVQDM_SANITIZE=ON
+	cmake --build build/vqdm/sanitized --target fuzz
+	build/vqdm/sanitized/fuzz 100000 $(SEED)
 
 clean:
 	rm -rf build dist *.egg-info

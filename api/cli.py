@@ -2,25 +2,44 @@
 """The `turbopocket` command: parses, calls one verb, prints. Data goes to stdout, talk to stderr."""
 
 import io
-import json
-import logging
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from . import ParityFailed, TurbopocketError
-from .export.signals import Stopped, stopped_by_signals
-from .export.target_options import TARGET_ENTRIES, with_several_sizes
-
-if TYPE_CHECKING:
-    from . import Recipe
+from .door import run_command, show_tracebacks
+from .options import (
+    SOURCE_HELP,
+    ArtifactFolder,
+    ArtifactFolders,
+    AsJson,
+    Assigned,
+    AssignedToDistill,
+    Budget,
+    Cache,
+    Config,
+    Formats,
+    Loras,
+    OptionalSource,
+    Pins,
+    Ray,
+    RecipeFile,
+    RunFolder,
+    Size,
+    Sizes,
+    TargetName,
+    TargetNames,
+    WorkerCount,
+    asked_pins,
+    asked_recipe,
+    emit,
+)
+from .stage_commands import stages_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -30,62 +49,14 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: what a build asks 
 app.add_typer(recipe_app, name="recipe")
 arm64_app = typer.Typer(no_args_is_help=True, help="An emulated ARM CPU, for `check --cpu`.")
 app.add_typer(arm64_app, name="arm64")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, a single-file checkpoint, or a hub id."
-Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
-OptionalSource = Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket-turbo.")]
-Config = Annotated[
-    str | None, typer.Option("--config", help="For a single file or a UNet: a folder or hub id with all that it lacks.")
-]
-TARGET_HELP = f"What the phone runs: {', '.join(TARGET_ENTRIES)}."
-TargetName = Annotated[str | None, typer.Option("--target", help=TARGET_HELP)]
-TargetNames = Annotated[list[str] | None, typer.Option("--target", help=f"{TARGET_HELP} May be given several times.")]
-ArtifactFolder = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder of the emulated CPU; default: in the user's cache folder.")]
-ArtifactFolders = Annotated[Path, typer.Argument(help="An artifact, or a folder of artifacts, that `build` made.")]
-RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
-SET_HELP = "Any other key of the recipe, such as target.coreml.deployment=iOS17; see `recipe show`. May be repeated."
-Assigned = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
-SET_DISTILL_HELP = "Any other key, such as distill.method=mse; see `recipe show --distill`. May be repeated."
-AssignedToDistill = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_DISTILL_HELP)]
-Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
-Formats = Annotated[str | None, typer.Option(help="Candidate formats or schemes, comma-separated; see `formats`.")]
-LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
-Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help=LORA_HELP)]
-Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT (or scheme) for layers that must keep it.")]
-
-SIZE_HELP = "WIDTHxHEIGHT of pictures in pixels, such as 768x512"
-SEVERAL = f"For {' or '.join(with_several_sizes())} several times, the default first. Default: the model's own."
-Sizes = Annotated[list[str] | None, typer.Option("--size", help=f"{SIZE_HELP}. {SEVERAL}")]
-Size = Annotated[
-    str | None, typer.Option(help=f"{SIZE_HELP}: one that the artifact was built for. Default: its first.")
-]
+app.add_typer(stages_app)
 
 
-def _emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
-    """Prints `value` as JSON, or lets `show` print it for a person."""
-    if as_json:
-        print(json.dumps(value))
-    else:
-        show(Console())
-
-
-def _recipe(name: str | None, overrides: dict[str, Any], assigned: list[str] | None) -> "Recipe":
-    from . import Recipe, load_recipe
-    from .export.settings import with_values
-
-    return with_values(load_recipe(name) if name else Recipe(), overrides, assigned or ())
-
-
-def _pins(pins: list[str] | None) -> dict[str, str] | None:
-    if not pins:
-        return None
-    pairs = [text.split("=", 1) for text in pins]
-    for text, pair in zip(pins, pairs, strict=True):
-        if len(pair) != 2 or not all(pair):
-            raise TurbopocketError(f"--pin {text!r} is not GLOB=FORMAT", hint="like --pin 'unet.conv_out=fp16'")
-    return dict(pairs)
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of a bug.")] = False,
+) -> None:
+    show_tracebacks(verbose)
 
 
 @app.command()
@@ -108,8 +79,12 @@ def build(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is not empty.")] = False,
-    workers: Annotated[int, typer.Option(help="Processes that fit layers side by side.")] = 1,
-    ray: Annotated[str | None, typer.Option(help="Let Ray start the workers: auto, local or host:port.")] = None,
+    workers: WorkerCount = 1,
+    ray: Ray = None,
+    run: RunFolder = None,
+    keep: Annotated[
+        bool | None, typer.Option(help="Whether intermediate results stay; default: when they are not over 1 GiB.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
@@ -125,20 +100,22 @@ def build(
         "compress.budget": budget,
         "compress.formats": formats and formats.split(","),
         "compress.fit": fit,
-        "compress.pin": _pins(pin),
+        "compress.pin": asked_pins(pin),
         "sampler.steps": steps,
         "image.sizes": size or None,
         "sampler.guidance": guidance,
         "seed": seed,
     }
-    made = build_targets(_recipe(recipe, overrides, assigned), out, overwrite, as_json, Workers(workers, ray))
+    made = build_targets(
+        asked_recipe(recipe, overrides, assigned), out, overwrite, as_json, Workers(workers, ray), keep, run
+    )
     summaries = {built.folder.name: built.summary() for built in made}
 
     def show(console: Console) -> None:
         for built in made:
             show_built(built, console)
 
-    _emit(made[0].summary() if len(made) == 1 else summaries, as_json, show)
+    emit(made[0].summary() if len(made) == 1 else summaries, as_json, show)
 
 
 @app.command()
@@ -182,7 +159,7 @@ def distill(
         show_remarks((), made.notes, console)
         console.print(f"model     {made.folder}", soft_wrap=True)
 
-    _emit(made.summary(), as_json, show)
+    emit(made.summary(), as_json, show)
 
 
 @app.command()
@@ -208,10 +185,10 @@ def plan(
         "target.name": target,
         "compress.budget": budget,
         "compress.formats": formats and formats.split(","),
-        "compress.pin": _pins(pin),
+        "compress.pin": asked_pins(pin),
     }
-    planned = run_plan(_recipe(recipe, overrides, assigned), measured)
-    _emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
+    planned = run_plan(asked_recipe(recipe, overrides, assigned), measured)
+    emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
 
 
 @app.command()
@@ -219,6 +196,10 @@ def check(
     artifact: ArtifactFolders,
     cpu: Annotated[list[str] | None, typer.Option(help="Also on an emulated CPU, such as arm64:cortex-a76.")] = None,
     cache: Cache = None,
+    accept_limit: Annotated[
+        bool,
+        typer.Option("--accept-limit", help="Take the limit of its recipe, even above the target's own."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
@@ -226,7 +207,7 @@ def check(
     from . import check as run_check
     from .export.output.staging import artifacts_in
 
-    asked = StageProgress(quiet=as_json), cpu or (), cache
+    asked = StageProgress(quiet=as_json), cpu or (), cache, accept_limit
     results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
     summaries = {path.name: result.summary() for path, result in results.items()}
 
@@ -234,7 +215,7 @@ def check(
         for result in results.values():
             result.show(console)
 
-    _emit(summaries if len(summaries) > 1 else next(iter(summaries.values())), as_json, show)
+    emit(summaries if len(summaries) > 1 else next(iter(summaries.values())), as_json, show)
     for path, result in results.items():
         if result.failure is not None:
             raise ParityFailed(f"{path}: {result.failure}")
@@ -289,7 +270,7 @@ def generate(
     }
     for caution in cautions:
         print(f"warning: {caution}", file=sys.stderr)
-    _emit(result, as_json, lambda console: console.print(str(out), soft_wrap=True))
+    emit(result, as_json, lambda console: console.print(str(out), soft_wrap=True))
 
 
 @app.command()
@@ -298,7 +279,7 @@ def report(artifact: ArtifactFolder, as_json: AsJson = False) -> None:
     from .export.report.page import rewrite_report
 
     path = rewrite_report(artifact)
-    _emit({"report": str(path)}, as_json, lambda console: console.print(str(path), soft_wrap=True))
+    emit({"report": str(path)}, as_json, lambda console: console.print(str(path), soft_wrap=True))
 
 
 @app.command()
@@ -307,7 +288,7 @@ def formats(as_json: AsJson = False) -> None:
     from .export.listings import format_rows, show_formats
 
     rows = format_rows()
-    _emit({"formats": rows}, as_json, lambda console: show_formats(rows, console))
+    emit({"formats": rows}, as_json, lambda console: show_formats(rows, console))
 
 
 @app.command()
@@ -316,7 +297,7 @@ def models(as_json: AsJson = False) -> None:
     from .export.listings import model_rows, show_models
 
     rows = model_rows()
-    _emit(rows, as_json, lambda console: show_models(rows, console))
+    emit(rows, as_json, lambda console: show_models(rows, console))
 
 
 @arm64_app.command("setup")
@@ -324,9 +305,9 @@ def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
     """Fetches the emulator, ARM libraries and a cross compiler (about 175 MB) into a cache folder; once."""
     from .runtimes.arm64.setup import default_cache, prepare
 
-    talk = Console(stderr=True, quiet=as_json)
+    talk = Console(stderr=True, quiet=as_json, markup=False)
     found = prepare(cache or default_cache(), lambda text: talk.print(text, highlight=False, soft_wrap=True))
-    _emit(found, as_json, lambda console: console.print(f"cache     {found['cache']}", soft_wrap=True))
+    emit(found, as_json, lambda console: console.print(f"cache     {found['cache']}", soft_wrap=True))
 
 
 @recipe_app.command("show")
@@ -346,40 +327,9 @@ def recipe_show(
     else:
         shown = load_recipe(name) if name else Recipe()
     shown = with_values(shown, {}, assigned or ())
-    _emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
+    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
 
 
 def main() -> None:
-    """Runs the command; a user's mistake becomes one message on stderr and an exit code, never a traceback."""
-    _silence_libraries()
-    try:
-        with stopped_by_signals():
-            code = app(standalone_mode=False)
-    except TurbopocketError as error:
-        _fail(str(error), error.hint, error.exit_code)
-    except OSError as error:
-        _fail(f"{error.filename or 'file system'}: {error.strerror or error}", None, 1)
-    except Stopped as stop:
-        _fail(f"{stop}; nothing half-written was left behind", None, 128 + stop.signal)
-    except Exception as error:
-        # Typer's own complaints (unknown option, missing argument) end with 1 here: 2 means over budget.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(error.format_message(), "turbopocket --help", 1)
-    else:
-        sys.exit(code or 0)
-
-
-def _silence_libraries() -> None:
-    """Libraries tell of GPU kernels and tensor types that they miss and nobody asked for; their errors still show."""
-    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(variable, "error")
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _fail(message: str, hint: str | None, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
-    sys.exit(code)
+    """Runs the command."""
+    run_command(lambda: app(standalone_mode=False))

@@ -10,22 +10,24 @@ from typing import Any
 from rich.console import Console
 
 from ..ground.errors import TurbopocketError
-from ..quant.compress import load_weights
 from ..quant.ranges import load_ranges
+from ..quant.store import load_weights
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.drawing.redundant import require_agreement
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from .build.manifest import planned_schemes
+from .checkpoint.identity import model_identity
 from .checkpoint.load import load
 from .evidence import evidence_for
+from .families.base import LoadedModel
 from .families.components import layers_of
 from .families.sizes import size_notes
 from .output.kept import RANGES_FILE, WEIGHTS_FILE
 from .output.staging import report_folder, settle_output
 from .progress import StageProgress
-from .recipe import parse_recipe
+from .recipe import Recipe, recipe_of
 from .targets.registry import open_target
 from .verify.diffusers_reference import compare_with_diffusers
 from .verify.emulated import Emulated, measure_emulated
@@ -43,6 +45,7 @@ class Checked:
             could be checked, and `why_not` then says why.
         unverified: what only a device can tell; notes: what to know of the model and of how it ran on this machine.
         emulated: gaps on emulated CPUs, by name.
+        loosened: one sentence on a limit in the artifact's recipe that is above its target's own, and was not accepted.
     """
 
     manifest: Manifest
@@ -51,6 +54,7 @@ class Checked:
     unverified: tuple[str, ...]
     notes: tuple[str, ...]
     emulated: Mapping[str, Emulated] = field(default_factory=dict)
+    loosened: str | None = None
 
     @property
     def failure(self) -> str | None:
@@ -58,7 +62,7 @@ class Checked:
         if self.gaps and self.gaps.failure:
             return self.gaps.failure
         failures = {name: each.failure for name, each in self.emulated.items()}
-        return next((f"{name} {failure}" for name, failure in failures.items() if failure), None)
+        return next((f"{name} {failure}" for name, failure in failures.items() if failure), self.loosened)
 
     def summary(self) -> dict[str, Any]:
         """Returns the outcome as JSON values."""
@@ -93,10 +97,14 @@ def check(
     progress: StageProgress | None = None,
     cpus: Sequence[str] = (),
     cache: Path | None = None,
+    accept_limit: bool = False,
 ) -> Checked:
     """Verifies every file against the manifest, then measures both gaps again, and once more on each emulated CPU.
 
     What is wrong with the numbers is the outcome's `failure`; `progress` is told of each stage, by default on stderr.
+
+    A limit in the artifact's recipe that is above its target's own is a failure unless `accept_limit`: whoever may have
+    changed the artifact may have written it.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
     model; without the former only the files are checked. Raises TurbopocketError for files that do not match, a
@@ -106,9 +114,7 @@ def check(
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
-    manifest = load_manifest(artifact)
-    require_agreement(manifest)
-    recipe = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
+    manifest, recipe = _agreeing(artifact)
     target = open_target(recipe.target)
     with progress.stage("verify"):
         verify(artifact, manifest)
@@ -121,16 +127,17 @@ def check(
             raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
-        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
-        evidence = evidence_for(model)
-        asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
-        session = Session.of_report(*asked)
+        model = _own_model(artifact, manifest, recipe)
+        evidence, tokenizers = evidence_for(model), open_tokenizers(artifact, manifest)
+        session = Session.of_report(manifest, tokenizers, evidence, recipe.parity.pictures, recipe.seed)
         notes += size_notes(model, manifest.sizes)
     components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
     weights = {name: kept[name] for name in layers_of(components) if name in kept}
     schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
-    limit = recipe.parity.max_lowering_error or target.lowering_limit(schemes)
+    own_limit = target.lowering_limit(schemes)
+    limit = recipe.parity.max_lowering_error or own_limit
+    loosened = None if accept_limit or limit <= own_limit else _loosened(limit, own_limit, target.name)
     asked_of = artifact, manifest, weights, limit
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
     as_run = [target.as_run(component, weights, ranges, schemes) for component in components]
@@ -138,13 +145,41 @@ def check(
         to_diffusers = compare_with_diffusers(model, torch_runner(components), session)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
         gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, to_diffusers, advance)
-    here = next(iter(runtimes.values()))
-    emulated = {}
+    here, emulated = next(iter(runtimes.values())), {}
     for cpu, emulator in emulators:
         there = target.emulated(artifact, manifest, weights, cpu, emulator, schemes)
+        compared = components, as_run, kept, there, here, gaps.compression, session, evidence
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
-            measured = measure_emulated(
-                components, as_run, kept, there, here, gaps.compression, session, evidence, advance
-            )
-        emulated[f"{PREFIX}{cpu.name}"] = measured
-    return Checked(manifest, gaps, None, unverified, notes, emulated)
+            emulated[f"{PREFIX}{cpu.name}"] = measure_emulated(*compared, advance)
+    return Checked(manifest, gaps, None, unverified, notes, emulated, loosened)
+
+
+def _agreeing(artifact: Path) -> tuple[Manifest, Recipe]:
+    """The manifest, and the recipe in it. Raises TurbopocketError when what they say twice is not said alike."""
+    manifest = load_manifest(artifact)
+    require_agreement(manifest)
+    recipe = recipe_of(artifact, manifest)
+    if recipe.target.name != manifest.target:
+        raise TurbopocketError(
+            f"{artifact} is for {manifest.target}, and the recipe in its manifest for {recipe.target.name}",
+            hint="the manifest was changed: build again",
+        )
+    return manifest, recipe
+
+
+def _own_model(artifact: Path, manifest: Manifest, recipe: Recipe) -> LoadedModel:
+    """The float model. Raises TurbopocketError for another than the artifact was made from."""
+    model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
+    if manifest.model is not None and model_identity(model) != manifest.model.sha256:
+        raise TurbopocketError(
+            f"{recipe.model.source} is not the model that {artifact} was made from, {manifest.model.name} with "
+            f"sha256 {manifest.model.sha256[:12]}…: its weights, configs or tokenizers differ"
+        )
+    return model
+
+
+def _loosened(limit: float, own: float, target: str) -> str:
+    return (
+        f"its recipe allows a lowering error of {limit:g}, where {target} allows {own:g}; --accept-limit takes the "
+        "recipe's for it"
+    )

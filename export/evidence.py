@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ground.errors import TurbopocketError
+from ..ground.reading import read_text
 from ..runtimes.compare.replay import FeatureDistance
 from .checkpoint.json_object import read_json_object
 from .families.base import LoadedModel
@@ -125,11 +126,10 @@ def read_prompts(file: Path) -> list[str]:
     Raises TurbopocketError for a file that is missing, is not UTF-8 text, or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise TurbopocketError(f"prompt file {file} can not be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TurbopocketError(f"prompt file {file} is not UTF-8 text: {error.reason}") from error
+        text = read_text(file)
+    except TurbopocketError as error:
+        raise TurbopocketError(f"prompt file {error}", error.hint) from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise TurbopocketError(f"prompt file {file} holds no prompt; one a line is needed")
     return lines

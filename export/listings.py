@@ -84,7 +84,7 @@ def show_formats(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         )
     console.print(table)
     for title, notes in (("yes, read by", operators), ("no, because", reasons)):
-        console.print(f"\n[bold]{title}[/bold]")
+        console.print(f"\n{title}", style="bold")
         listed = Table.grid(padding=(0, 1))
         for text, mark in notes.items():
             listed.add_row(mark, text)

@@ -31,6 +31,8 @@ def read_picture(path: Path, size: ImageSize) -> NDArray[np.uint8]:
     Raises TurbopocketError for a file that is absent, no picture, damaged, an animation, too large, or of a kind
     without such colours.
     """
+    if path.exists() and not path.is_file():
+        raise TurbopocketError(f"image {path} is not a plain file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about sizes and metadata

@@ -54,7 +54,7 @@ class StageProgress:
         self, quiet: bool = False, interval: float = 60.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.stage_seconds: dict[str, float] = {}
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Console(stderr=True, quiet=quiet, markup=False)
         self._live = sys.stderr.isatty() and not quiet
         self._quiet, self._interval, self._clock = quiet, interval, clock
         self._expected: dict[str, float] = {}

@@ -4,7 +4,9 @@
 No stage receives a Recipe; `build` hands each stage the values it needs.
 """
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -23,9 +25,13 @@ from ..quant.finetune import FineTuneOptions
 from ..quant.fit import parse_fit
 from ..quant.scheme import parse_scheme
 from ..runtimes.image_size import ImageSize, parse_size
+from ..runtimes.manifest import Manifest
 from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import known_kind
 from .checkpoint.lora.file import LoraFile
+from .checkpoint.source import BUNDLED
+from .output.kept import RECIPE_FILE
+from .output.staging import report_folder
 from .settings import Section, make_settings, parse_settings, read_settings
 from .target_options import TARGET_ENTRIES, known_target, with_several_sizes
 from .units import parse_bytes
@@ -182,6 +188,8 @@ class CalibrateSection(Section):
     pictures: int = Field(default=16, ge=1, le=4096)
     prompts: Path | None = None
     """A text file, one prompt a line; without it the model's own training prompts, or the built-in list."""
+    decoded_pixels: int = Field(default=2**21, ge=1)
+    """The VAE runs until it has had so many pixels, eight pictures of 512 x 512; the rest of the model sees all."""
 
 
 class ParitySection(Section):
@@ -221,6 +229,36 @@ class Recipe(Section):
                 )
         return self
 
+    def without_places(self, model: str) -> Self:
+        """Returns the recipe as it is shipped: `model` and the names of files in the place of paths on this machine."""
+
+        def name(text: str) -> str:
+            return Path(text).name if _is_here(text) else text
+
+        own = self.model
+        section = {
+            "source": model if _is_here(own.source) else own.source,
+            "config": None if own.config is None else name(own.config),
+            "lora": tuple(replace(each, file=Path(each.file.name)) for each in own.lora),
+        }
+        prompts = self.calibrate.prompts and Path(self.calibrate.prompts.name)
+        calibrate = self.calibrate.model_copy(update={"prompts": prompts})
+        return self.model_copy(update={"model": own.model_copy(update=section), "calibrate": calibrate})
+
+    def with_whole_paths(self) -> Self:
+        """Returns the same for a reader in any folder: paths on this machine from its root."""
+
+        def whole(text: str) -> str:
+            return str(Path(text).expanduser().absolute()) if _is_here(text) else text
+
+        own = self.model
+        section = {
+            "source": whole(own.source),
+            "config": None if own.config is None else whole(own.config),
+            "lora": tuple(replace(each, file=each.file.absolute()) for each in own.lora),
+        }
+        return self.model_copy(update={"model": own.model_copy(update=section)})
+
     def per_target(self) -> dict[str, Self]:
         """Returns one recipe for each target that is asked for, by its name."""
         names = (self.target.name, *self.target.also)
@@ -240,6 +278,23 @@ def load_recipe(source: str | Path) -> Recipe:
 def parse_recipe(text: str, name: str) -> Recipe:
     """Returns the recipe that `text` holds; `name` is what errors call it."""
     return parse_settings(Recipe, text, name)
+
+
+def recipe_of(artifact: Path, manifest: Manifest) -> Recipe:
+    """Returns the recipe in an artifact's manifest, with the model where the report beside the artifact says it lies.
+
+    Raises TurbopocketError for a manifest, or a file beside it, that holds no recipe.
+    """
+    shipped = parse_recipe(manifest.recipe, f"{artifact}: the manifest's recipe")
+    beside = report_folder(artifact.absolute()) / RECIPE_FILE
+    if not beside.is_file():
+        return shipped
+    return shipped.model_copy(update={"model": load_recipe(beside).model})
+
+
+def _is_here(text: str) -> bool:
+    """Whether a source is a file or folder of this machine; bundled names and hub ids are none."""
+    return text not in BUNDLED and os.path.exists(os.path.expanduser(text))  # noqa: PTH110, PTH111 - never raise
 
 
 def make_recipe(values: Mapping[str, Any], name: str) -> Recipe:

@@ -15,8 +15,10 @@ from typing import Any, ClassVar, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
 
 from ..ground.errors import TurbopocketError
+from ..ground.reading import read_text, words
 
 _BARE = "_"
 
@@ -55,11 +57,9 @@ def read_settings(source: str | Path, kind: type[Section]) -> tuple[str, str]:
             )
         return shipped.read_text(), str(source)
     try:
-        return path.read_text(), str(path)
-    except UnicodeDecodeError as error:
-        raise TurbopocketError(f"recipe {path} is not UTF-8 text") from error
-    except OSError as error:
-        raise TurbopocketError(f"recipe {path} can not be read: {error.strerror}") from error
+        return read_text(path), str(path)
+    except TurbopocketError as error:
+        raise TurbopocketError(f"recipe {error}", error.hint) from error
 
 
 def shipped_recipes(kind: type[Section]) -> tuple[str, ...]:
@@ -75,15 +75,15 @@ def parse_settings(kind: type[Settings], text: str, name: str) -> Settings:
     """Returns the settings that TOML holds; `name` is what errors call it."""
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise TurbopocketError(f"{name} is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # broken syntax, absurd numbers, absurd nesting
+        raise TurbopocketError(f"{name} is not TOML: {words(error)}") from error
     return make_settings(kind, values, name)
 
 
 def make_settings(kind: type[Settings], values: Mapping[str, Any], name: str) -> Settings:
     """Returns checked settings from nested values, as a TOML file holds them."""
     try:
-        return kind.model_validate(values)
+        return kind.model_validate_json(to_json(values, inf_nan_mode="constants"), strict=True)
     except ValidationError as error:
         raise TurbopocketError(f"{name}: {_explain(error, kind)}") from error
     except TurbopocketError as error:
@@ -114,7 +114,7 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
     key, equals, written = (part.strip() for part in text.partition("="))
     try:
         nested: Any = tomllib.loads(f"{key} = 0") if equals and "\n" not in text else None
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         nested = None
     if not isinstance(nested, dict) or not written:
         raise TurbopocketError(f"--set {text!r} is not KEY=VALUE", hint="like --set compress.budget=8MB")
@@ -124,7 +124,7 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
         path.append(part)
     try:
         value = tomllib.loads(f"{_BARE} = {written}")[_BARE]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = written
     return tuple(path), value
 

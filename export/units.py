@@ -6,6 +6,7 @@ import re
 from ..ground.errors import TurbopocketError
 
 UNIT_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+MOST_BYTES = 10**15
 _BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -21,9 +22,11 @@ def parse_bytes(text: str, name: str = "budget") -> int:
             f"{name} {text!r} is not a number with a unit; the units are {', '.join(UNIT_BYTES)}",
             hint="write it like 8MB or 1.3GB",
         )
-    count = int(float(match[1]) * units[match[2].lower()])
+    count = int(min(float(match[1]) * units[match[2].lower()], MOST_BYTES + 1))
     if count <= 0:
         raise TurbopocketError(f"{name} {text!r} is {count} bytes; it must be more than zero")
+    if count > MOST_BYTES:
+        raise TurbopocketError(f"{name} {text[:40]!r} is more than {MOST_BYTES:,} bytes, which nothing here has")
     return count
 
 

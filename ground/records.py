@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from .errors import TurbopocketError
 from .files import write_whole
+from .reading import read_json, words
 
 Parsed = TypeVar("Parsed")
 
@@ -25,12 +26,11 @@ def load_record(path: Path, what: str, newest: int, parse: Callable[[dict[str, A
     another version or of another shape, which is whatever `parse` stumbles over.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         return parse(values, schema_version(values, "it", newest))
-    except (OSError, TurbopocketError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (TurbopocketError, ValueError, LookupError, TypeError, AttributeError) as error:
         hint = error.hint if isinstance(error, TurbopocketError) else None
-        said = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise TurbopocketError(f"{path}: not {what}: {said}", hint) from error
+        raise TurbopocketError(f"{path}: not {what}: {words(error)}", hint) from error
 
 
 def schema_version(values: Any, name: str, newest: int) -> int:

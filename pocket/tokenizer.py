@@ -8,6 +8,7 @@ a caption is one token; any other text still encodes, byte by byte.
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -58,14 +59,15 @@ def _merged(word: Word, pair: Pair) -> Word:
     return tuple(parts)
 
 
-def write_tokenizer(folder: Path, pad_token: str) -> None:
+def write_tokenizer(folder: Path, pad_token: str, merges: Sequence[Pair] | None = None) -> None:
     """A tokenizer folder that current and older transformers, and readers of merges.txt, open.
 
     Args:
         pad_token: what fills up to 77 tokens; SDXL's first tokenizer uses the end token, its second "!".
+        merges: the scene language's by default; each makes one token of two that the bytes or earlier merges are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    merges = learn_merges(scene_words())
+    merges = learn_merges(scene_words()) if merges is None else list(merges)
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(each + "</w>" for each in alphabet), *map("".join, merges), START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}

@@ -2,18 +2,19 @@
 """Where a plan's bytes go: per kind of stored part, and as the average bits per weight that papers quote."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..ground.names import LayerName
 from .formats import CompressedTensor, Dense
-from .layers import weight_of
-from .observe import LayerStats, SecondMoment
+from .layers import CompressedSource, WeightSource, output_without_bias
 from .plan import Choice
 from .scheme import parse_scheme
-from .sensitivity import hessian_loss
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,42 @@ def account(choices: Iterable[Choice]) -> Account:
 
 
 def layer_snr_db(
-    weights: Mapping[str, CompressedTensor], layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
+    layers: Mapping[str, nn.Module], weights: Mapping[str, CompressedTensor], run: Callable[[], object]
 ) -> dict[str, float | None]:
-    """Returns 10 log10(tr[W H Wᵀ] / tr[E H Eᵀ]) of each layer's stored weight, None when it is stored without error."""
-    found: dict[str, float | None] = {}
-    for name, layer in layers.items():
-        stored, weight = weights[name], weight_of(name, layer).detach().float()
-        noise = hessian_loss(stored.format.decompress(stored) - weight, stats[name][SecondMoment].hessian_KK)
-        signal = hessian_loss(weight, stats[name][SecondMoment].hessian_KK)
-        found[name] = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
-    return found
+    """Returns 10 log10(Σ ||W x||² / Σ ||(Ŵ - W) x||²) of each layer that runs, W its weight and Ŵ the stored one.
+
+    The sums are over all inputs x that it gets while `run()` draws; biases do not count. None when the stored weight
+    changes no output, or all are zero. A weight is decompressed when its layer runs and let go of again.
+    """
+    sums = {name: _Errors(CompressedSource(weights[name])) for name in layers if name in weights}
+    with ExitStack() as hooks, torch.no_grad():
+        for name, errors in sums.items():
+            hooks.callback(layers[name].register_forward_hook(errors.see).remove)
+        run()
+    return {name: errors.snr_db for name, errors in sums.items() if errors.calls}
+
+
+class _Errors:
+    """Sums of squares of one layer's outputs, and of what a stored weight makes of them."""
+
+    def __init__(self, stored: WeightSource) -> None:
+        self.stored = stored
+        self.signal = self.noise = 0.0
+        self.calls = 0
+
+    def see(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """A forward hook."""
+        error, x, bias = self.stored.dense() - layer.weight, inputs[0], layer.bias
+        if bias is not None and isinstance(layer, nn.Conv2d):
+            bias = bias[:, None, None]
+        self.calls += 1
+        self.noise += _energy(output_without_bias(layer, error, x))
+        self.signal += _energy(output if bias is None else output - bias)
+
+    @property
+    def snr_db(self) -> float | None:
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 and self.noise > 0 else None
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ground.errors import TurbopocketError
 from ..ground.names import LayerName, current_place
 from .layers import compressible_layers
-from .observe import OBSERVATIONS, Extremes, LayerStats, Observation, QuietestOutput, SecondMoment
+from .observe import OBSERVATIONS, Extremes, InputPower, LayerStats, Observation, QuietestOutput
 from .ranges import Ranges
 
 
@@ -67,5 +67,5 @@ def ranges_of(stats: Mapping[str, LayerStats]) -> dict[str, Ranges]:
 
 
 def _ranges(stats: LayerStats) -> Ranges:
-    seen, power = stats[Extremes], float(stats[SecondMoment].hessian_KK.diagonal().mean())
+    seen, power = stats[Extremes], float(stats[InputPower].mean())
     return Ranges(seen.input, seen.output, power, stats[QuietestOutput])

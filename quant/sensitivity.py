@@ -2,11 +2,11 @@
 """What each layer loses in each format: measured on the model, or estimated from shapes alone.
 
 Measuring is slow and its result is saved; deciding (plan.py) only reads it.
+R rows of the model's output y, S vectors, N rows of a layer's input, C candidates.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,68 +17,166 @@ from torch import Tensor, nn
 from ..ground.errors import TurbopocketError, of_layer
 from ..ground.records import load_record, save_record
 from .fit import Fit
-from .formats import LayerFormat, matrix_view
-from .layers import weight_of
-from .observe import LayerStats, SecondMoment
+from .formats import CompressedTensor, LayerFormat, matrix_view
+from .layers import output_without_bias, weight_of, weight_shape
+from .observe import LayerStats, hessian_for
+from .output_gradients import BlockTape, LayerCall
 from .plan import Candidate, LayerChoices, with_scheme
+from .store import CandidateStore, save_weights
 from .workers import Spread, in_turn
 
 SCHEMA_VERSION = 2
+VECTORS = 8
+KEPT_BYTES = 2**28
+"""How much of a model is kept between its blocks at once, where one row does not take more."""
+
+
+@dataclass(frozen=True)
+class RowwiseOutput:
+    """The output y of a part of a model, in `rows` rows that do not see each other.
+
+    `run` gives y [n, …] of a slice of the rows, by PyTorch's own modules, so that gradients can be taken. `blocks` are
+    modules of the part that run again as wholes when they are: what one of them holds in memory is the most that there
+    is at once.
+    """
+
+    rows: int
+    run: Callable[[slice], Tensor]
+    blocks: Collection[nn.Module] = ()
+
+
+def compress_candidates(
+    layers: Mapping[str, nn.Module],
+    stats: Mapping[str, LayerStats],
+    candidates: Mapping[str, Sequence[LayerFormat]],
+    fit: Fit,
+    spread: Spread = in_turn,
+) -> Iterator[tuple[str, tuple[CompressedTensor, ...]]]:
+    """Each layer that has a choice, as every one of its candidates stores it, in their order.
+
+    TurbopocketError naming the layer that has no statistics, no candidate, or one that does not fit.
+    """
+    chosen = {name: tuple(formats) for name, formats in candidates.items() if len(formats) != 1}
+    jobs = (_job(name, layers[name], stats, formats, fit) for name, formats in chosen.items())
+    yield from zip(chosen, spread(_stored, jobs), strict=True)
+
+
+def candidates_to_files(
+    layers: Mapping[str, nn.Module],
+    stats: Mapping[str, LayerStats],
+    candidates: Mapping[str, Sequence[LayerFormat]],
+    fit: Fit,
+    folder: Path,
+    spread: Spread = in_turn,
+    advance: Callable[[], None] = lambda: None,
+) -> CandidateStore:
+    """Like `compress_candidates`, with every layer written as soon as it is made, and read when it is asked for.
+
+    A layer that is there in all its formats is not made again. `advance` is called after each layer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = CandidateStore(folder, {name: formats for name, formats in candidates.items() if len(formats) != 1})
+    missing = {name: formats for name, formats in candidates.items() if not store.has(name)}
+    for _ in range(len(candidates) - len(missing)):
+        advance()
+    for name, tried in compress_candidates(layers, stats, missing, fit, spread):
+        for each in tried:
+            save_weights(store.file(name, each.format), {name: each})
+        advance()
+    return store
 
 
 def measure(
     layers: Mapping[str, nn.Module],
-    stats: Mapping[str, LayerStats],
     candidates: Mapping[str, Sequence[LayerFormat]],
-    outputs: Callable[[], Sequence[Tensor]],
-    fit: Fit,
-    spread: Spread = in_turn,
+    stored: Mapping[str, Sequence[CompressedTensor]],
+    output: RowwiseOutput,
+    vectors: int = VECTORS,
+    seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerChoices]:
-    """Predicted loss of every layer in each candidate format: its Hessian loss times the layer's gain.
+    """Predicted loss of every layer in each candidate format: ||J dW||² / ||y||², to first order what y changes by.
 
-    The Hessian loss is tr[(Ŵ - W) H (Ŵ - W)ᵀ], the mean squared error of the layer's own output. The gain
-    turns it into error of the model: the layer alone is put in its smallest candidate, `outputs()` runs, and
-    the mean relative squared error of what it returns is divided by that candidate's Hessian loss. Weights
-    are as before when this returns. `advance` is called after each layer.
-    TurbopocketError naming the layer that has no statistics, no candidate, or one that does not fit.
+    dW is the very error of the weight as `stored` has it, J the derivative of y in the weight. With v of independent
+    standard normal numbers <v, J dW>² has the mean ||J dW||² (Hutchinson 1990), and <v, J dW> is the inner product of
+    what dW makes of the layer's input with the gradient of <v, y> in the layer's output: no layer is ever changed, and
+    no gradient of a weight is made. Rows do not see each other, so each is a sample of its own: S vectors give S·R. All
+    candidates of all layers are measured with the same vectors, which are a function of `seed` and the rows.
+
+    A layer with one candidate is not measured and has loss 0: nothing is decided about it. `advance` is called for each
+    row that is done. TurbopocketError when y is zero or not finite.
     """
-    jobs = (_job(name, layers[name], stats, formats, fit) for name, formats in candidates.items())
-    choices = {}
-    with torch.no_grad():
-        probe = _Probe(outputs)
-        for (name, formats), fitted in zip(candidates.items(), spread(_fitted, jobs), strict=True):
-            weight = weight_of(name, layers[name])
-            gain = 0.0
-            if fitted.smallest_loss > 0:
-                with _replaced(weight, fitted.smallest):
-                    gain = probe.relative_squared_error() / fitted.smallest_loss
-            shape = tuple(weight.shape)
-            losses = zip(formats, fitted.losses, strict=True)
-            candidate = tuple(Candidate(str(each), each.nbytes(shape), gain * loss) for each, loss in losses)
-            choices[name] = LayerChoices(name, shape, candidate)
+    sums = _Losses(layers, candidates, stored)
+    generator = torch.Generator().manual_seed(seed)
+    if not sums.measured:
+        return sums.choices(1.0)
+    first, at_once, energy = 0, 1, 0.0
+    while first < output.rows:
+        rows = min(at_once, output.rows - first)
+        tape = BlockTape({name: layers[name] for name in sums.measured}, output.blocks)
+        with tape.recording():
+            y = output.run(slice(first, first + rows))
+        energy += float(y.detach().square().sum(dtype=torch.float64))
+        if not 0 < energy < float("inf"):
+            raise TurbopocketError(f"output of the uncompressed model has energy {energy}, expected over 0")
+        at_once = max(1, KEPT_BYTES * rows // tape.kept_bytes)
+        drawn = torch.stack([torch.randn(vectors, *y.shape[1:], generator=generator) for _ in range(rows)], dim=1)
+        with torch.no_grad():
+            for call in tape.backward(y, drawn.unbind()):
+                sums.add(call, rows)
+        sums.end_rows()
+        first += rows
+        for _ in range(rows):
             advance()
-    return choices
+    return sums.choices(energy)
 
 
-class _Probe:
-    """Runs the model and says how far its outputs are from those of the model as it was at first."""
+class _Losses:
+    """||J dW||² of all candidates, summed over rows."""
 
-    def __init__(self, outputs: Callable[[], Sequence[Tensor]]) -> None:
-        self.outputs = outputs
-        self.reference = [output.to(torch.float64, copy=True) for output in outputs()]
-        self.energies = [float(output.square().sum()) for output in self.reference]
-        for index, energy in enumerate(self.energies):
-            if not 0 < energy < float("inf"):
-                raise TurbopocketError(f"output {index} of the uncompressed model has energy {energy}, expected over 0")
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        candidates: Mapping[str, Sequence[LayerFormat]],
+        stored: Mapping[str, Sequence[CompressedTensor]],
+    ) -> None:
+        self.layers, self.candidates, self.stored = layers, candidates, stored
+        self.measured = [name for name, formats in candidates.items() if len(formats) > 1]
+        self.losses = {name: [0.0] * len(formats) for name, formats in candidates.items()}
+        self.products: dict[tuple[str, int], Tensor] = {}
 
-    def relative_squared_error(self) -> float:
-        """Mean over the outputs of ||y - y₀||² / ||y₀||²: every tensor counts alike, whatever its scale."""
-        errors = [
-            float((found - expected).square().sum()) / energy
-            for found, expected, energy in zip(self.outputs(), self.reference, self.energies, strict=True)
-        ]
-        return sum(errors) / len(errors)
+    def add(self, call: LayerCall, rows: int) -> None:
+        """Inner products of one call; those of all calls of a layer are summed before they are squared."""
+        layer = self.layers[call.layer]
+        weight = weight_of(call.layer, layer).detach().to(torch.float32)
+        # A layer may see several vectors a row, one row after the other, or one for all rows, which is one sample then.
+        samples = rows if len(call.x) % rows == 0 else 1
+        gradients = [each.reshape(samples, -1) for each in call.gradients]
+        products = []
+        for compressed in self.stored[call.layer]:
+            change = compressed.format.decompress(compressed) - weight
+            changed = output_without_bias(layer, change, call.x).reshape(samples, -1)
+            products.append(torch.stack([torch.linalg.vecdot(each, changed) for each in gradients]))
+        found_CSN = torch.stack(products).to(torch.float64)
+        key = call.layer, samples
+        self.products[key] = self.products[key] + found_CSN if key in self.products else found_CSN
+
+    def end_rows(self) -> None:
+        """All calls that some rows make have been added."""
+        for (name, _), products_CSN in self.products.items():
+            squares_C = products_CSN.square().mean(1).sum(1)
+            self.losses[name] = [loss + float(more) for loss, more in zip(self.losses[name], squares_C, strict=True)]
+        self.products = {}
+
+    def choices(self, energy: float) -> dict[str, LayerChoices]:
+        """The losses as shares of the output's energy."""
+        choices = {}
+        for name, formats in self.candidates.items():
+            shape = weight_shape(name, self.layers[name])
+            losses = zip(formats, self.losses[name], strict=True)
+            candidates = tuple(Candidate(str(each), each.nbytes(shape), loss / energy) for each, loss in losses)
+            choices[name] = LayerChoices(name, shape, candidates)
+        return choices
 
 
 @dataclass(frozen=True)
@@ -87,55 +185,29 @@ class _Job:
     weight: Tensor
     formats: tuple[LayerFormat, ...]
     fit: Fit
-    hessian_KK: Tensor
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """Hessian losses in the order of the formats, and the weight as the smallest one stores it."""
-
-    losses: tuple[float, ...]
-    smallest: Tensor
-    smallest_loss: float
+    hessian: Tensor
 
 
 def _job(
-    name: str, layer: nn.Module, stats: Mapping[str, LayerStats], formats: Sequence[LayerFormat], fit: Fit
+    name: str, layer: nn.Module, stats: Mapping[str, LayerStats], formats: tuple[LayerFormat, ...], fit: Fit
 ) -> _Job:
     weight = weight_of(name, layer).detach()
     if name not in stats:
         raise TurbopocketError(f"{name}: no statistics, the layer did not run while calibrating")
     if not formats:
         raise TurbopocketError(f"{name}: no candidate format")
-    return _Job(name, weight, tuple(formats), fit, stats[name][SecondMoment].hessian_KK)
+    return _Job(name, weight, formats, fit, hessian_for(fit, stats[name]))
 
 
-def _fitted(job: _Job) -> _Fitted:
-    shape, losses = tuple(job.weight.shape), []
+def _stored(job: _Job) -> tuple[CompressedTensor, ...]:
     with of_layer(job.name):
-        smallest = min(job.formats, key=lambda each: each.nbytes(shape))
-        for each in job.formats:
-            stored = each.decompress(each.compress(job.weight, job.fit, job.hessian_KK))
-            losses.append(hessian_loss(stored - job.weight.to("cpu", torch.float32), job.hessian_KK))
-            if each is smallest:
-                kept = stored
-    return _Fitted(tuple(losses), kept, losses[job.formats.index(smallest)])
+        return tuple(each.compress(job.weight, job.fit, job.hessian) for each in job.formats)
 
 
 def hessian_loss(error: Tensor, hessian_KK: Tensor) -> float:
     """tr[E H Eᵀ] of a weight error in the weight's own shape: mean squared change of the output."""
     error_OK = matrix_view(error)
     return max(0.0, float(((error_OK @ hessian_KK) * error_OK).sum(dtype=torch.float64)))
-
-
-@contextmanager
-def _replaced(weight: Tensor, stored: Tensor) -> Iterator[None]:
-    original = weight.detach().clone()
-    weight.copy_(stored)
-    try:
-        yield
-    finally:
-        weight.copy_(original)
 
 
 def estimate_from_shapes(

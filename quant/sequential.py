@@ -13,11 +13,12 @@ from pathlib import Path
 from torch import nn
 
 from .calibrate import calibrate
-from .compress import compress, decompressed, load_weights, save_weights
+from .compress import compress, decompressed
 from .fit import Fit
 from .formats import CompressedTensor
-from .observe import LayerStats, SecondMoment
+from .observe import LayerStats, needed_by
 from .plan import Choice, Plan
+from .store import load_weights, save_weights
 from .workers import Spread, in_turn
 
 
@@ -53,7 +54,7 @@ def compress_in_blocks(
             else:
                 own = {choice.layer: layers[choice.layer] for choice in members}
                 # Nothing of the model has changed before the first block.
-                seen = calibrate(modules, run, set(own), (SecondMoment,)) if index else stats
+                seen = calibrate(modules, run, set(own), (needed_by(fit),)) if index else stats
                 weights = compress(own, replace(plan, choices=tuple(members)), fit, seen, spread)
                 save_weights(file, weights)
             prefix.enter_context(decompressed(modules, weights))

@@ -9,11 +9,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
@@ -22,12 +23,18 @@ import torch
 
 from ..ground.errors import TurbopocketError
 
+JOBS_AHEAD = 2
+"""Jobs of each worker that are taken before they are done: one that it does, and one that it then finds."""
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 class Spread(Protocol):
-    """Like `map`: results in the order of the jobs. Work and jobs must pickle."""
+    """Like `map`: results in the order of the jobs, of which `JOBS_AHEAD` for each worker are taken at a time.
+
+    Work and jobs must pickle.
+    """
 
     def __call__(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         """Raises the TurbopocketError of the first job that raises one."""
@@ -78,7 +85,7 @@ def _spread(
     pool_map: Callable[..., Iterator[Any]], work: Callable[[Job], Result], jobs: Iterable[Job]
 ) -> Iterator[Result]:
     try:
-        for outcome in pool_map(partial(_outcome, work), jobs):
+        for outcome in pool_map(partial(_outcome, work), iter(jobs)):
             if isinstance(outcome, TurbopocketError):
                 raise outcome
             yield outcome
@@ -106,11 +113,16 @@ def _process_pool(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
     with lifeline, held, ProcessPoolExecutor(count, context, _begin_worker, asked) as executor:
 
         def pool_map(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-            with _signals_later():
-                waiting = deque(executor.submit(work, job) for job in jobs)
-            # Not `executor.map`: it cancels what waits when its reader stops, and a pool that then loses its workers
-            # has its thread fail on what is cancelled, with a traceback (Python 3.11.7, 3.12.1).
-            while waiting:
+            # Not `executor.map`: it takes all jobs, and so their tensors, at once. It also cancels what waits when its
+            # reader stops, and a pool that then loses its workers has its thread fail on what is cancelled, with a
+            # traceback (Python 3.11.7, 3.12.1).
+            to_come, waiting = iter(jobs), deque[Future[Any]]()
+            while True:
+                for job in islice(to_come, JOBS_AHEAD * count - len(waiting)):
+                    with _signals_later():
+                        waiting.append(executor.submit(work, job))
+                if not waiting:
+                    return
                 yield waiting.popleft().result()
 
         try:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from ..ground.errors import TurbopocketError
 
+MOST_PIXELS_ASIDE = 16_384
+"""Of a picture: four times what published models draw at most."""
 _TEXT = re.compile(r"([0-9]{1,7})x([0-9]{1,7})")
 
 
@@ -27,4 +29,6 @@ def parse_size(text: str) -> ImageSize:
     width, height = int(match[1]), int(match[2])
     if width == 0 or height == 0:
         raise TurbopocketError(f"size {text!r}: width and height are 1 pixel or more")
+    if max(width, height) > MOST_PIXELS_ASIDE:
+        raise TurbopocketError(f"size {text!r}: width and height are {MOST_PIXELS_ASIDE:,} pixels at most")
     return ImageSize(height, width)

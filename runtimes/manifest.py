@@ -3,16 +3,20 @@
 
 import hashlib
 import json
+import math
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..ground.errors import TurbopocketError
+from ..ground.reading import parse_json, read_text
 from ..ground.records import schema_version
-from .image_size import ImageSize
+from .ceilings import MOST_CHANNELS, MOST_LETTERS, MOST_VALUES
+from .image_size import MOST_PIXELS_ASIDE, ImageSize
 from .pipeline import Name, Pipeline, Record, SamplerTable
 from .schedule import SamplerSpec, validation_summary
 from .upgrade import upgraded
@@ -26,6 +30,7 @@ __all__ = [
     "LoopSpec",
     "LoopTensor",
     "Manifest",
+    "ModelOrigin",
     "SamplerSpec",
     "TensorSpec",
     "file_entries",
@@ -50,6 +55,8 @@ def _inside(path: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=MOST_PIXELS_ASIDE)]
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 
 
 class FileEntry(Record):
@@ -66,6 +73,12 @@ class TensorSpec(Record):
     name: Name
     dtype: Literal["float32", "float16", "int64", "int32", "uint8", "int8", "bool"]
     shape: list[PositiveInt | str]
+
+    @model_validator(mode="after")
+    def _fits_in_memory(self) -> Self:
+        if math.prod(size for size in self.shape if isinstance(size, int)) > MOST_VALUES:
+            raise ValueError(f"{self.name} of {self.shape} has more than {MOST_VALUES:,} values")
+        return self
 
 
 class LoopTensor(TensorSpec):
@@ -131,11 +144,11 @@ class ImageSpec(Record):
     Dimensions of an artifact for several sizes have the names of these fields where a graph leaves them free.
     """
 
-    height: PositiveInt
-    width: PositiveInt
-    latent_channels: PositiveInt
-    latent_height: PositiveInt
-    latent_width: PositiveInt
+    height: Side
+    width: Side
+    latent_channels: Channels
+    latent_height: Side
+    latent_width: Side
     vae_scaling_factor: float = Field(gt=0)
     latents_mean: list[float] | None = None
     latents_std: list[Annotated[float, Field(gt=0)]] | None = None
@@ -173,6 +186,13 @@ class ImageSpec(Record):
         return self
 
 
+class ModelOrigin(Record):
+    """What an artifact was made from: the model's name, and the hash of its weights, configs and tokenizers."""
+
+    name: Name
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class Manifest(Record):
     """Everything a reader of an artifact may rely on; `files` lists all its files but `manifest.json`."""
 
@@ -184,7 +204,9 @@ class Manifest(Record):
     files: list[FileEntry]
     components: dict[str, ComponentSpec]
     tokenizers: dict[str, RelativePath]
-    prompt_replacements: dict[str, dict[Name, str]] = Field(default_factory=dict)
+    prompt_replacements: dict[str, dict[Name, Annotated[str, Field(max_length=MOST_LETTERS)]]] = Field(
+        default_factory=dict
+    )
     """For a text encoder: tokens in a prompt that stand for several vectors, and what to write in their place."""
     pipeline: Pipeline
     sampler: SamplerSpec
@@ -198,6 +220,9 @@ class Manifest(Record):
     """[height, width] in pixels of all pictures that it draws; the first is that of `image`."""
     tools: dict[str, str]
     recipe: str
+    """Names models and files without saying where they lay."""
+    model: ModelOrigin | None = None
+    """None in an artifact from before manifests had it."""
     notes: list[str] = Field(default_factory=list)
     """What the build assumed where neither the recipe nor the model said it, a sentence each."""
     plan: dict[str, Any] | None = None
@@ -235,6 +260,8 @@ class Manifest(Record):
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError(f"sizes lists {', '.join(map(str, self.sizes))}: one of them twice")
         for size in self.sizes:
+            if max(size) > MOST_PIXELS_ASIDE:
+                raise ValueError(f"sizes lists {size}: a side may have {MOST_PIXELS_ASIDE:,} pixels")
             if min(size) < 1 or any(side % pixels for side, pixels in zip(size, image.position, strict=True)):
                 raise ValueError(f"sizes lists {size}: a latent position has {image.position} pixels")
         return self
@@ -282,15 +309,10 @@ def load_manifest(folder: Path) -> Manifest:
     JSON, an unknown schema version or a wrong field, of which it names the first.
     """
     path = folder / MANIFEST_NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text)
-    except FileNotFoundError:
-        raise TurbopocketError(f"{folder} is not an artifact: it holds no {MANIFEST_NAME}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TurbopocketError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # broken syntax, absurd numbers, absurd nesting
-        raise TurbopocketError(f"{path} is not JSON: {error}", hint="the file may be cut off: build again") from error
+    if not os.path.lexists(path):
+        raise TurbopocketError(f"{folder} is not an artifact: it holds no {MANIFEST_NAME}")
+    text = read_text(path)
+    found = parse_json(text, str(path))
     version = schema_version(found, str(path), SCHEMA_VERSION)
     try:
         text = text if version == SCHEMA_VERSION else json.dumps(upgraded(found))

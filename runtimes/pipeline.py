@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MOST_NUMBERS = 16_384
+"""Told to a denoiser at once: published models have at most 256 for the guidance, and 6 for the picture."""
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -49,7 +51,7 @@ class NumbersFeed(Record):
     """Numbers [1, n]; words stand for the picture's: its sides in pixels, and height over width."""
 
     kind: Literal["numbers"] = "numbers"
-    values: list[float | Literal["height", "width", "aspect_ratio"]] = Field(min_length=1)
+    values: list[float | Literal["height", "width", "aspect_ratio"]] = Field(min_length=1, max_length=MOST_NUMBERS)
 
 
 class GuidanceFeed(Record):
@@ -59,7 +61,7 @@ class GuidanceFeed(Record):
     """
 
     kind: Literal["guidance"] = "guidance"
-    width: int = Field(ge=4)
+    width: int = Field(ge=4, le=MOST_NUMBERS)
 
 
 Feed = Annotated[TextFeed | MaskFeed | NumbersFeed | GuidanceFeed, Field(discriminator="kind")]

@@ -45,6 +45,8 @@ def test_wheel_holds_every_source_file(wheel_names: set[str]) -> None:
         "export/recipes/distill/pocket-turbo.toml",
         "export/recipes/prompts.txt",
         "export/report/page.html.jinja",
+        "quant/fit/native/CMakeLists.txt",
+        "quant/fit/native/core/rows.h",
         "runtimes/executorch/native/CMakeLists.txt",
         "runtimes/executorch/native/main.cpp",
         "runtimes/executorch/native/wire.h",

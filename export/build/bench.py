@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all stages of one build share, and what the float model draws for them."""
+"""What all stages of one build share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from ...quant.calibrate import calibrate, ranges_of
-from ...quant.fit import Fit
-from ...quant.formats import LayerFormat
+from ...quant.calibrate import ranges_of
+from ...quant.fit import VQDM, Fit
+from ...quant.fit.native import search_notes
+from ...quant.formats import Additive, LayerFormat
 from ...quant.observe import LayerStats
 from ...quant.scheme import Scheme
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
-from ...runtimes.manifest import Manifest
-from ...runtimes.runner import Runner
+from ...runtimes.manifest import Manifest, ModelOrigin
 from ..checkpoint.load import load, load_shapes
-from ..evidence import Evidence, evidence_for, read_prompts
+from ..evidence import Evidence, evidence_for
 from ..families.base import LoadedModel
 from ..families.components import layers_of, shapes_of
 from ..families.graphs import Component
@@ -27,7 +27,7 @@ from ..recipe import Recipe
 from ..sampling.spec import asks_twice, sampler_spec, with_sampling
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
-from ..verify.gaps import Session, torch_runner
+from ..verify.gaps import Session
 from .candidates import candidate_schemes, resolved
 from .draft import pipeline_manifest
 
@@ -57,9 +57,19 @@ class Workbench:
         return {component.name: component.module.model for component in self.components}
 
     @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every block of every component by its name."""
+        return {name: block for component in self.components for name, block in component.blocks().items()}
+
+    @property
     def formats(self) -> dict[str, list[LayerFormat]]:
         """The weight formats of the candidates."""
         return {name: list(dict.fromkeys(each.weight for each in own)) for name, own in self.candidates.items()}
+
+    def made_from(self, identity: str) -> "Workbench":
+        """The same, whose manifest says that the model has this identity."""
+        origin = ModelOrigin(name=self.model.name, sha256=identity)
+        return replace(self, draft=self.draft.model_copy(update={"model": origin}))
 
     def fit(self, fit: Fit) -> Fit:
         """The fit, with scales as exact as the target keeps them."""
@@ -83,6 +93,9 @@ def make_workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> W
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
     candidates = candidate_schemes(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
     specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
+    searched = any(isinstance(each.weight, Additive) for schemes in candidates.values() for each in schemes)
+    for note in search_notes() if searched and recipe.compress.fit == VQDM.name else ():
+        progress.remark(f"note: {note}")
     draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
     evidence = evidence_for(model)
     return Workbench(recipe, target, model, evidence, components, graphs, layers, candidates, draft, progress, spread)
@@ -102,32 +115,6 @@ def parity_session(bench: Workbench, artifact: Path) -> Session:
     """The pictures of the parity check: prompts that neither calibration nor planning has seen."""
     asked = open_tokenizers(artifact, bench.draft), bench.evidence, bench.recipe.parity.pictures, bench.recipe.seed
     return Session.of_report(bench.draft, *asked)
-
-
-def calibrated(bench: Workbench, session: Session) -> dict[str, LayerStats]:
-    """Statistics of every layer while the float model draws at the shipped steps and guidance."""
-    runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
-    with bench.progress.stage("calibrate", pictures) as advance:
-        return calibrate(bench.modules, calibration_drawing(bench, session, runner, pictures, advance))
-
-
-def calibration_drawing(
-    bench: Workbench, session: Session, runner: Runner, wanted: int, advance: Callable[[], None] = lambda: None
-) -> Callable[[], None]:
-    """What draws so many pictures of calibration prompts in the runner."""
-    file = bench.recipe.calibrate.prompts
-    prompts = bench.evidence.prompts("calibrate", wanted, bench.recipe.seed)
-    if file is not None:
-        own = read_prompts(file)
-        prompts = [own[index % len(own)] for index in range(wanted)]
-    drawing = replace(session, prompts=prompts)
-
-    def draw_all() -> None:
-        for index in range(len(prompts)):
-            drawing.draw(runner, index)
-            advance()
-
-    return draw_all
 
 
 def with_ranges(bench: Workbench, stats: Mapping[str, LayerStats]) -> Workbench:

@@ -2,47 +2,50 @@
 """From a recipe to a checked artifact and its report: each verb once, top to bottom."""
 
 import json
-import resource
-import sys
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from hashlib import sha256
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ground.arrays import Arrays
 from ...ground.errors import ParityFailed, TurbopocketError
-from ...quant.account import layer_snr_db
+from ...ground.files import write_whole
 from ...quant.calibrate import ranges_of
-from ...quant.compress import compress, decompressed
+from ...quant.compress import compress_to_files, decompressed
 from ...quant.finetune import Calls, fine_tune
-from ...quant.fit import measuring_fit, parse_fit
+from ...quant.fit import Fit, measuring_fit, parse_fit
 from ...quant.formats import CompressedTensor
 from ...quant.observe import LayerStats
 from ...quant.plan import LayerChoices, Plan
 from ...quant.ranges import Ranges
-from ...quant.sensitivity import measure
+from ...quant.sensitivity import candidates_to_files, load_choices, measure, save_choices
 from ...quant.sequential import compress_in_blocks
+from ...quant.store import load_weights, save_weights
 from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
 from ...runtimes.manifest import write_manifest
 from ...runtimes.memory import MemoryFigures
 from ..families.components import component_name, group_name, parameter_count
 from ..families.sizes import size_notes
-from ..output.kept import keep
-from ..output.owned import checkpoints, refuse_build, write_record
-from ..output.staging import claimed, output_path, report_folder
+from ..output.kept import CHOICES_FILE, WEIGHTS_FILE
+from ..output.kept import keep as keep_measured
+from ..output.owned import refuse_build, refuse_journal, remove_journal, write_record
+from ..output.staging import Claim, claimed, output_path, report_folder, run_folder
 from ..progress import StageProgress
 from ..recipe import Recipe
 from ..report.collect import drawn_pictures, tradeoff_points
 from ..report.page import HeldOutLoss, LoweringCost, Measurements, ReportData, write_report
 from ..verify.diffusers_reference import compare_with_diffusers
-from ..verify.gaps import Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
-from .bench import Workbench, calibrated, calibration_drawing, make_workbench, parity_session, traced, with_ranges
+from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
+from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
+from .calibration import calibrated, calibration_drawing, drawing_inputs, fitting_inputs
 from .candidates import curve, with_schemes
+from .journal import Journal, RunFolder, Stage, opened
+from .lowered import lower_component
 from .manifest import final_manifest, folder_bytes, require_budget
 from .outcome import Built
 from .planning import planned
@@ -50,8 +53,6 @@ from .probe import make_probe
 
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
-RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes in the unit of `ru_maxrss`."""
 
 
 def build(
@@ -60,42 +61,89 @@ def build(
     overwrite: bool = False,
     progress: StageProgress | None = None,
     workers: Workers = IN_TURN,
+    keep: bool | None = None,
+    run: Path | None = None,
 ) -> Built:
     """Compresses a model to a byte budget, lowers it for the recipe's one target, and holds it against PyTorch.
 
     Makes the artifact `out` and `<out>.report/` beside it, both or neither; with `overwrite` in the place of others.
     `workers` fit its layers; `progress` is told of each stage, by default on stderr.
 
+    What stages make lies in the folder `run`, by default `<out>.run`. A build that was killed goes on there; one with
+    another budget, format, target or output makes what that changes. A finished build leaves it there when `keep` is
+    True, or is None and it is not over 1 GiB.
+
     Raises TurbopocketError for bad input, OverBudget when nothing allowed fits, and ParityFailed
-    when the runtime does not compute what PyTorch computes; then nothing is written.
+    when the runtime does not compute what PyTorch computes; then nothing is written but that folder.
     """
+    _require_one_target(recipe)
+    out = output_path(Path(out))
+    where = run or run_folder(out)
+    claiming, opening = claimed(out, lambda: refuse_build(out, where, overwrite)), opened(where, keep, progress)
+    with claiming as claim, opening as folder:
+        return _build(recipe, out, claim, folder, workers, None)
+
+
+def make_stage(
+    recipe: Recipe,
+    out: Path | str,
+    last: Stage,
+    progress: StageProgress | None = None,
+    workers: Workers = IN_TURN,
+    run: Path | None = None,
+) -> Path:
+    """Makes what a build of `out` needs up to one of its stages, for a later one to go on from; returns where it is.
+
+    Raises what `build` raises.
+    """
+    _require_one_target(recipe)
+    out = output_path(Path(out))
+    where = run or run_folder(out)
+    with claimed(out, lambda: refuse_journal(where)) as claim, opened(where, True, progress) as folder:
+        try:
+            _build(recipe, out, claim, folder, workers, last)
+        except _Reached:
+            return folder.path
+    raise AssertionError(f"a build ended before its stage {last}")
+
+
+def _require_one_target(recipe: Recipe) -> None:
     if recipe.target.also:
         raise TurbopocketError(
             f"an artifact is for one target, {', '.join(recipe.per_target())} are asked for",
             hint="build_targets makes one artifact for each",
         )
-    return _build(recipe, output_path(Path(out)), overwrite, progress or StageProgress(), workers)
 
 
-def _build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, workers: Workers) -> Built:
-    with (
-        claimed(out, lambda: refuse_build(out, overwrite)) as claim,
-        checkpoints(out) as run,
-        claim.staged(out, report_folder(out)) as (artifact, report),
-        workers.open() as spread,
-    ):
+class _Reached(Exception):
+    """The last stage that is wanted is done."""
+
+
+def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Workers, last: Stage | None) -> Built:
+    def reached(stage: Stage) -> None:
+        if stage == last:
+            raise _Reached
+
+    progress = run.progress
+    with claim.staged(out, report_folder(out)) as (artifact, report), workers.open() as spread:
         bench = make_workbench(recipe, progress, spread)
+        journal = run.journal(bench.model)
+        bench = bench.made_from(journal.model)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
         session = parity_session(bench, artifact)
-        to_diffusers = _compare_with_diffusers(bench, session)
-        stats = calibrated(bench, session)
+        to_diffusers = _compare_with_diffusers(bench, session, journal)
+        stats = calibrated(bench, session, journal)
+        reached("calibrate")
         bench = with_ranges(bench, stats)
-        choices = with_schemes(_measure(bench, session, stats), bench.candidates)
+        choices = with_schemes(_measure(bench, session, stats, journal), bench.candidates)
+        reached("measure")
         decided = planned(bench, stats, choices, artifact)
-        weights = _compress(bench, session, stats, decided, run)
-        stored, tuned = _fine_tune(bench, session, weights)
-        weights = {name: stored[name] for name in weights}
-        bench, costs = _lowered(bench, stats, decided, stored, artifact)
+        weights = _compress(bench, session, stats, decided, journal)
+        stored, tuned = _fine_tune(bench, session, weights, decided, journal)
+        reached("compress")
+        made_from = _tuning_inputs(bench, session, decided, journal)
+        bench, costs = _lowered(bench, stats, decided, stored, artifact, made_from, journal)
+        reached("lower")
         gaps = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
         manifest = final_manifest(bench.draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
@@ -103,7 +151,7 @@ def _build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, 
         notes = (*manifest.notes, *bench.target.notes(artifact, manifest), *size_notes(bench.model, manifest.sizes))
         built_bytes = folder_bytes(artifact)
         require_budget(built_bytes, decided, bench.target.not_in_plan)
-        keep(report, choices, ranges_of(stats), stored)
+        keep_measured(report, choices, ranges_of(stats), stored, recipe.with_whole_paths().to_toml())
         data = ReportData(
             manifest=manifest,
             plan=decided,
@@ -112,7 +160,7 @@ def _build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, 
             measurements=Measurements(
                 artifact_bytes=built_bytes,
                 parameters=sum(parameter_count(component) for component in bench.components),
-                layer_snr_db=layer_snr_db(weights, bench.layers, stats),
+                layer_snr_db=gaps.layer_snr_db,
                 fine_tuning=tuned,
                 compression=gaps.compression,
                 total=gaps.total,
@@ -132,70 +180,130 @@ def _build(recipe: Recipe, out: Path, overwrite: bool, progress: StageProgress, 
     )
 
 
-def _compare_with_diffusers(bench: Workbench, session: Session) -> ToDiffusers:
+def _compare_with_diffusers(bench: Workbench, session: Session, journal: Journal) -> ToDiffusers:
     """How far our loop is from diffusers' pipeline; raises ParityFailed before hours are spent on a wrong loop."""
-    with bench.progress.stage("reference"):
+
+    def make(folder: Path) -> None:
         found = compare_with_diffusers(bench.model, torch_runner(bench.components), session)
         found.require()
-    return found
+        with write_whole(folder / "differences.json") as file:
+            file.write_text(json.dumps([asdict(each) for each in found.differences]), encoding="utf-8")
+
+    with bench.progress.stage("reference"):
+        folder = journal.product("reference", drawing_inputs(session, session.prompts, list(bench.modules)), make)
+    differences = json.loads((folder / "differences.json").read_text(encoding="utf-8"))
+    return ToDiffusers(tuple(Difference(**each) for each in differences))
+
+
+def _measure(
+    bench: Workbench, session: Session, stats: Mapping[str, LayerStats], journal: Journal
+) -> dict[str, LayerChoices]:
+    """Predicted loss of each layer in each format the target can store."""
+    prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
+    fit = bench.fit(measuring_fit(parse_fit(bench.recipe.compress.fit)))
+    inputs = {
+        **fitting_inputs(bench, session, journal, fit),
+        **drawing_inputs(session, prompts, list(bench.modules)),
+        "steps": PROBE_STEPS,
+        "candidates": {name: [str(each) for each in formats] for name, formats in bench.formats.items()},
+    }
+
+    def make(folder: Path) -> None:
+        probing = replace(session, prompts=prompts).of_one_size()  # whose calls go in one batch
+        kept = journal.store("compress", fitting_inputs(bench, session, journal, fit))
+        save_choices(folder / CHOICES_FILE, _measured(bench, probing, stats, fit, kept))
+        if fit.name != bench.recipe.compress.fit:  # else these are what is shipped
+            remove_journal(journal.folder, kept)
+
+    return load_choices(journal.product("measure", inputs, make) / CHOICES_FILE)
+
+
+def _measured(
+    bench: Workbench, probing: Session, stats: Mapping[str, LayerStats], fit: Fit, kept: Path
+) -> dict[str, LayerChoices]:
+    with bench.progress.stage("try formats", len(bench.layers)) as advance:
+        asked = bench.layers, stats, bench.formats, fit, kept
+        stored = candidates_to_files(*asked, bench.spread, advance)
+    with bench.progress.stage("probe", len(probing.prompts)) as advance:
+        outputs = make_probe(probing, bench.components, PROBE_STEPS, advance).outputs()
+    choices: dict[str, LayerChoices] = {}
+    with bench.progress.stage("measure", sum(output.rows for _, output in outputs)) as advance:
+        for components, output in outputs:
+            own = {name: formats for name, formats in bench.formats.items() if component_name(name) in components}
+            choices |= measure(bench.layers, own, stored, output, seed=bench.recipe.seed, advance=advance)
+    return {name: choices[name] for name in bench.formats}
 
 
 def _compress(
-    bench: Workbench, session: Session, stats: Mapping[str, LayerStats], decided: Plan, run: Path
-) -> dict[str, CompressedTensor]:
-    """The plan carried out; block by block if asked for, with finished blocks kept in `run` until the build is done."""
+    bench: Workbench, session: Session, stats: Mapping[str, LayerStats], decided: Plan, journal: Journal
+) -> Mapping[str, CompressedTensor]:
+    """The plan carried out, each layer a file; block by block if asked for, each block a file."""
     fit = bench.fit(parse_fit(bench.recipe.compress.fit))
-    with bench.progress.stage("compress"):
+    inputs = fitting_inputs(bench, session, journal, fit)
+    with bench.progress.stage("compress", len(bench.layers)) as advance:
         if not bench.recipe.compress.sequential:
-            return compress(bench.layers, decided, fit, stats, bench.spread)
-        runner, pictures = torch_runner(bench.components), bench.recipe.calibrate.pictures
-        draw = calibration_drawing(bench, session, runner, pictures)
-        # The plan's losses are measured on the model's weights, so another model's blocks have another name.
-        asked = bench.recipe.to_toml() + json.dumps(decided.to_json())
-        folder = run / sha256(asked.encode()).hexdigest()[:16]
+            folder = journal.store("compress", inputs)
+            return compress_to_files(bench.layers, decided, fit, stats, folder, bench.spread, advance)
+        draw = calibration_drawing(bench, session, torch_runner(bench.components), bench.recipe.calibrate.pictures)
+        folder = journal.store("sequential", {**inputs, "formats": _formats(decided)})
         asked_of = bench.modules, bench.layers, decided, fit, stats, group_name, draw, folder
         return compress_in_blocks(*asked_of, bench.spread)
 
 
-def _measure(bench: Workbench, session: Session, stats: Mapping[str, LayerStats]) -> dict[str, LayerChoices]:
-    """Predicted loss of each layer in each format the target can store."""
-    prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
-    choices: dict[str, LayerChoices] = {}
-    fit = bench.fit(measuring_fit(parse_fit(bench.recipe.compress.fit)))
-    with bench.progress.stage("measure", len(bench.layers)) as advance:
-        probing = replace(session, prompts=prompts).of_one_size()  # whose calls go in one batch
-        probe = make_probe(probing, torch_runner(bench.components), PROBE_STEPS)
-        for component in bench.components:
-            own = {name: formats for name, formats in bench.formats.items() if component_name(name) == component.name}
-            outputs = probe.outputs_after(component.name)
-            choices |= measure(bench.layers, stats, own, outputs, fit, bench.spread, advance)
-    return choices
+def _formats(decided: Plan) -> dict[str, str]:
+    return {name: str(scheme.weight) for name, scheme in decided.schemes.items()}
 
 
 def _fine_tune(
-    bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor]
+    bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], decided: Plan, journal: Journal
 ) -> tuple[Mapping[str, CompressedTensor], dict[str, HeldOutLoss]]:
     """The weights after fine-tuning, with the norms and biases that it changed, if the recipe asks for it."""
     asked = bench.recipe.finetune
     if not asked.iterations:
         return weights, {}
+
+    def make(folder: Path) -> None:
+        stored, losses = _fine_tuned(bench, session, weights, advance)
+        save_weights(folder / WEIGHTS_FILE, stored)
+        with write_whole(folder / "losses.json") as file:
+            file.write_text(json.dumps({name: each.model_dump() for name, each in losses.items()}), encoding="utf-8")
+
+    with bench.progress.stage("fine-tune", asked.pictures + asked.iterations * len(bench.components)) as advance:
+        folder = journal.product("finetune", _tuning_inputs(bench, session, decided, journal), make)
+    losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
+    return load_weights(folder / WEIGHTS_FILE), {name: HeldOutLoss(**each) for name, each in losses.items()}
+
+
+def _tuning_inputs(bench: Workbench, session: Session, decided: Plan, journal: Journal) -> dict[str, Any]:
+    """What the weights that are lowered depend on."""
+    return {
+        **fitting_inputs(bench, session, journal, bench.fit(parse_fit(bench.recipe.compress.fit))),
+        "sequential": bench.recipe.compress.sequential,
+        "formats": _formats(decided),
+        "finetune": asdict(bench.recipe.finetune),
+    }
+
+
+def _fine_tuned(
+    bench: Workbench, session: Session, weights: Mapping[str, CompressedTensor], advance: Callable[[], None]
+) -> tuple[dict[str, CompressedTensor], dict[str, HeldOutLoss]]:
+    asked = bench.recipe.finetune
     stored, losses = dict(weights), {}
     how = asked, bench.recipe.seed, bench.target.group_scale_digits
-    with bench.progress.stage("fine-tune", asked.pictures + asked.iterations * len(bench.components)) as advance:
-        recorder = Recorder(torch_runner(bench.components))
-        one_size = session.of_one_size()  # calls are trained on in batches
-        calibration_drawing(bench, one_size, recorder, asked.pictures, advance)()
-        for component in bench.components:
-            calls = [call for call in recorder.calls if call.component == component.name]
-            seen = Calls.of(
-                [
-                    (_tensors(call.inputs, component.example_inputs), _tensors(call.outputs, component.output_names))
-                    for call in calls
-                ]
-            )
-            tuned = fine_tune(component.module, weights, seen, *how, advance)
-            stored |= tuned.weights
-            losses[component.name] = HeldOutLoss(before=tuned.before, after=tuned.after)
+    recorder = Recorder(torch_runner(bench.components))
+    one_size = session.of_one_size()  # calls are trained on in batches
+    calibration_drawing(bench, one_size, recorder, asked.pictures, advance)()
+    for component in bench.components:
+        calls = [call for call in recorder.calls if call.component == component.name]
+        seen = Calls.of(
+            [
+                (_tensors(call.inputs, component.example_inputs), _tensors(call.outputs, component.output_names))
+                for call in calls
+            ]
+        )
+        tuned = fine_tune(component.module, weights, seen, *how, advance)
+        stored |= tuned.weights
+        losses[component.name] = HeldOutLoss(before=tuned.before, after=tuned.after)
     return stored, losses
 
 
@@ -209,6 +317,8 @@ def _lowered(
     decided: Plan,
     stored: Mapping[str, CompressedTensor],
     artifact: Path,
+    inputs: Mapping[str, Any],
+    journal: Journal,
 ) -> tuple[Workbench, dict[str, LoweringCost]]:
     """Writes the components; the draft then says what their files are. Also says what each one took."""
     rest = {name: value for name, value in stored.items() if name not in bench.layers}
@@ -216,20 +326,27 @@ def _lowered(
         if bench.recipe.finetune.iterations:
             graphs = traced(bench.target, bench.components, bench.progress, "trace again")
             bench = with_ranges(replace(bench, traced=graphs), stats)
-        return _written(bench, decided, stored, artifact)
+        return _written(bench, decided, stored, artifact, inputs, journal)
 
 
 def _written(
-    bench: Workbench, decided: Plan, stored: Mapping[str, CompressedTensor], artifact: Path
+    bench: Workbench,
+    decided: Plan,
+    stored: Mapping[str, CompressedTensor],
+    artifact: Path,
+    inputs: Mapping[str, Any],
+    journal: Journal,
 ) -> tuple[Workbench, dict[str, LoweringCost]]:
     specs, costs = {}, {}
+    schemes = {choice.layer: choice.scheme for choice in decided.choices}
+    asked = {**inputs, "target": bench.recipe.target.model_dump(mode="json"), "schemes": schemes}
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for name, graph in bench.traced.items():
-            start = time.monotonic()
-            weights = {layer: stored[layer] for layer in graph.layers}
-            specs[name] = bench.target.lower(graph, weights, artifact, decided.schemes)
-            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
-            costs[name] = LoweringCost(seconds=time.monotonic() - start, peak_bytes=peak_bytes)
+            lowered = lower_component(
+                bench.target, graph, stored, decided.schemes, {**asked, "component": name}, journal
+            )
+            specs[name], costs[name] = lowered.spec, lowered.cost
+            copytree(lowered.files, artifact, dirs_exist_ok=True)
             advance()
     return replace(bench, draft=bench.draft.model_copy(update={"components": specs})), costs
 

@@ -48,6 +48,6 @@ def pipeline_manifest(
         image=image_spec(model, sizes[0]),
         sizes=list(sizes),
         tools={name: metadata.version(name) for name in (*TOOLS, *tools)},
-        recipe=recipe.to_toml(),
+        recipe=recipe.without_places(model.name).to_toml(),
         notes=[*model.notes, *notes],
     )

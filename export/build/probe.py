@@ -1,84 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
 """A few points of the sampling trajectory at which the harm of a perturbed layer is felt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ...ground.arrays import Arrays
+from ...quant.sensitivity import RowwiseOutput
 from ...runtimes.compare.replay import Call, Recorder
-from ...runtimes.drawing.conditioning import condition, feed
-from ...runtimes.drawing.latents import encoded_mean
-from ...runtimes.runner import Runner
-from ..verify.gaps import Session
+from ...runtimes.pipeline import Pipeline, TextFeed
+from ..families.graphs import Component
+from ..verify.gaps import Session, torch_runner
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs recorded while the float model drew the prompts of `session`, batched.
+    """Inputs recorded while the float model drew some prompts, a row each, and what lies behind them as modules.
 
-    `denoiser_inputs` has len(prompts) x steps rows, prompt-major; `latents` [B, C, h, w] are the clean ones, `samples`
-    [B, 3, H, W] the pictures that the encoder read, if there is one.
+    `denoiser_inputs` has len(prompts) x steps rows, prompt-major, and so has `prompts`, the inputs of each text encoder
+    by its name; `latents` [B, C, h, w] are the clean ones, `samples` [B, 3, H, W] the pictures that the encoder read,
+    if there is one.
     """
 
-    runner: Runner
-    session: Session
+    components: Mapping[str, Component]
+    pipeline: Pipeline
+    prompts: Mapping[str, Arrays]
     denoiser_inputs: Arrays
     latents: NDArray[np.float32]
     samples: NDArray[np.float32] | None
 
-    def outputs_after(self, component: str) -> Callable[[], list[torch.Tensor]]:
-        """Returns a function that runs whatever lies behind a layer of `component`, up to where harm is compared.
+    def outputs(self) -> list[tuple[tuple[str, ...], RowwiseOutput]]:
+        """Returns where harm is compared, each with the components whose layers are felt there.
 
-        That is the denoiser's prediction for text encoders and the UNet, the picture for the VAE decoder, and for the
-        VAE encoder the middle of the latents, whose variance hardly matters.
+        That is the denoiser's prediction for text encoders and the denoiser itself, the picture for the VAE decoder,
+        and for the VAE encoder the middle of the latents, whose variance hardly matters.
         """
-        pipeline = self.session.manifest.pipeline
-        denoiser, decoder, encoder = pipeline.denoiser.component, pipeline.decoder, pipeline.encoder
-        if encoder is not None and component == encoder.component:
+        denoiser, decoder, encoder = self.pipeline.denoiser, self.pipeline.decoder, self.pipeline.encoder
+        predicting = (*self.pipeline.text_encoders, denoiser.component)
+        found = [
+            (predicting, self._rowwise(predicting, len(self.denoiser_inputs[denoiser.latents]), self._prediction)),
+            ((decoder.component,), self._rowwise((decoder.component,), len(self.latents), self._picture)),
+        ]
+        if encoder is not None:
             assert self.samples is not None
-            sample = {encoder.picture: self.samples}
-            return lambda: [torch.from_numpy(encoded_mean(encoder, self.runner.run(component, sample)))]
-        if component == decoder.component:
-            return lambda: self._run(component, {decoder.latents: self.latents})
-        if component == denoiser:
-            return lambda: self._run(denoiser, self.denoiser_inputs)
-        return lambda: self._run(denoiser, self.denoiser_inputs | self._conditions())
+            read = (encoder.component,)
+            found.append((read, self._rowwise(read, len(self.samples), self._middle)))
+        return found
 
-    def _run(self, component: str, inputs: Arrays) -> list[torch.Tensor]:
-        return [torch.from_numpy(value) for value in self.runner.run(component, inputs).values()]
+    def _rowwise(self, names: Sequence[str], rows: int, run: Callable[[slice], Tensor]) -> RowwiseOutput:
+        blocks = [block for name in names for block in self.components[name].blocks().values()]
+        return RowwiseOutput(rows, run, blocks)
 
-    def _conditions(self) -> Arrays:
-        drawing = self.session
-        each = [condition(self.runner, drawing.manifest, drawing.tokenizers, [prompt]) for prompt in drawing.prompts]
-        denoiser = drawing.manifest.pipeline.denoiser
-        steps = len(self.denoiser_inputs[denoiser.latents]) // len(each)
-        rows = {name: np.repeat(np.concatenate([values[name] for values in each]), steps, axis=0) for name in each[0]}
-        return feed(drawing.manifest, denoiser.component, rows)
+    def _prediction(self, rows: slice) -> Tensor:
+        read = {name: self._run(name, _tensors(inputs, rows)) for name, inputs in self.prompts.items()}
+        denoiser = self.pipeline.denoiser
+        inputs = _tensors(self.denoiser_inputs, rows)
+        for name, feed in denoiser.inputs.items():
+            if isinstance(feed, TextFeed):
+                inputs[name] = torch.cat([read[each.component][each.output] for each in feed.join], dim=-1)
+        output = self._run(denoiser.component, inputs)[denoiser.output]
+        return output if denoiser.channels == "all" else output[:, : output.shape[1] // 2]
+
+    def _picture(self, rows: slice) -> Tensor:
+        decoder = self.pipeline.decoder
+        return self._run(decoder.component, _tensors({decoder.latents: self.latents}, rows))[decoder.output]
+
+    def _middle(self, rows: slice) -> Tensor:
+        encoder = self.pipeline.encoder
+        assert encoder is not None
+        assert self.samples is not None
+        output = self._run(encoder.component, _tensors({encoder.picture: self.samples}, rows))[encoder.output]
+        return output if encoder.gives == "latents" else output.chunk(2, dim=1)[0]
+
+    def _run(self, component: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        graph = self.components[component]
+        outputs = graph.module(*(inputs[name] for name in graph.example_inputs))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return dict(zip(graph.output_names, outputs, strict=True))
 
 
-def make_probe(session: Session, runner: Runner, steps: int) -> Probe:
-    """Draws every prompt of the session once; returns a Probe at up to `steps` timesteps of each drawing."""
+def _tensors(arrays: Arrays, rows: slice) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(values[rows]) for name, values in arrays.items()}
+
+
+def make_probe(
+    session: Session, components: Sequence[Component], steps: int, advance: Callable[[], None] = lambda: None
+) -> Probe:
+    """Draws every prompt of the session once; returns a Probe at up to `steps` timesteps of each.
+
+    `advance` is called after each.
+    """
     pipeline = session.manifest.pipeline
+    runner = torch_runner(components)
     rows: list[Arrays] = []
+    prompts: dict[str, list[Arrays]] = {name: [] for name in pipeline.text_encoders}
     latents: list[NDArray[Any]] = []
     samples: list[NDArray[Any]] = []
     for index in range(len(session.prompts)):
         recorder = Recorder(runner)
         session.draw(recorder, index)
         asked = _conditional_calls(recorder.calls, pipeline.denoiser.component)
-        rows += [asked[at].inputs for at in np.unique(np.linspace(0, len(asked) - 1, steps).round().astype(int))]
+        chosen = np.unique(np.linspace(0, len(asked) - 1, steps).round().astype(int))
+        rows += [asked[at].inputs for at in chosen]
+        for name, read in prompts.items():
+            read += [next(call.inputs for call in recorder.calls if call.component == name)] * len(chosen)
         for call in recorder.calls:
             if call.component == pipeline.decoder.component:
                 latents.append(call.inputs[pipeline.decoder.latents])
             if pipeline.encoder is not None and call.component == pipeline.encoder.component:
                 samples.append(call.inputs[pipeline.encoder.picture])
-    batched = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
-    return Probe(runner, session, batched, np.concatenate(latents), np.concatenate(samples) if samples else None)
+        advance()
+    return Probe(
+        {component.name: component for component in components},
+        pipeline,
+        {name: _batched(read) for name, read in prompts.items()},
+        _batched(rows),
+        np.concatenate(latents),
+        np.concatenate(samples) if samples else None,
+    )
+
+
+def _batched(rows: Sequence[Arrays]) -> Arrays:
+    return {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
 
 
 def _conditional_calls(calls: Sequence[Call], denoiser: str) -> list[Call]:

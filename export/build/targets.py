@@ -5,29 +5,45 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...quant.workers import IN_TURN, Workers
-from ..output.owned import refuse_occupied
-from ..output.staging import claimed, output_path
+from ..output.owned import refuse_journal, refuse_occupied
+from ..output.staging import claimed, output_path, run_folder
 from ..progress import StageProgress
 from ..recipe import Recipe
 from .build import build
+from .journal import settle
 from .outcome import Built
 
 
 def build_targets(
-    recipe: Recipe, out: Path | str, overwrite: bool = False, quiet: bool = False, workers: Workers = IN_TURN
+    recipe: Recipe,
+    out: Path | str,
+    overwrite: bool = False,
+    quiet: bool = False,
+    workers: Workers = IN_TURN,
+    keep: bool | None = None,
+    run: Path | None = None,
 ) -> list[Built]:
     """Makes the artifact `out` for the recipe's target, or `out/<target>` for each when there are several.
 
-    An artifact has its report beside it. Progress is told on stderr unless `quiet`. Raises what `build` raises; then
-    nothing is written.
+    An artifact has its report beside it; all share the folder `run`, by default `<out>.run`, for what stages make.
+    Progress is told on stderr unless `quiet`. Raises what `build` raises; then nothing is written but that folder.
     """
-    out = Path(out)
-    recipes = recipe.per_target()
+    out, recipes = Path(out), recipe.per_target()
     if len(recipes) == 1:
-        return [build(recipe, out, overwrite, StageProgress(quiet), workers)]
+        return [build(recipe, out, overwrite, StageProgress(quiet), workers, keep, run)]
     out = output_path(out)
-    with claimed(out, lambda: refuse_occupied(out, overwrite)) as claim, claim.staged(out) as (folder,):
-        made = [build(single, folder / name, False, StageProgress(quiet), workers) for name, single in recipes.items()]
+    run = run or run_folder(out)
+
+    def refuse() -> None:
+        refuse_occupied(out, overwrite)
+        refuse_journal(run)
+
+    with claimed(out, refuse) as claim, claim.staged(out) as (folder,):
+        made = [
+            build(single, folder / name, False, StageProgress(quiet), workers, True, run)
+            for name, single in recipes.items()
+        ]
+    settle(run, keep, StageProgress(quiet))
     return [replace(each, folder=out / each.folder.name, report=_moved(each, out)) for each in made]
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ...ground.errors import TurbopocketError
+from ...ground.reading import one_sentence
 from ..families.base import LoadedModel
 from ..families.components import components_of
 from ..families.graphs import Component
-from .library_errors import one_sentence
 
 OWNERS = {"vae_decoder": "vae"}
 """Folders whose name is not the component's."""

@@ -62,7 +62,7 @@ def _source_of_artifact(folder: Path) -> str | None:
     try:
         recipe = tomllib.loads(read_json_object(folder / "manifest.json")["recipe"])
         return str(recipe["model"]["source"])
-    except (OSError, TurbopocketError, KeyError, TypeError, tomllib.TOMLDecodeError):
+    except (OSError, TurbopocketError, KeyError, TypeError, ValueError, RecursionError):
         return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...ground.errors import TurbopocketError
-from ...runtimes.image_size import ImageSize
+from ...runtimes.image_size import MOST_PIXELS_ASIDE, ImageSize
 from ...runtimes.scheduler_classes import has_no_betas
 from ..families.base import LoadedModel, ModelFamily, ModuleSpec
 from ..families.registry import FAMILIES, all_folders
@@ -93,6 +93,11 @@ def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, 
     tokenizers = {f"text_encoder{t.removeprefix('tokenizer')}": folder / t for t in family.tokenizers}
     rules = prompt_rules(tokenizers, configs, family.tokenizer, has_weights, family.prompt_tokens)
     latents = _sample_size(configs[family.denoiser], checkpoint.config_folder(family.denoiser), family)
+    if max(latents) * vae_scale_factor > MOST_PIXELS_ASIDE:
+        raise TurbopocketError(
+            f"{folder}: a picture of {latents} latents, {vae_scale_factor} pixels each, has more than "
+            f"{MOST_PIXELS_ASIDE:,} pixels on a side"
+        )
     model = LoadedModel(
         name=checkpoint.name,
         family=family,

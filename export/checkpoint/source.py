@@ -11,6 +11,7 @@ from torch import nn
 
 from ... import pocket
 from ...ground.errors import TurbopocketError
+from ...ground.reading import one_sentence
 from ..families.base import ModelFamily, ModuleSpec
 from ..families.sd import SD
 from ..families.sdxl import SDXL
@@ -137,7 +138,7 @@ def resolve(source: str, config: str | None, folders: Collection[str], with_weig
     are fetched. Raises TurbopocketError when `source` is none of them, a bundled model was not installed, or what
     is there is neither a model nor a part of one.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if source not in BUNDLED and path.is_file():
         file = open_single_file(path, config)
         completion = _completion(path, file.kind.family, tuple(file.parts), config or file.kind.configs, config is None)
@@ -155,6 +156,14 @@ def resolve(source: str, config: str | None, folders: Collection[str], with_weig
             "and for a UNet's own folder"
         )
     return Checkpoint(name, folder)
+
+
+def _path(source: str) -> Path:
+    """The path that a user wrote. TurbopocketError for one that no file can have, or the home of nobody."""
+    with one_sentence(f"{source!r} is no path"):
+        path = Path(source).expanduser()
+        path.exists()
+        return path
 
 
 def _family_of_unet(folder: Path) -> ModelFamily:
@@ -196,7 +205,7 @@ def _whole(source: str, folders: Collection[str], weights_of: Collection[str]) -
         if not BUNDLED[source].is_dir():
             raise TurbopocketError(f"the bundled model {source!r} has no weights in this installation")
         return source, BUNDLED[source]
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir():
         refuse_other_folders(path)
         return path.resolve().name, path

@@ -11,10 +11,10 @@ from typing import Any
 from tokenizers import normalizers
 
 from ...ground.errors import TurbopocketError
+from ...ground.reading import MOST_BYTES, one_sentence
 from ..families.keys import Graph, check_config
 from ..families.tokenizers import TokenizerKind
-from .json_object import MOST_BYTES, read_json_object
-from .library_errors import one_sentence
+from .json_object import read_json_object
 
 MOST_VECTORS = 10_000
 """Of one token, where each of a prompt's at most 4,096 ids could be one; counting ends there."""

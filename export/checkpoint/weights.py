@@ -3,7 +3,7 @@
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...ground.errors import TurbopocketError
+from ...ground.reading import one_sentence
+from ...quant.layers import TensorSource, is_compressible, set_source
 from ..families.base import ModuleSpec
 from ..families.keys import check_config, constructor_defaults, given_to_class, shown
 from .header import StoredTensor
 from .json_object import read_json_object
-from .library_errors import one_sentence
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+MAPPED_DTYPES = ("F32", "F16", "BF16")
+"""Those that fp32 holds exactly."""
 # transformers saved this constant buffer in older files; the module computes it.
 HARMLESS_EXTRA = re.compile(r"(.*\.)?embeddings\.position_ids")
 NAMES_SHOWN = 5
@@ -77,9 +80,25 @@ def checked_tensors(
 
 
 def fill_weights(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
-    """Afterwards the module's parameters are the stored weights in fp32; raises as `read_tensors` does."""
-    module.load_state_dict(read_tensors(stored), strict=True, assign=True)
+    """Afterwards the module's parameters are the stored ones in fp32; raises as `read_tensors` does.
+
+    Weights of Linear and Conv2d stay in the mapped file, in the type they have there, until a layer runs. So does what
+    only a slice or a transposition of the stored values is; fp64 does not, nor what has two names in the module.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in stored.items():
+        names.setdefault(id(tensor), []).append(name)
+    layers = {
+        f"{path}.weight": layer
+        for path, layer in module.named_modules()
+        if is_compressible(layer) and stored[f"{path}.weight"].dtype in MAPPED_DTYPES
+    }
+    mapped = {name: stored[name] for name in layers if len(names[id(stored[name])]) == 1}
+    small = {name: tensor for name, tensor in stored.items() if name not in mapped}
+    module.load_state_dict(read_tensors(small), strict=False, assign=True)
     module.requires_grad_(False)
+    for name, values in _read(mapped, torch.Tensor.detach).items():
+        set_source(layers[name], TensorSource(values))
 
 
 def _renamed(stored: Mapping[str, StoredTensor], spec: ModuleSpec) -> dict[str, StoredTensor]:
@@ -131,19 +150,24 @@ def read_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
 
     Names of one and the same `StoredTensor` get one tensor.
     """
+    return _read(stored, torch.Tensor.float)
+
+
+def _read(stored: Mapping[str, StoredTensor], typed: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The values, each `typed` and found finite; they stay mapped where nothing changes them."""
     with ExitStack() as stack:
         files = {file: stack.enter_context(_opened(file)) for file in {t.file for t in stored.values()}}
         read: dict[int, Tensor] = {}  # what has two names is read, and kept, once
         for tensor in stored.values():
             if id(tensor) not in read:
-                read[id(tensor)] = _finite(_taken(files[tensor.file].get_tensor(tensor.name), tensor), tensor)
+                read[id(tensor)] = _finite(typed(_taken(files[tensor.file].get_tensor(tensor.name), tensor)), tensor)
         return {name: read[id(tensor)] for name, tensor in stored.items()}
 
 
 def _taken(values: Tensor, tensor: StoredTensor) -> Tensor:
     for step in tensor.steps:
         values = step(values)
-    return values.float()
+    return values
 
 
 def _opened(file: Path) -> Any:

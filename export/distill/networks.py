@@ -11,6 +11,7 @@ from torch import nn
 from ...ground.errors import TurbopocketError
 from ...quant.distill.denoiser import Denoiser, lora_copy, student_copy
 from ...quant.distill.trainer import METHODS, Networks, Role
+from ...quant.layers import materialise
 from .recipe import DistillSection
 
 BYTES_PER_TRAINED = 16  # weight, gradient, two moments; fp32
@@ -21,10 +22,13 @@ _NAMES: Mapping[Role, str] = {"student": "student", "fake": "fake score"}
 def networks_of(unet: nn.Module, asked: DistillSection, device: torch.device) -> Networks:
     """The networks that the method trains, copies of the teacher, and the teacher itself, none moved to the device yet.
 
+    The teacher's weights are then in memory, in fp32.
+
     Raises TurbopocketError when weights, gradients and moments alone are more than is free there.
     """
     roles = METHODS[asked.method].trains
     _require_memory(unet, asked, device)
+    materialise(unet)
     trained = {}
     for role in roles:
         copied: Any = student_copy(unet) if asked.lora_rank is None else lora_copy(unet, asked.lora_rank)

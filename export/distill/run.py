@@ -53,4 +53,4 @@ def refuse_student(out: Path, overwrite: bool) -> None:
     refuse_folder(out, overwrite)
     run = run_folder(out)
     known = (run / RUN_FILE).is_file()
-    refuse_run(out, [] if known else [path for path in sorted(run.glob("*")) if path.name != f"{RUN_FILE}.partial"])
+    refuse_run(run, [] if known else [path for path in sorted(run.glob("*")) if path.name != f"{RUN_FILE}.partial"])

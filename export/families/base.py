@@ -129,6 +129,8 @@ class ModelFamily:
 class LoadedModel:
     """One checkpoint: its modules in eval mode, fp32, without gradients, and the settings of its pipeline.
 
+    Weights of Linear and Conv2d are in memory while their layer runs (`quant.layers`); all else is there.
+
     `folder` holds the pipeline's own settings. `modules` are those of the family, such as `text_encoder`, `unet` and
     `vae`; `weights` says in which folder or single file each of them is stored, `notes` what of all this was
     assumed. `tokenizers` maps each text encoder to the folder of its tokenizer. With `has_weights` false every tensor

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...ground.names import LayerName
-from ...quant.layers import compressible_layers, weight_of
+from ...quant.layers import compressible_layers, weight_shape
 from ...runtimes.image_size import ImageSize
 from ...runtimes.manifest import ComponentSpec, TensorSpec
 from .base import GraphOptions, LoadedModel
@@ -75,7 +75,7 @@ def layers_of(components: Sequence[Component]) -> dict[str, nn.Module]:
 
 def shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Returns the weight shape of each layer."""
-    return {name: tuple(weight_of(name, layer).shape) for name, layer in layers.items()}
+    return {name: weight_shape(name, layer) for name, layer in layers.items()}
 
 
 def parameter_count(component: Component) -> int:
@@ -89,7 +89,10 @@ def component_name(layer: str) -> str:
 
 
 def group_name(layer: str) -> str:
-    """Returns the block of the model that a layer belongs to: `unet.down_blocks.1`, `text_encoder.layers.0`, …"""
+    """Returns the level of the model that a layer belongs to: `unet.down_blocks.1`, `text_encoder.layers.0`, …
+
+    Sequential compression draws everything once for each of them, and there are fewer than blocks.
+    """
     component, *path = layer.split(".")
     parts = [component, *(part for part in path if part not in ("decoder", "encoder", "text_model", "transformer"))]
     depth = next((index for index, part in enumerate(parts) if part.isdigit()), 1)

@@ -5,12 +5,16 @@ Names, order and number types of the tensors are those of optimum-onnx's pipelin
 our artifacts. Layers are named `<component>.<module path>`, as in `quant`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from ...ground.names import LayerName
+from ...quant.layers import compressible_layers, without_weights
 
 EXAMPLE_BATCH = 2
 """The batch of all example inputs: 1 would let tracing take the batch for a constant."""
@@ -23,6 +27,22 @@ LATENT_PARAMETERS, LATENT_SAMPLE = "latent_parameters", "latent_sample"
 
 Role = Literal["text encoder", "denoiser", "decoder", "encoder"]
 """What a graph is for: reading prompts, predicting at every step, latents to a picture, a picture to latents."""
+
+
+_BLOCK = re.compile(
+    r"(.+?\.(transformer_blocks|resnets|layers|block)\.\d+)\."  # of UNets and transformers, CLIP and TAESD, T5
+    r"|(.+?\.attentions\.\d+)\.(group_norm|to_[qkv]|to_out)\b"  # of a VAE; a UNet's hold transformer blocks
+)
+
+
+def block_name(layer: str) -> str:
+    """The block that a layer belongs to: `unet.mid_block.resnets.0`, `text_encoder.encoder.layers.3`, …
+
+    Blocks are transformer blocks, resnets, a VAE's attentions and encoder layers, by the name of the module that they
+    are; a layer outside all of them is its own block.
+    """
+    found = _BLOCK.match(layer)
+    return (found[1] or found[3]) if found else layer
 
 
 class ComponentModule(nn.Module):
@@ -61,6 +81,17 @@ class Component:
     def layer_prefix(self) -> str:
         """What a parameter's or layer's name has in front of the path inside the model: `unet.`."""
         return f"{self.name}."
+
+    def without_weights(self) -> "Component":
+        """The same graph for what reads shapes alone: its layers hold no weights, all other tensors are shared."""
+        module = without_weights(self.module)
+        assert isinstance(module, ComponentModule)
+        return replace(self, module=module)
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every block by its name, in the order of registration: each layer is in exactly one."""
+        names = dict.fromkeys(block_name(layer) for layer in compressible_layers(self.name, self.module.model))
+        return {name: self.module.model.get_submodule(LayerName.parse(name).path) for name in names}
 
 
 LATENT_SIDES = {2: "latent_height", 3: "latent_width"}

@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands where an output is to go, and whether it may be replaced: never with a file that no command of ours made.
 
-An artifact's manifest lists its files. Reports and students hold a record of theirs. What a killed build goes on from
-is known by its names.
+An artifact's manifest lists its files. Reports and students hold a record of theirs. The products of a build's stages
+are known by their names, in folders that say what they are.
 """
 
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ...ground.errors import TurbopocketError
 from ...runtimes.manifest import MANIFEST_NAME
-from .staging import artifacts_in, is_temporary, report_folder, run_folder, write_atomically
+from .staging import artifacts_in, is_temporary, report_folder, write_atomically
 
 RECORD = ".turbopocket.json"
 _ELSEWHERE = "give another --out, or move that away"
-_RUN_HASH = re.compile(r"[0-9a-f]{16}")
-_BLOCK = re.compile(r"\d{3,}-.+\.safetensors(\.partial)?")
+KEY_FILE = "key.json"
+"""What a product of a build's stage was made from, in its folder."""
+_PRODUCT = re.compile(r"([a-z]+)-[0-9a-f]{16}(\.partial)?")
+_IN_PRODUCT = re.compile(
+    r"[a-z]+\.(json|safetensors)|\w+-[0-9a-f]{32}\.safetensors|[\w.]+@[\w.+-]+\.safetensors|\d{3,}-.+\.safetensors"
+    r"|inputs/([0-9a-f]{32}\.safetensors|calls\.json)"
+)
+_LOWERED = "lower"
+"""The stage whose products hold what a target writes: whatever is in them is ours."""
 
 
 def write_record(folder: Path) -> None:
@@ -29,12 +36,17 @@ def write_record(folder: Path) -> None:
     write_atomically(folder / RECORD, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
-def refuse_build(out: Path, overwrite: bool) -> None:
-    """Raises TurbopocketError when a build can not make the artifact `out` and what goes beside it."""
+def refuse_build(out: Path, run: Path, overwrite: bool) -> None:
+    """Raises TurbopocketError when a build that works in `run` can not make the artifact `out` and its report."""
     refuse_occupied(out, overwrite)
     refuse_folder(report_folder(out), overwrite)
-    run = run_folder(out)
-    refuse_run(out, [path for path in sorted(run.rglob("*")) if not _is_checkpoint(path, run)])
+    refuse_journal(run)
+
+
+def refuse_journal(run: Path) -> None:
+    """Raises TurbopocketError when `run` can not be, or become, the folder in which a build works."""
+    ours = set(journal_files(run))
+    refuse_run(run, [path for path in sorted(run.rglob("*")) if path not in ours and not _is_product_folder(path, run)])
 
 
 def refuse_occupied(out: Path, overwrite: bool) -> None:
@@ -71,9 +83,8 @@ def refuse_folder(folder: Path, overwrite: bool) -> None:
         _refuse_strangers(folder, [RECORD, *map(str, files)])
 
 
-def refuse_run(out: Path, strangers: Sequence[Path]) -> None:
-    """Raises TurbopocketError when the run folder of `out` is none, or for the first of the strangers in it."""
-    run = run_folder(out)
+def refuse_run(run: Path, strangers: Sequence[Path]) -> None:
+    """Raises TurbopocketError when a run folder is none, or for the first of the strangers in it."""
     if os.path.lexists(run) and not run.is_dir():
         raise TurbopocketError(f"{run} is not a folder; what a killed command goes on from is kept there")
     if strangers:
@@ -84,22 +95,46 @@ def refuse_run(out: Path, strangers: Sequence[Path]) -> None:
         )
 
 
-@contextmanager
-def checkpoints(out: Path) -> Iterator[Path]:
-    """Yields the folder for what a killed build of `out` goes on from. Its files go when the block ends well."""
-    run = run_folder(out)
-    yield run
-    with suppress(OSError):  # anything else there stays, and so does the folder then
-        for path in sorted(run.rglob("*"), reverse=True):
-            if _is_checkpoint(path, run):
-                path.rmdir() if path.is_dir() else path.unlink()
-        run.rmdir()
+def journal_files(run: Path) -> list[Path]:
+    """All files in the folder `run` that stages of a build made."""
+    return [path for path in sorted(run.rglob("*")) if path.is_file() and _is_product(path, run)]
 
 
-def _is_checkpoint(path: Path, run: Path) -> bool:
-    if path.parent == run:
-        return bool(_RUN_HASH.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
-    return path.parent.parent == run and bool(_BLOCK.fullmatch(path.name)) and path.is_file()
+def remove_journal(run: Path, product: Path | None = None) -> int:
+    """Removes what stages of a build made, or one product of them; anything else stays, and so do folders that hold it.
+
+    Returns how many bytes are free.
+    """
+    within, freed = product or run, 0
+    for path in journal_files(run):
+        if path.is_relative_to(within):
+            freed += path.lstat().st_size
+            path.unlink()
+    for path in [*sorted(within.rglob("*"), reverse=True), within]:
+        if path.is_dir() and not path.is_symlink() and (path == run or _is_product_folder(path, run)):
+            with suppress(OSError):  # not empty
+                path.rmdir()
+    return freed
+
+
+def _is_product(path: Path, run: Path) -> bool:
+    product, *inside = path.relative_to(run).parts
+    stage = _PRODUCT.fullmatch(product)
+    if stage is None or not inside or path.is_symlink() or (run / product).is_symlink():
+        return False
+    name = "/".join(inside).removesuffix(".partial")
+    return stage[1] == _LOWERED or _IN_PRODUCT.fullmatch(name) is not None
+
+
+def _is_product_folder(path: Path, run: Path) -> bool:
+    product, *inside = path.relative_to(run).parts
+    stage = _PRODUCT.fullmatch(product)
+    return (
+        stage is not None
+        and path.is_dir()
+        and not path.is_symlink()
+        and (inside in ([], ["inputs"]) or stage[1] == _LOWERED)
+    )
 
 
 def _holds_something(folder: Path, overwrite: bool) -> bool:

@@ -6,6 +6,7 @@ the process ends, however it ends. The next command for the same output clears u
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -23,6 +24,8 @@ from .replacing import CONTENTS, JOURNAL, NEW, replace_folders, settle
 
 _LOCK = "lock"
 _TEMPORARY = ".turbopocket-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What only writing meets; the error of an open file does not name it."""
 
 
 def report_folder(artifact: Path) -> Path:
@@ -69,11 +72,13 @@ class Claim:
 
         Raises TurbopocketError when one can not be written, or something came into its way meanwhile.
         """
+        made = tuple(self.hidden / NEW / final.name for final in finals)
         with _can_not_write(finals[0]):
-            made = tuple(self.hidden / NEW / final.name for final in finals)
             for folder in made:
                 folder.mkdir(parents=True)
+        with _can_not_write(finals[0], self.hidden):
             yield made
+        with _can_not_write(finals[0]):
             self.refuse()
             replace_folders(self.hidden, [final.name for final in finals])
 
@@ -124,10 +129,14 @@ def _hidden_folder(out: Path) -> Path:
 
 
 @contextmanager
-def _can_not_write(path: Path) -> Iterator[None]:
+def _can_not_write(path: Path, within: Path | None = None) -> Iterator[None]:
+    """Makes one sentence of an OSError: of any, or of those of files `within` a folder and of a disk that is full."""
     try:
         yield
     except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else None
+        if within and error.errno not in _FULL and not (named and Path(named).is_relative_to(within)):
+            raise
         raise TurbopocketError(f"can not write {path}: {error.strerror or error}") from error
 
 

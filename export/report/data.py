@@ -70,8 +70,9 @@ class Measurements(BaseModel):
     """Numbers of a build that no other file holds.
 
     `artifact_bytes` counts every shipped file, manifest.json too; `parameters` are those of the shipped
-    components before compression. `layer_snr_db` is 10 log10(tr[W H Wᵀ] / tr[E H Eᵀ]) of each layer's stored
-    weights (H = E[x xᵀ], E the error), None for stored without error. `compression` compares float PyTorch with
+    components before compression. `layer_snr_db` is 10 log10(Σ ||W x||² / Σ ||(Ŵ - W) x||²) of each layer's
+    stored weight Ŵ, over its inputs x in the first picture of the parity check (of the float model), None where it is
+    stored without error. `compression` compares float PyTorch with
     PyTorch that has the stored weights, `total` the pictures of float PyTorch with the artifact's. `alignment` is
     the share of pictures that show all their prompt says, for `float_model`, `stored` (weights, in PyTorch) and
     `artifact`; None where nobody can tell. `to_diffusers` is the float model's largest relative error while it is drawn

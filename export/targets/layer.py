@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...ground.errors import TurbopocketError
 from ...ground.names import LayerName
 from ...quant.formats import CompressedTensor, LayerFormat
+from ...quant.layers import CompressedSource, set_source
 from ...quant.scheme import Scheme
 from ..families.graphs import Component
 
@@ -101,10 +102,10 @@ class LayerForm(ABC):
     def reference(self, module: nn.Module, weight: CompressedTensor) -> nn.Module:
         """The layer as the runtime computes it, in PyTorch; it shares all of `module`'s tensors but the weight.
 
-        Where a runtime rounds nothing by design that is the layer with the stored weight, dense.
+        Where a runtime rounds nothing by design that is the layer with the stored weight, decompressed when it runs.
         """
         dense = copy.deepcopy(module, {id(tensor): tensor for tensor in module.parameters()})
-        dense.weight = nn.Parameter(weight.format.decompress(weight), requires_grad=False)
+        set_source(dense, CompressedSource(weight))
         return dense
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ...ground.errors import ParityFailed
 from ...ground.names import at_place
+from ...quant.account import layer_snr_db
 from ...quant.compress import decompressed
 from ...quant.formats import CompressedTensor
 from ...runtimes.compare.reference import PyTorchRunner, TorchComponent
@@ -21,6 +22,7 @@ from ...runtimes.image_size import ImageSize
 from ...runtimes.manifest import Manifest
 from ...runtimes.runner import LayerRunner, Runner
 from ..evidence import Evidence
+from ..families.components import layers_of
 from ..families.graphs import Component
 
 Picture = NDArray[np.uint8]
@@ -100,7 +102,8 @@ class Gaps:
     `compression`: float PyTorch against PyTorch with the stored weights; it has no limit, it is what the budget
     costs. `lowering`, by runtime: PyTorch with the stored weights against the artifact; each must pass. `total`:
     pictures of float PyTorch against those of the artifact in its first runtime. `alignment` has a share per set of
-    pictures, or None.
+    pictures, or None. `layer_snr_db`: each layer's output against what the stored weight changes in it, on the inputs
+    that the float model gives it in the first picture.
     """
 
     to_diffusers: ToDiffusers
@@ -109,6 +112,7 @@ class Gaps:
     total: ParityReport
     pictures: Pictures
     alignment: dict[str, float | None]
+    layer_snr_db: dict[str, float | None]
 
     @property
     def failure(self) -> str | None:
@@ -201,7 +205,10 @@ def measure_gaps(
     """
     torch, stored_torch = torch_runner(components), torch_runner(as_run)
     shared = session.manifest, session.tokenizers
-    floats = record(torch, *shared, session.prompts, session.seed)
+    asked_of = torch, *shared, session.prompts, session.seed
+    floats = []
+    snr_db = layer_snr_db(layers_of(components), weights, lambda: floats.extend(record(*asked_of, slice(1))))
+    floats += record(*asked_of, slice(1, None))
     advance()
     lowering: dict[str, ParityReport] = {}
     drawn: dict[str, list[Picture]] = {}
@@ -228,6 +235,7 @@ def measure_gaps(
         total=_report([], session, pictures.artifact, pictures.float_model, evidence),
         pictures=pictures,
         alignment={name: evidence.alignment(getattr(pictures, name), session.prompts) for name in KINDS},
+        layer_snr_db=snr_db,
     )
 
 

@@ -34,11 +34,11 @@ SOLVERS: dict[type[Grid[Any]], Solver] = {
 
 MSE = Fit("mse", SOLVERS)
 ABSMAX = Fit("absmax", SOLVERS | {IntegerGrid: absmax_codes}, measuring=MSE)
-GPTQ = Fit("gptq", SOLVERS | {IntegerGrid: gptq_codes}, measuring=MSE)
+GPTQ = Fit("gptq", SOLVERS | {IntegerGrid: gptq_codes}, measuring=MSE, whole_hessian=True)
 # `mse` puts integers and palettes in the order that the other fits put them in, but sees nothing of what the beam
 # search gains for sums of vectors; a plan made with it would avoid them.
-QUICK_VQDM = Fit("quick vqdm", {**GPTQ.solvers, AdditiveGrid: quick_vqdm_codes})
-VQDM = Fit("vqdm", {**GPTQ.solvers, AdditiveGrid: vqdm_codes}, measuring=QUICK_VQDM)
+QUICK_VQDM = Fit("quick vqdm", {**GPTQ.solvers, AdditiveGrid: quick_vqdm_codes}, whole_hessian=True)
+VQDM = Fit("vqdm", {**GPTQ.solvers, AdditiveGrid: vqdm_codes}, measuring=QUICK_VQDM, whole_hessian=True)
 FITS = (ABSMAX, MSE, GPTQ, VQDM)
 
 __all__ = [

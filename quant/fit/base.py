@@ -18,7 +18,10 @@ LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
 Solver = Callable[[Tensor, Any, Tensor | None], Any]
-"""From float32 weights [O, K], a grid, and H = E[x xᵀ] of the layer's inputs [K, K] if there is one, to codes."""
+"""From float32 weights [O, K], a grid, and H = E[x xᵀ] of the layer's inputs if there is one, to codes.
+
+H is [K, K], or its diagonal [K] where the fit says that it reads no more of it.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,15 @@ class Fit:
 
     `measuring` is the fit whose losses a plan compares, as fair to every format as this one, and quick, since it tries
     them all; this one when None. `group_scale_digits` are the significant bits of a group's scale, for runtimes that
-    keep it shorter than fp16.
+    keep it shorter than fp16. `whole_hessian` says that a solver reads more of H than its diagonal: K² numbers of each
+    layer have then to be collected, not K.
     """
 
     name: str
     solvers: Mapping[type[Grid[Any]], Solver]
     measuring: "Fit | None" = None
     group_scale_digits: int = FP16_DIGITS
+    whole_hessian: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -52,9 +57,22 @@ def checked_hessian(hessian_KK: Tensor, columns: int) -> Tensor:
     """The Hessian itself; TurbopocketError when it is not [columns, columns] or not finite."""
     if tuple(hessian_KK.shape) != (columns, columns):
         raise TurbopocketError(f"Hessian of shape {list(hessian_KK.shape)} for a weight of {columns} columns")
-    if not torch.isfinite(hessian_KK).all():
+    return _finite(hessian_KK)
+
+
+def checked_diagonal(hessian: Tensor, columns: int) -> Tensor:
+    """[K], of a Hessian [K, K] or of its diagonal alone; TurbopocketError as `checked_hessian` raises it."""
+    if hessian.ndim != 1:
+        return checked_hessian(hessian, columns).diagonal()
+    if len(hessian) != columns:
+        raise TurbopocketError(f"Hessian of {len(hessian)} columns for a weight of {columns} columns")
+    return _finite(hessian)
+
+
+def _finite(hessian: Tensor) -> Tensor:
+    if not torch.isfinite(hessian).all():
         raise TurbopocketError("the Hessian has NaN or infinite values")
-    return hessian_KK
+    return hessian
 
 
 def storable_scale(scale: Tensor, digits: int = FP16_DIGITS) -> Tensor:

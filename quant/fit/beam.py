@@ -16,6 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from .native import search_library
+
 # Losses of candidates that are looked at together: enough to keep the overhead of each operation small.
 CHUNK_CANDIDATES = 2**20
 # Errors wait for this many vectors until those before them hear of them in one matrix product.
@@ -27,8 +29,17 @@ _FOLD = 16
 def best_codes(target_OK: Tensor, codebooks_MPD: Tensor, lower_KK: Tensor, beam: int) -> Tensor:
     """uint8 [M, O, J]: for each row the codes of least ||(target - Σ vectors) L||² among those that the search saw.
 
-    All float32 and on one device; `beam` is B. Rows do not depend on each other.
+    All float32 and on one device; `beam` is B. Rows do not depend on each other. In C++ where that was built and the
+    device is the CPU.
     """
+    library = search_library()
+    if library is None or target_OK.device.type != "cpu":
+        return torch_best_codes(target_OK, codebooks_MPD, lower_KK, beam)
+    return library.best_codes(target_OK, codebooks_MPD, lower_KK, beam)
+
+
+def torch_best_codes(target_OK: Tensor, codebooks_MPD: Tensor, lower_KK: Tensor, beam: int) -> Tensor:
+    """`best_codes` in PyTorch: what the C++ is held against."""
     tree = _Tree(codebooks_MPD, lower_KK, beam)
     rows = max(1, CHUNK_CANDIDATES // (beam * codebooks_MPD.shape[1]))
     return torch.cat([tree.codes(chunk) for chunk in target_OK.split(rows)], dim=1)

@@ -12,21 +12,26 @@ from .grids import summed_vectors
 
 # Three times as many gained nothing on the three layers of `pocket` where that was tried.
 STEPS = 10
+# Weights looked at for each number that is solved for; rows beyond that are left out.
+WEIGHTS_PER_NUMBER = 256
 # Added to the preconditioner's blocks as a share of their own and of all blocks' mean: entries may go unused.
 _DAMPING_OWN, _DAMPING_ALL = 1e-4, 1e-8
 
 
 def solved_codebooks(
-    codebooks_MPD: Tensor, codes_MOJ: Tensor, target_OK: Tensor, importance_O1: Tensor, hessian_KK: Tensor
+    codebooks_MPD: Tensor, codes_MOJ: Tensor, pulled_OK: Tensor, importance_O1: Tensor, hessian_KK: Tensor
 ) -> Tensor:
-    """float32 [M, P, D] of lower Σ importance[o] * e_o H e_oᵀ with e = target - Σ vectors, from the given ones on."""
+    """float32 [M, P, D] of lower Σ importance[o] * e_o H e_oᵀ with e = target - Σ vectors, from the given ones on.
+
+    `pulled_OK` is e H of the given ones. Rows may be a sample: see `sampled_rows`.
+    """
     system = _NormalEquations(codes_MOJ, importance_O1, hessian_KK, codebooks_MPD.shape)
     solution = codebooks_MPD.clone()
-    residual = system.gathered(target_OK - summed_vectors(codebooks_MPD, codes_MOJ))
+    residual = system.gathered(pulled_OK)
     preconditioned = system.preconditioned(residual)
     direction, slope = preconditioned, (residual * preconditioned).sum()
     for _ in range(STEPS):
-        changed = system.gathered(summed_vectors(direction, codes_MOJ))
+        changed = system.gathered(summed_vectors(direction, codes_MOJ) @ hessian_KK)
         curvature = (direction * changed).sum()
         step = torch.where(curvature > 0, slope / curvature, 0.0)
         solution += step * direction
@@ -37,6 +42,14 @@ def solved_codebooks(
     return solution
 
 
+def sampled_rows(outputs: int, columns: int, numbers: int, random: torch.Generator) -> Tensor:
+    """int64, ascending: as many of the rows, drawn by chance, as have WEIGHTS_PER_NUMBER weights per number; or all."""
+    most = -(-WEIGHTS_PER_NUMBER * numbers // columns)
+    if most >= outputs:
+        return torch.arange(outputs)
+    return torch.randperm(outputs, generator=random)[:most].sort().values
+
+
 class _NormalEquations:
     """Aᵀ S A with A: codebooks → rows; S multiplies by each row's importance and by H."""
 
@@ -45,10 +58,10 @@ class _NormalEquations:
         self.importance_O1, self.hessian_KK, self.shape = importance_O1, hessian_KK, shape
         self.inverse_MPDD = self._inverse_blocks(codes_MOJ)
 
-    def gathered(self, rows_OK: Tensor) -> Tensor:
-        """[M, P, D]: the rows times S, summed over the places of every entry."""
-        pulls_ND = ((rows_OK @ self.hessian_KK) * self.importance_O1).reshape(-1, self.shape[2])
-        sums_MPD = rows_OK.new_zeros(self.shape)
+    def gathered(self, pulled_OK: Tensor) -> Tensor:
+        """[M, P, D]: rows times H, given so, times their importance, summed over the places of every entry."""
+        pulls_ND = (pulled_OK * self.importance_O1).reshape(-1, self.shape[2])
+        sums_MPD = pulled_OK.new_zeros(self.shape)
         for sums_PD, places_N in zip(sums_MPD, self.places_MN, strict=True):
             sums_PD.index_add_(0, places_N, pulls_ND)
         return sums_MPD

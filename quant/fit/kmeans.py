@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .base import LARGEST_SCALE, checked_hessian
+from .base import LARGEST_SCALE, checked_diagonal
 from .mse import column_importance
+from .native import search_library
 
 LARGEST_VALUE = LARGEST_SCALE
 """The end of fp16, in which every table is stored."""
@@ -37,7 +38,7 @@ DENSITY_SEGMENTS = 256
 
 def kmeans_importance(hessian_KK: Tensor, columns: int) -> Tensor:
     """[K], mean 1: how much each column's squared error counts; TurbopocketError for a Hessian of another size."""
-    importance_K = column_importance(checked_hessian(hessian_KK, columns))
+    importance_K = column_importance(checked_diagonal(hessian_KK, columns))
     return importance_K / importance_K.mean()
 
 
@@ -235,6 +236,8 @@ class _Cloud:
     def nearest(self, codebook_PD: Tensor) -> Tensor:
         """uint8 [N]. Σ d (x - c)² = Σ (d, d x) · (c², -2 c) + Σ d x², where the last is the same for every c."""
         features_2DP = torch.cat([codebook_PD.square(), -2 * codebook_PD], dim=1).T
+        if (library := search_library()) is not None:
+            return library.nearest(self.pulls_N2D, features_2DP)
         codes_N = torch.empty(len(self.pulls_N2D), dtype=torch.uint8)
         size = max(1, CHUNK_DISTANCES // len(codebook_PD))
         for start in range(0, len(codes_N), size):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import (
     as_codes,
-    checked_hessian,
+    checked_diagonal,
     covering_scale,
     nearest_steps,
     storable_scale,
@@ -31,7 +31,7 @@ def mse_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None = 
     """
     importance_Gg = None
     if hessian_KK is not None:
-        importance_Gg = column_importance(checked_hessian(hessian_KK, weight_OK.shape[1])).reshape(-1, grid.group)
+        importance_Gg = column_importance(checked_diagonal(hessian_KK, weight_OK.shape[1])).reshape(-1, grid.group)
     rows = max(1, CHUNK_WEIGHTS // weight_OK.shape[1])
     chunks = [best_scale(chunk, grid, importance_Gg) for chunk in grid.grouped(weight_OK).split(rows)]
     scale_OG = torch.cat([scale for scale, _ in chunks])
@@ -40,12 +40,12 @@ def mse_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None = 
     return as_codes(nearest_steps(grid.grouped(weight_OK), scale_OG, zero_OG, grid), scale_OG, zero_OG, grid)
 
 
-def column_importance(hessian_KK: Tensor) -> Tensor:
+def column_importance(diagonal_K: Tensor) -> Tensor:
     """[K]: the Hessian's diagonal, with a floor of 1 % of its mean so that no column is free to clip.
 
     The share is chosen, not measured: calibration sees few pictures, and a column it did not drive may yet be driven.
     """
-    diagonal_K = hessian_KK.diagonal().to(torch.float32).clamp(min=0.0)
+    diagonal_K = diagonal_K.to(torch.float32).clamp(min=0.0)
     mean = diagonal_K.mean()
     return diagonal_K.clamp(min=0.01 * float(mean)) if mean > 0 else torch.ones_like(diagonal_K)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ground.errors import TurbopocketError
 from .base import LARGEST_SCALE, checked_hessian
 from .beam import best_codes
-from .codebook_solve import solved_codebooks
+from .codebook_solve import sampled_rows, solved_codebooks
 from .grids import AdditiveCodes, AdditiveGrid, summed_vectors
 from .residual import residual_kmeans
 
@@ -70,10 +70,12 @@ def quick_vqdm_codes(weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor |
 class Refinement:
     """A fitted matrix that gets better: each `improve_…` lowers `loss` or leaves everything as it is.
 
-    `rows_OK` are the sums of vectors before their scale, `loss_O` the rows' losses.
+    `rows_OK` are the sums of vectors before their scale, `loss_O` the rows' losses. `pulled_OK` = (target - rows) H is
+    kept up to date, where the target is the weight over its row's scale, or over 1 where that is 0.
     """
 
     rows_OK: Tensor
+    pulled_OK: Tensor
     loss_O: Tensor
 
     def __init__(
@@ -88,6 +90,7 @@ class Refinement:
         self.fixed_codebooks = fixed_codebooks
         self.hessian_KK = damped_hessian(hessian_KK)
         self.weight_OK, self.search = weight_OK, search
+        self.weight_pulled_OK = weight_OK @ self.hessian_KK
         self.codes_MOJ = start.codes_MOJ.to(device)
         self.codebooks_MPD = start.codebooks_MPD.to(device, torch.float32)
         self.scale_O1 = start.scale_O.to(device, torch.float32).unsqueeze(1)
@@ -121,83 +124,91 @@ class Refinement:
 
         A row takes what is found where that is better; in the end its old codes where rounding errors said so wrongly.
         """
-        codes_MOJ, rows_OK, loss_O = self.codes_MOJ.clone(), self.rows_OK, self.loss_O
-        scale_O1 = torch.where(self.scale_O1 != 0, self.scale_O1, 1.0)
-        sweep = _Sweep(self, self.weight_OK / scale_O1)
+        before = self.codes_MOJ.clone(), self.rows_OK, self.pulled_OK.clone(), self.loss_O
         vectors = self.codes_MOJ.shape[2]
         order_J = torch.arange(vectors) if window == vectors else torch.randperm(vectors, generator=self.random)
         for members in order_J.to(self.codes_MOJ.device).split(window):
-            sweep.search(members)
-        self._measure()
-        worse_O = self.loss_O > loss_O
-        self.codes_MOJ = torch.where(worse_O.unsqueeze(1), codes_MOJ, self.codes_MOJ)
-        self.rows_OK = torch.where(worse_O.unsqueeze(1), rows_OK, self.rows_OK)
-        self.loss_O = torch.minimum(loss_O, self.loss_O)
+            self._search(members)
+        self.rows_OK = summed_vectors(self.codebooks_MPD, self.codes_MOJ)
+        worse_O = self._losses() > before[-1]
+        now = self.codes_MOJ, self.rows_OK, self.pulled_OK
+        self.codes_MOJ, self.rows_OK, self.pulled_OK = (
+            torch.where(worse_O.unsqueeze(1), old, new) for old, new in zip(before, now, strict=False)
+        )
+        self.loss_O = self._losses()
 
     def improve_codebooks(self) -> None:
         """Solves for the codebooks, rounds them to fp16, and keeps them if the loss is lower."""
         importance_O1 = self.scale_O1.square()
         if not importance_O1.any():
             return
-        importance_O1 = importance_O1 / importance_O1.mean()
-        target_OK = self.weight_OK / torch.where(self.scale_O1 != 0, self.scale_O1, 1.0)
-        solved_MPD = solved_codebooks(self.codebooks_MPD, self.codes_MOJ, target_OK, importance_O1, self.hessian_KK)
-        stored_MPD = solved_MPD.to(torch.float16).to(torch.float32)
-        before, earlier = self.loss, (self.codebooks_MPD, self.rows_OK, self.loss_O)
-        self.codebooks_MPD = stored_MPD
+        outputs, columns = self.weight_OK.shape
+        rows = sampled_rows(outputs, columns, self.codebooks_MPD.numel(), self.random).to(self.weight_OK.device)
+        importance_O1 = importance_O1.index_select(0, rows) / importance_O1.mean()
+        codes_MOJ, pulled_OK = self.codes_MOJ.index_select(1, rows), self.pulled_OK.index_select(0, rows)
+        solved_MPD = solved_codebooks(self.codebooks_MPD, codes_MOJ, pulled_OK, importance_O1, self.hessian_KK)
+        before, earlier = self.loss, (self.codebooks_MPD, self.rows_OK, self.pulled_OK, self.loss_O)
+        self.codebooks_MPD = solved_MPD.to(torch.float16).to(torch.float32)
         self._measure()
         if not self.loss < before:
-            self.codebooks_MPD, self.rows_OK, self.loss_O = earlier
+            self.codebooks_MPD, self.rows_OK, self.pulled_OK, self.loss_O = earlier
 
     def improve_scales(self) -> None:
         """The best scale of each row, w H qᵀ / q H qᵀ for its sum of vectors q, where it is better in fp16."""
-        pulled_OK = self.rows_OK @ self.hessian_KK
-        energy_O1 = (pulled_OK * self.rows_OK).sum(1, keepdim=True)
-        best_O1 = (pulled_OK * self.weight_OK).sum(1, keepdim=True) / energy_O1
+        rows_pulled_OK = self.weight_pulled_OK / nonzero(self.scale_O1) - self.pulled_OK
+        energy_O1 = (rows_pulled_OK * self.rows_OK).sum(1, keepdim=True)
+        best_O1 = (self.weight_pulled_OK * self.rows_OK).sum(1, keepdim=True) / energy_O1
         best_O1 = torch.where(energy_O1 > 0, best_O1, self.scale_O1).clamp(-LARGEST_SCALE, LARGEST_SCALE)
         best_O1 = best_O1.to(torch.float16).to(torch.float32)
-        loss_O = self._losses(best_O1)
-        better_O = loss_O < self.loss_O
-        self.scale_O1 = torch.where(better_O.unsqueeze(1), best_O1, self.scale_O1)
-        self.loss_O = torch.minimum(loss_O, self.loss_O)
+        earlier_O1, loss_O = self.scale_O1, self.loss_O
+        pulled_OK = self.pulled_OK
+        self._rescale(best_O1, pulled_OK, earlier_O1)
+        better_O1 = (self.loss_O < loss_O).unsqueeze(1)
+        self._rescale(torch.where(better_O1, best_O1, earlier_O1), pulled_OK, earlier_O1)
+
+    def _rescale(self, scale_O1: Tensor, pulled_OK: Tensor, earlier_O1: Tensor) -> None:
+        """Takes the scales; `pulled_OK` is of the earlier ones."""
+        self.scale_O1 = scale_O1
+        moved_O1 = 1 / nonzero(scale_O1) - 1 / nonzero(earlier_O1)
+        self.pulled_OK = torch.addcmul(pulled_OK, self.weight_pulled_OK, moved_O1)
+        self.loss_O = self._losses()
 
     def _measure(self) -> None:
         self.rows_OK = summed_vectors(self.codebooks_MPD, self.codes_MOJ)
-        self.loss_O = self._losses(self.scale_O1)
+        self.pulled_OK = (self.weight_OK / nonzero(self.scale_O1) - self.rows_OK) @ self.hessian_KK
+        self.loss_O = self._losses()
 
-    def _losses(self, scale_O1: Tensor) -> Tensor:
-        error_OK = scale_O1 * self.rows_OK - self.weight_OK
-        return ((error_OK @ self.hessian_KK) * error_OK).sum(1).clamp(min=0.0)
+    def _losses(self) -> Tensor:
+        error_OK = self.weight_OK - self.scale_O1 * self.rows_OK
+        pulled_OK = torch.where(self.scale_O1 != 0, self.scale_O1 * self.pulled_OK, self.weight_pulled_OK)
+        return (pulled_OK * error_OK).sum(1).clamp(min=0.0)
 
-
-class _Sweep:
-    """One pass over the vectors of all rows; `pulled_OK` = (target - rows) H is kept up to date."""
-
-    def __init__(self, fitted: Refinement, target_OK: Tensor) -> None:
-        self.fitted = fitted
-        self.pulled_OK = (target_OK - fitted.rows_OK) @ fitted.hessian_KK
-
-    def search(self, members: Tensor) -> None:
+    def _search(self, members: Tensor) -> None:
         """Searches for codes of the member vectors, the others as they are; rows for which it is better take them.
 
         With the others fixed the loss is (t - q) H_SS (t - q)ᵀ + constant for sums of vectors q, where
         t = q₀ + (e H)_S H_SS⁻¹.
         """
-        fitted, length = self.fitted, self.fitted.codebooks_MPD.shape[2]
+        length = self.codebooks_MPD.shape[2]
         columns = (members.unsqueeze(1) * length + torch.arange(length, device=members.device)).flatten()
-        hessian_CC = fitted.hessian_KK.index_select(0, columns).index_select(1, columns)
+        hessian_CC = self.hessian_KK.index_select(0, columns).index_select(1, columns)
         lower_CC = lower_factor(hessian_CC)
         pulled_OC = self.pulled_OK.index_select(1, columns)
         moved_OC = torch.cholesky_solve(pulled_OC.T.to(torch.float64), lower_CC).T.to(torch.float32)
-        rows_OC = summed_vectors(fitted.codebooks_MPD, fitted.codes_MOJ.index_select(2, members))
-        found_MOJ = best_codes(rows_OC + moved_OC, fitted.codebooks_MPD, lower_CC.to(torch.float32), fitted.search.beam)
-        change_OC = summed_vectors(fitted.codebooks_MPD, found_MOJ) - rows_OC
+        rows_OC = summed_vectors(self.codebooks_MPD, self.codes_MOJ.index_select(2, members))
+        found_MOJ = best_codes(rows_OC + moved_OC, self.codebooks_MPD, lower_CC.to(torch.float32), self.search.beam)
+        change_OC = summed_vectors(self.codebooks_MPD, found_MOJ) - rows_OC
         gain_O = ((2 * pulled_OC - change_OC @ hessian_CC) * change_OC).sum(1)
         better_O = gain_O > 0
-        found_MOJ = torch.where(better_O.unsqueeze(1), found_MOJ, fitted.codes_MOJ.index_select(2, members))
-        fitted.codes_MOJ.index_copy_(2, members, found_MOJ)
+        found_MOJ = torch.where(better_O.unsqueeze(1), found_MOJ, self.codes_MOJ.index_select(2, members))
+        self.codes_MOJ.index_copy_(2, members, found_MOJ)
         change_OC *= better_O.unsqueeze(1)
-        self.pulled_OK.addmm_(change_OC, fitted.hessian_KK.index_select(0, columns), alpha=-1)
+        self.pulled_OK.addmm_(change_OC, self.hessian_KK.index_select(0, columns), alpha=-1)
+
+
+def nonzero(scale_O1: Tensor) -> Tensor:
+    """The scales, and 1 for those that are 0."""
+    return torch.where(scale_O1 != 0, scale_O1, 1.0)
 
 
 def damped_hessian(hessian_KK: Tensor) -> Tensor:

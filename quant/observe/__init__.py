@@ -3,25 +3,46 @@
 
 from typing import Any
 
+from torch import Tensor
+
+from ..fit import Fit
 from .base import LayerStats, Observation
 from .extremes import Extremes, MinMax
+from .identity import InputIdentity
 from .moments import Moment, SecondMoment
+from .power import InputPower
 from .quietest import QuietestOutput
 
 OBSERVATIONS: dict[str, type[Observation[Any]]] = {
     "second_moment": SecondMoment,
+    "input_power": InputPower,
+    "input_identity": InputIdentity,
     "extremes": Extremes,
     "quietest_output": QuietestOutput,
 }
-"""What calibration collects of every layer."""
+"""What calibration collects of every layer; of those that are `large`, what is asked for."""
 
 __all__ = [
     "OBSERVATIONS",
     "Extremes",
+    "InputIdentity",
+    "InputPower",
     "LayerStats",
     "MinMax",
     "Moment",
     "Observation",
     "QuietestOutput",
     "SecondMoment",
+    "hessian_for",
+    "needed_by",
 ]
+
+
+def needed_by(fit: Fit) -> type[Observation[Any]]:
+    """The observation of a layer's inputs that a fit reads."""
+    return SecondMoment if fit.whole_hessian else InputPower
+
+
+def hessian_for(fit: Fit, stats: LayerStats) -> Tensor:
+    """H = E[x xᵀ] of a layer's inputs as far as a fit reads it: [K, K], or the diagonal [K]."""
+    return stats[SecondMoment].hessian_KK if fit.whole_hessian else stats[InputPower]

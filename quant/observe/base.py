@@ -4,8 +4,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ...ground.names import CallPlace
@@ -14,7 +15,12 @@ V = TypeVar("V")
 
 
 class Observation(ABC, Generic[V]):
-    """A statistic of one layer over all its calls in one run; a class is a kind of statistic."""
+    """A statistic of one layer over all its calls in one run; a class is a kind of statistic.
+
+    `large` says that its values, or its sums while it watches, are too many for all layers at once.
+    """
+
+    large: ClassVar[bool] = False
 
     @classmethod
     def for_layers(cls) -> Callable[[], Self]:
@@ -33,6 +39,17 @@ class Observation(ABC, Generic[V]):
     @abstractmethod
     def value(self) -> V:
         """What there is to say after the last call; asked once, of layers that had a call."""
+
+    @classmethod
+    def packed(cls, value: V) -> dict[str, Tensor]:
+        """The value as tensors, for a file. As it is here: of a value that is one number."""
+        return {"value": torch.tensor(value, dtype=torch.float64)}
+
+    @classmethod
+    def unpacked(cls, parts: Mapping[str, Tensor]) -> V:
+        """The inverse of `packed`."""
+        value: V = parts["value"].item()  # type: ignore[assignment]
+        return value
 
 
 @dataclass(frozen=True)

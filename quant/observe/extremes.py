@@ -2,8 +2,10 @@
 """The least and the greatest number at both ends of a layer."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ...ground.names import CallPlace
@@ -31,6 +33,15 @@ class Extremes(Observation[MinMax]):
 
     def value(self) -> MinMax:
         return MinMax(self.input, self.output)
+
+    @classmethod
+    def packed(cls, value: MinMax) -> dict[str, Tensor]:
+        return {"value": torch.tensor([value.input, value.output], dtype=torch.float64)}
+
+    @classmethod
+    def unpacked(cls, parts: Mapping[str, Tensor]) -> MinMax:
+        (least_x, greatest_x), (least_y, greatest_y) = parts["value"].tolist()
+        return MinMax((least_x, greatest_x), (least_y, greatest_y))
 
 
 def _widened(seen: tuple[float, float], values: Tensor) -> tuple[float, float]:

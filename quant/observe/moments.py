@@ -2,40 +2,60 @@
 """The second moment of what a layer is fed, summed once for all layers that are fed the same.
 
 Queries, keys and values of a block read one tensor; so do the keys and values of all cross-attentions, and the
-projections of all residual blocks' time embeddings. K columns of the matrix view, N input vectors.
+projections of all residual blocks' time embeddings. K columns of the matrix view, N input vectors, S of one strip.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ...ground.names import CallPlace
 from .base import Observation
-from .vectors import InputView
+from .vectors import InputView, digest_of
+
+STRIP_COLUMNS = 1024
+"""The sum is symmetric, so of each strip of so many columns only the rows down to its diagonal are kept."""
+WAITING_FLOATS = 2**25
+"""Input vectors of one product: many rows make it quick, all pixels of a wide convolution would be gigabytes."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """`hessian_KK` = E[x xᵀ] (float32) over the `count` input vectors one layer saw.
+    """E[x xᵀ] (float32) over the `count` input vectors one layer saw.
 
-    For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with W the matrix view of the weight. Layers that saw the same
-    share the tensor.
+    For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with W the matrix view of the weight and H `hessian_KK`. It is
+    kept as strips of columns, [end, S] each, from the first row to the strip's last column: half of K² numbers. Layers
+    that saw the same share them.
     """
 
-    hessian_KK: Tensor
+    strips: tuple[Tensor, ...]
     count: int
+
+    @property
+    def hessian_KK(self) -> Tensor:  # noqa: N802  K is a shape
+        """The whole matrix; put together anew each time where there are several strips."""
+        if len(self.strips) == 1:
+            return self.strips[0]
+        columns = len(self.strips[-1])
+        whole_KK = torch.empty(columns, columns)
+        for strip_ES in self.strips:
+            end, start = len(strip_ES), len(strip_ES) - strip_ES.shape[1]
+            whole_KK[:end, start:end] = strip_ES
+            whole_KK[start:end, :start] = strip_ES[:start].T
+        return whole_KK
 
 
 class SecondMoment(Observation[Moment]):
     """E[x xᵀ] of a layer's inputs, in matrix-view column order.
 
-    The sum is kept in float64, K² * 8 bytes, and is the same to the bit whether it is shared or not.
+    The sum is kept in float64, K² * 4 bytes, and is the same to the bit whether it is shared or not.
     """
+
+    large: ClassVar[bool] = True
 
     def __init__(self, shared: "_SharedSums") -> None:
         self.shared = shared
@@ -61,6 +81,16 @@ class SecondMoment(Observation[Moment]):
         assert self.sum is not None
         return self.sum.moment(self)
 
+    @classmethod
+    def packed(cls, value: Moment) -> dict[str, Tensor]:
+        strips = {f"strip.{index}": strip_ES for index, strip_ES in enumerate(value.strips)}
+        return {"count": torch.tensor(value.count), **strips}
+
+    @classmethod
+    def unpacked(cls, parts: Mapping[str, Tensor]) -> Moment:
+        strips = [parts[f"strip.{index}"] for index in range(len(parts) - 1)]
+        return Moment(tuple(strips), int(parts["count"]))
+
 
 class _SharedSums:
     """The sums of one run, as far as a layer that runs for the first time may still join them."""
@@ -72,11 +102,7 @@ class _SharedSums:
     def digest(self, view: InputView, x: Tensor) -> bytes:
         """What tells equal inputs from others: no tensor needs to be kept for that, and one that was written into, or
         whose memory is used again, is another. Nothing where no other layer has such a view."""
-        if self.layers[view] == 1:
-            return b""
-        digest = blake2b(repr(tuple(x.shape)).encode(), digest_size=16)
-        digest.update(x.contiguous().numpy().data)
-        return digest.digest()
+        return b"" if self.layers[view] == 1 else digest_of(x)
 
     def joined(self, layer: SecondMoment, seen: bytes, x: Tensor) -> "_Sum":
         """The sum of layers whose only call was fed the same; else a new one."""
@@ -103,14 +129,16 @@ class _Sum:
 
     An input is added when all members had it: one that is fed something else goes on with a copy of the sum as it was
     before. So does one that has missed a call when another has its next, or the inputs in between would have to be
-    kept. Input vectors wait until there are as many as columns: one large product then costs less than many sums of K².
+    kept. Input vectors wait until there are as many as columns, or `WAITING_FLOATS` of them: one large product then
+    costs less than many sums of K².
     """
 
     def __init__(self, view: InputView, members: set[SecondMoment]) -> None:
         self.view, self.members = view, members
         self.pending: _Pending | None = None
         self.calls = 0
-        self.sum_KK: Tensor | None = None
+        self.sums: list[Tensor] = []
+        self.enough = min(view.columns, max(1, WAITING_FLOATS // view.columns))
         self.waiting: list[Tensor] = []
         self.waiting_rows = 0
         self.count = 0
@@ -143,9 +171,7 @@ class _Sum:
         if self.mean is None:
             if self.waiting:
                 self._sum_waiting()
-            assert self.sum_KK is not None
-            self.mean = Moment((self.sum_KK / self.count).to(torch.float32), self.count)
-            self.sum_KK = None
+            self.mean = Moment(_means(self.sums, self.count), self.count)
         return self.mean
 
     def _part(self, leaving: set[SecondMoment]) -> "_Sum":
@@ -153,7 +179,7 @@ class _Sum:
         other = _Sum(self.view, leaving)
         other.calls, other.count = self.calls, self.count
         with torch.inference_mode(False):
-            other.sum_KK = None if self.sum_KK is None else self.sum_KK.clone()
+            other.sums = [sum_ES.clone() for sum_ES in self.sums]
         other.waiting, other.waiting_rows = list(self.waiting), self.waiting_rows
         self.members = self.members - leaving
         for layer in leaving:
@@ -171,15 +197,31 @@ class _Sum:
         for x_NK in self.view.vectors(x):
             self.waiting.append(x_NK.clone())  # the model may write into its tensors before they are summed
             self.waiting_rows += len(x_NK)
-            if self.waiting_rows >= self.view.columns:
+            if self.waiting_rows >= self.enough:
                 self._sum_waiting()
 
     def _sum_waiting(self) -> None:
         # The model may run in inference mode, but the sum outlives it and must stay an ordinary tensor.
         with torch.inference_mode(False), torch.no_grad():
-            if self.sum_KK is None:
-                self.sum_KK = torch.zeros(self.view.columns, self.view.columns, dtype=torch.float64)
             x_NK = torch.cat(self.waiting)
-            self.sum_KK += x_NK.T @ x_NK
+            self.sums = self.sums or _zeros(self.view.columns)
+            for sum_ES in self.sums:
+                end, start = len(sum_ES), len(sum_ES) - sum_ES.shape[1]
+                sum_ES += x_NK[:, :end].T @ x_NK[:, start:end]
         self.count += self.waiting_rows
         self.waiting, self.waiting_rows = [], 0
+
+
+def _zeros(columns: int) -> list[Tensor]:
+    ends = [*range(STRIP_COLUMNS, columns, STRIP_COLUMNS), columns]
+    return [
+        torch.zeros(end, end - start, dtype=torch.float64) for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+
+
+def _means(sums: list[Tensor], count: int) -> tuple[Tensor, ...]:
+    """The strips over the count; each sum is let go of before the next is divided."""
+    means: list[Tensor] = []
+    while sums:
+        means.append(sums.pop(0).div_(count).to(torch.float32))
+    return tuple(means)

@@ -6,14 +6,23 @@ B batch, I input channels, H W input size, Y X output size, K columns of the mat
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import convolved_size
 
 # Floats of input vectors in one pass: a 512 x 512 convolution unfolded whole would be gigabytes.
 CHUNK_FLOATS = 2**23
+
+
+def digest_of(x: Tensor) -> bytes:
+    """16 bytes that tell equal tensors, of equal shape, from all others."""
+    digest = sha256(f"{x.dtype} {tuple(x.shape)}".encode())
+    digest.update(x.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()[:16]
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,19 @@ class InputView:
         for patches_YXhwI in patches_BYXhwI:
             for strip in patches_YXhwI.split(lines):
                 yield strip.reshape(-1, self.columns)
+
+    def powers(self, x: Tensor) -> tuple[Tensor, int]:
+        """Σ x² of each column over the vectors of an input, float64 [K], and how many vectors there are."""
+        if self.kernel is None:
+            x_NK = x.reshape(-1, self.columns)
+            return x_NK.square().sum(0, dtype=torch.float64), len(x_NK)
+        patches_BYXhwI = self._patches(x if x.ndim == 4 else x.unsqueeze(0), self.kernel)
+        taps = [  # a tap is a strided picture: nothing is unfolded
+            patches_BYXhwI[:, :, :, row, column].square().sum((0, 1, 2), dtype=torch.float64)
+            for row in range(self.kernel[0])
+            for column in range(self.kernel[1])
+        ]
+        return torch.cat(taps), patches_BYXhwI[..., 0, 0, 0].numel()
 
     def _patches(self, x_BIHW: Tensor, kernel: tuple[int, int]) -> Tensor:
         """A view [B, Y, X, kh, kw, I] of the padded input: nothing is unfolded before it is copied."""

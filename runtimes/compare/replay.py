@@ -103,11 +103,19 @@ class Recording:
 
 
 def record(
-    reference: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], prompts: Sequence[str], seed: int
+    reference: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompts: Sequence[str],
+    seed: int,
+    pictures: slice = slice(None),
 ) -> list[Recording]:
-    """One recording per prompt, drawn by the reference from seed, seed + 1, …, the artifact's sizes in turn."""
+    """One recording per prompt, drawn by the reference from seed, seed + 1, …, the artifact's sizes in turn.
+
+    `pictures` are those wanted of them.
+    """
     recordings = []
-    for index, prompt in enumerate(prompts):
+    for index, prompt in list(enumerate(prompts))[pictures]:
         recorder = Recorder(reference)
         picture = exercise(recorder, manifest.of_picture(index), tokenizers, [prompt], [seed + index])[0]
         recordings.append(Recording(prompt, seed + index, picture, recorder.calls))

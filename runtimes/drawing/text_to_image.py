@@ -4,6 +4,7 @@
 Shape suffixes: N pictures, H rows and W columns of pixels, C channels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,9 @@ def draw_batch(
     """The pictures [N, H, W, 3] in 0..1 of N prompts, all of the manifest's size: each component is asked once a step
     for all of them. A picture depends on its own prompt and noise alone; see `draw`.
     """
+    for text in (*prompts, negative_prompt or ""):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise TurbopocketError(f"the prompt {text[:40]!r} is not UTF-8 text")
     if not all(prompt.strip() for prompt in prompts):
         raise TurbopocketError("the prompt is empty: say what the picture should show")
     built_for, count = manifest.sampler.steps, len(prompts)
@@ -122,6 +126,8 @@ def draw_batch(
             hint=f"build another with --steps {steps}",
         )
     scale = manifest.sampler.guidance_scale if guidance is None else guidance
+    if not math.isfinite(scale):
+        raise TurbopocketError(f"guidance is {scale:g}; a finite number is needed")
     sampler = make_sampler(manifest.sampler, steps)
     start = 0 if first is None else _start(manifest, sampler, first)
     told = guidance_condition(manifest, scale, count)
@@ -220,6 +226,7 @@ def decode(runner: Runner, manifest: Manifest, latents: Array) -> Array:
     z = {decoder.latents: to_vae(manifest.image, latents)}
     outputs = runner.run(decoder.component, feed(manifest, decoder.component, z))
     sample = outputs[decoder.output].astype(np.float32)
+    _require_shape(decoder.component, decoder.output, sample, (len(latents), 3, *manifest.image.size))
     pictures_NCHW: NDArray[Any] = np.clip(sample / 2 + 0.5, 0, 1)
     return pictures_NCHW.transpose(0, 2, 3, 1)
 
@@ -253,7 +260,16 @@ def _prediction(runner: Runner, manifest: Manifest, values: dict[str, NDArray[An
     denoiser = manifest.pipeline.denoiser
     outputs = runner.run(denoiser.component, feed(manifest, denoiser.component, values))
     output = outputs[denoiser.output].astype(np.float32)
-    return output if denoiser.channels == "all" else output[:, : output.shape[1] // 2]
+    batch, channels, *sides = values[denoiser.latents].shape
+    given = channels if denoiser.channels == "all" else 2 * channels
+    _require_shape(denoiser.component, denoiser.output, output, (batch, given, *sides))
+    return output[:, :channels]
+
+
+def _require_shape(component: str, name: str, found: Array, wanted: tuple[int, ...]) -> None:
+    """What broadcasts or is cut to fit would be a picture all the same, of something else."""
+    if found.shape != wanted:
+        raise TurbopocketError(f"{component} gives {name} of {list(found.shape)}, {list(wanted)} is needed")
 
 
 def _guided(outputs: list[Array], scale: float) -> Array:

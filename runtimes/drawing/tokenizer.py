@@ -10,8 +10,12 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ...ground.errors import TurbopocketError
+from ...ground.reading import one_sentence, read_text
 from ..manifest import Manifest
 from ..runner import component_spec
+
+MOST_IDS = 4096
+"""Of a prompt: published text encoders read 77 to 512."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,9 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path, length: int, replacements: Mapping[str, str] | None = None) -> None:
-        try:
-            self._rules = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise TurbopocketError(f"{path} cannot be read as a tokenizer: {error}") from error
+        with one_sentence(f"{path} cannot be read as a tokenizer"):
+            self._rules = tokenizers.Tokenizer.from_str(read_text(path))
+        self._path = path
         padding = self._rules.padding
         if padding is None:
             # CLIP's two tokenizers pad with different ids, so there is nothing safe to assume.
@@ -53,8 +56,9 @@ class Tokenizer:
 
         Raises TurbopocketError when it holds tokens that can not be replaced one after the other.
         """
-        text = self._replaced(text)
-        found = self._rules.encode(text)
+        with one_sentence(f"{self._path} can not turn the prompt {text[:40]!r} into ids"):
+            text = self._replaced(text)
+            found = self._rules.encode(text)
         ids = found.ids
         if len(ids) <= self.length:
             padding = self.length - len(ids)
@@ -106,5 +110,7 @@ def _length(manifest: Manifest, component: str) -> int:
     ids = manifest.pipeline.text_encoders[component].ids
     for spec in component_spec(manifest, component).loop_inputs:
         if spec.name == ids and spec.shape and isinstance(spec.shape[-1], int):
+            if not 2 <= spec.shape[-1] <= MOST_IDS:
+                raise TurbopocketError(f"{component} reads {spec.shape[-1]:,} ids; 2 to {MOST_IDS:,} are possible")
             return spec.shape[-1]
     raise TurbopocketError(f"{component} has a tokenizer but no input {ids} of a fixed length")

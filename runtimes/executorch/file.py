@@ -15,6 +15,8 @@ DATA_IDENTIFIER = b"FT01"
 _HEADER, _DATA_HEADER = struct.Struct("<4sIQQQ"), struct.Struct("<4sIQQQQ")
 _HEADER_AT = 8
 _HEADER_MAGIC = b"eh00"
+_OPERATORS = b"turbopocket::"
+"""What the names of our operators begin with in a program's table."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Layout:
     program: bytes
     segments_at: int
     segments_bytes: int
+
+    @property
+    def needs_operators(self) -> bool:
+        """Whether the program names operators of ours."""
+        return _OPERATORS in self.program
 
 
 def read_layout(path: Path) -> Layout:

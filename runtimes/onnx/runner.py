@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays, check_names
 from ...ground.errors import TurbopocketError
+from ...ground.reading import one_sentence
 from ..manifest import ComponentSpec, Manifest, TensorSpec
 from ..runner import check_inputs, component_spec
+from .bounds import require_bounded
 from .session import open_session
 
 _DTYPES = {
@@ -50,7 +52,9 @@ class OnnxRunner:
         spec = component_spec(self.manifest, component)
         check_inputs(component, spec.inputs, inputs)
         names = [output.name for output in spec.outputs]
-        return dict(zip(names, self._session(component, spec).run(names, dict(inputs)), strict=True))
+        session = self._session(component, spec)
+        with one_sentence(f"{component}: ONNX Runtime can not run {self.folder / spec.file}"):
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
     def run_layers(self, component: str, inputs: Mapping[str, NDArray[Any]], layers: Sequence[str]) -> Arrays:
         """Outputs of the layers that the graph has nodes for, in execution order.
@@ -72,6 +76,7 @@ class OnnxRunner:
             path = self.folder / spec.file
             if not path.is_file():
                 raise TurbopocketError(f"{component}: {path} is missing")
+            require_bounded(path, component)
             session = self._open(component, str(path))
             _check_tensors(component, "inputs", spec.inputs, session.get_inputs())
             _check_tensors(component, "outputs", spec.outputs, session.get_outputs())
@@ -79,10 +84,8 @@ class OnnxRunner:
         return self._sessions[component]
 
     def _open(self, component: str, model: str | bytes, weights: str | None = None) -> ort.InferenceSession:
-        try:
+        with one_sentence(f"{component}: ONNX Runtime cannot open the graph"):
             return open_session(model, self.threads, weights, self.operators)
-        except Exception as error:  # ONNX Runtime's errors share no public base class
-            raise TurbopocketError(f"{component}: ONNX Runtime cannot open the graph: {error}") from error
 
 
 def _check_tensors(component: str, kind: str, specs: Sequence[TensorSpec], found: Sequence[ort.NodeArg]) -> None:

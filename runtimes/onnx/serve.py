@@ -5,20 +5,17 @@ Imports the standard library, numpy, ONNX Runtime and files of ours that need no
 emulated side, and every import costs seconds there.
 """
 
-import os
-import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from ..kernels.library import onnx_operators
 from ..served import wire
+from ..served.serve import serve
 from .session import open_session
 
-Arrays = dict[str, NDArray[Any]]
 _KERNELS_IN = "onnxruntime_pybind11_state"
 
 
@@ -28,7 +25,7 @@ class Server:
     def __init__(self) -> None:
         self.sessions: dict[str, ort.InferenceSession] = {}
 
-    def answer(self, verb: int, key: str, pipe: IO[bytes]) -> Arrays:
+    def answer(self, verb: int, key: str, pipe: IO[bytes]) -> wire.Arrays:
         """What one request asks for; its arguments are read from `pipe` before anything can fail."""
         match verb:
             case wire.OPEN:
@@ -57,25 +54,5 @@ def _mapped(library: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def main() -> None:
-    """Serves; what libraries print goes to stderr, so that it does not fall between tensors."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    requests, server = sys.stdin.buffer, Server()
-    while verb := requests.read(1):
-        key = wire.read_text(requests)
-        try:
-            found = server.answer(verb[0], key, requests)
-        except wire.Broken:
-            raise
-        except Exception as error:  # ONNX Runtime's errors share no public base class
-            replies.write(bytes([wire.FAILED]))
-            wire.write_text(replies, str(error))
-        else:
-            replies.write(bytes([wire.DONE]))
-            wire.write_tensors(replies, found)
-        replies.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Server().answer)

@@ -17,6 +17,8 @@ from ...ground.errors import TurbopocketError
 from . import wire
 
 Arrays = dict[str, NDArray[Any]]
+MOST_LETTERS = 300
+"""Of what a process said last."""
 _ANSWER_SECONDS = 3600
 _END_SECONDS = 20
 
@@ -38,14 +40,17 @@ class ServedProcess:
         assert replies is not None
         self._requests, self._replies = requests, replies
 
-    def open(self, key: str, model: Path, weights: str = "") -> None:
-        """Makes a model ready under `key`; `weights` is its file or folder of weights, if it has one apart."""
+    def open(self, key: str, model: Path, weights: str = "") -> Arrays:
+        """Makes a model ready under `key`, and gives what the process says of it, if anything.
+
+        `weights` is its file or folder of weights, if it has one apart.
+        """
 
         def body(pipe: IO[bytes]) -> None:
             wire.write_text(pipe, str(model))
             wire.write_text(pipe, weights)
 
-        self._ask(wire.OPEN, key, body)
+        return self._ask(wire.OPEN, key, body, f"{key} from {model}")
 
     def run(self, key: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """The named outputs of an open model."""
@@ -82,7 +87,11 @@ class ServedProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _ask(self, verb: int, key: str, body: Callable[[IO[bytes]], None] = lambda pipe: None) -> Arrays:
+    def _ask(
+        self, verb: int, key: str, body: Callable[[IO[bytes]], None] = lambda pipe: None, about: str | None = None
+    ) -> Arrays:
+        """The answer to one request; `about` is what errors name, by default the key."""
+        about = about or key
         if self._requests.closed:
             raise TurbopocketError(f"{self.label} was closed, {key} can not be run on it any more")
         requests, replies = self._requests, self._replies
@@ -97,10 +106,10 @@ class ServedProcess:
                 return wire.read_tensors(replies)
             reason = wire.read_text(replies)
         except (OSError, ValueError, wire.Broken) as error:
-            raise TurbopocketError(f"{self.label}{f', {key}' if key else ''}: {self._end(error)}") from error
+            raise TurbopocketError(f"{self.label}{f', {about}' if about else ''}: {self._end(error)}") from error
         finally:
             watchdog.cancel()
-        raise TurbopocketError(f"{self.label}, {key}: {reason}")
+        raise TurbopocketError(f"{self.label}, {about}: {reason}")
 
     def _end(self, error: Exception) -> str:
         """Why there is no answer: how the process ended and the last it said, or what was wrong with the answer."""
@@ -113,4 +122,4 @@ class ServedProcess:
         said = self._stderr.read().decode(errors="replace").strip().splitlines() or ["nothing on stderr"]
         how = f"with {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
         late = f" after {_ANSWER_SECONDS} s without an answer" if code == -signal.SIGKILL else ""
-        return f"the process ended {how}{late}: {said[-1]}"
+        return f"the process ended {how}{late}: {said[-1][:MOST_LETTERS]}"

@@ -2,18 +2,20 @@
 """A runner whose components run in a process of its own, started when it is first needed."""
 
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..manifest import ComponentSpec, Manifest
-from ..runner import check_inputs, component_spec
+from ..runner import check_inputs, component_spec, one_by_one
 from .process import ServedProcess
 
 
@@ -28,22 +30,25 @@ class ServedRunner(ABC):
         self.manifest = manifest
         self._process: ServedProcess | None = None
         self._opened: set[str] = set()
+        self._end: Callable[[], object] = _nothing
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The component's outputs by name; TurbopocketError when model, manifest and inputs disagree."""
+        """The component's outputs by name; TurbopocketError when model, manifest and inputs disagree.
+
+        Several items are given one after the other to a model that takes one.
+        """
         spec = component_spec(self.manifest, component)
-        given = self._in_order(component, inputs)
-        process = self._started()
+        calls = [self._in_order(component, call) for call in one_by_one(spec.inputs, inputs)]
+        process, names = self._started(), [output.name for output in spec.outputs]
         if component not in self._opened:
-            process.open(component, self.folder / spec.file, self._weights(spec))
+            self._open(component, spec)
             self._opened.add(component)
-        return process.run(component, given, [output.name for output in spec.outputs])
+        found = [process.run(component, call, names) for call in calls]
+        return found[0] if len(found) == 1 else {n: np.concatenate([each[n] for each in found]) for n in names}
 
     def close(self) -> None:
-        """Ends the process."""
-        if self._process is not None:
-            self._process.close()
-            self._scratch.cleanup()
+        """Ends the process, as does the end of the last reference to this."""
+        self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -68,8 +73,14 @@ class ServedRunner(ABC):
             try:
                 self._process = ServedProcess(command, label, environment)
             except OSError as error:
+                self._scratch.cleanup()
                 raise TurbopocketError(f"{command[0]} can not be started: {error.strerror}") from error
+            self._end = weakref.finalize(self, _end, self._process, self._scratch)
         return self._process
+
+    def _open(self, component: str, spec: ComponentSpec) -> Arrays:
+        """Opens a component in the process; what that says of it."""
+        return self._started().open(component, self.folder / spec.file, self._weights(spec))
 
     def _weights(self, spec: ComponentSpec) -> str:
         """The file or folder of a component's weights, if the process is to be told; "" by default."""
@@ -78,3 +89,12 @@ class ServedRunner(ABC):
     @abstractmethod
     def _command(self) -> tuple[list[str], str, Mapping[str, str] | None]:
         """What starts the process, what errors call it, and its environment (None: this process's)."""
+
+
+def _end(process: ServedProcess, scratch: "tempfile.TemporaryDirectory[str]") -> None:
+    process.close()
+    scratch.cleanup()
+
+
+def _nothing() -> None:
+    """What there is to end before a process was started."""

@@ -19,6 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+Arrays = dict[str, NDArray[Any]]
+
 OPEN, RUN, CLOSE, ABOUT = 1, 2, 3, 4
 DONE, FAILED = 0, 1
 DTYPES = ("float32", "float16", "int64", "int32", "uint8", "int8", "bool")

@@ -4,7 +4,7 @@
 import json
 from pathlib import Path
 
-from turbopocket.export.output.owned import write_record
+from turbopocket.export.output.owned import KEY_FILE, write_record
 
 
 def put_artifact(folder: Path, text: str = "model") -> None:
@@ -22,9 +22,10 @@ def put_report(folder: Path, text: str = "report") -> None:
     write_record(folder)
 
 
-def put_checkpoint(run: Path) -> Path:
-    """What a build that fits block by block goes on from."""
-    block = run / "0123456789abcdef" / "000-unet.down_blocks.0.safetensors"
-    block.parent.mkdir(parents=True, exist_ok=True)
-    block.write_text("block")
-    return block
+def put_product(run: Path) -> Path:
+    """What a stage of a build made: one layer's weights."""
+    file = run / "compress-0123456789abcdef" / "unet.down_blocks.0.conv@int4-g32.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (file.parent / KEY_FILE).write_text("{}")
+    file.write_text("layer")
+    return file

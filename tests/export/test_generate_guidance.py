@@ -16,7 +16,8 @@ from turbopocket.export.output.kept import WEIGHTS_FILE
 from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import Recipe
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
-from turbopocket.quant.compress import decompressed, load_weights
+from turbopocket.quant.compress import decompressed
+from turbopocket.quant.store import load_weights
 from turbopocket.runtimes.manifest import load_manifest
 
 PROMPT, NEGATIVE = "a red circle on the blue square", "green triangle"

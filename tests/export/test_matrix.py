@@ -27,8 +27,9 @@ from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import Recipe, make_recipe
 from turbopocket.export.targets.registry import default_targets, open_target
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
-from turbopocket.quant.compress import decompressed, load_weights
+from turbopocket.quant.compress import decompressed
 from turbopocket.quant.ranges import load_ranges
+from turbopocket.quant.store import load_weights
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers

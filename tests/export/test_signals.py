@@ -75,7 +75,7 @@ def test_the_exit_code_is_that_of_the_signal(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_build_that_is_told_to_stop_leaves_nothing_and_nobody(
+def test_a_build_that_is_told_to_stop_leaves_no_output_and_nobody(
     number: signal.Signals, tiny_sd: Path, tmp_path: Path
 ) -> None:
     recipe, out = tmp_path / "short.toml", tmp_path / "new" / "art"
@@ -100,7 +100,8 @@ def test_a_build_that_is_told_to_stop_leaves_nothing_and_nobody(
         finally:
             build.kill()
     assert said == [f"error: stopped by {number.name}; nothing half-written was left behind"]
-    assert list(tmp_path.iterdir()) == [recipe]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", recipe.name]
+    assert [path.name for path in out.parent.iterdir()] == ["art.run"]  # from which it would go on
     psutil.wait_procs(workers, 30)
     assert not [one for one in workers if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.calibrate import calibrate
-from turbopocket.quant.compress import compress, decompressed, load_weights, save_weights
+from turbopocket.quant.compress import compress, decompressed
 from turbopocket.quant.fit import GPTQ, MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.observe import LayerStats
 from turbopocket.quant.plan import Choice, Plan
+from turbopocket.quant.store import load_weights, save_weights
 
 PLANNED = {
     "unet.conv_in": "int4-g4-asym",

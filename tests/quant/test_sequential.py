@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.calibrate import calibrate
-from turbopocket.quant.compress import compress, decompressed, save_weights
+from turbopocket.quant.compress import compress, decompressed
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layers import compressible_layers
@@ -20,6 +20,7 @@ from turbopocket.quant.observe import LayerStats, SecondMoment
 from turbopocket.quant.plan import Choice, Plan
 from turbopocket.quant.sensitivity import hessian_loss
 from turbopocket.quant.sequential import compress_in_blocks
+from turbopocket.quant.store import save_weights
 
 FORMAT = "avq2x2-d8"
 KILLED = """

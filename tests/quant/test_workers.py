@@ -18,7 +18,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import compress
 from turbopocket.quant.fit import VQDM
 from turbopocket.quant.formats import parse_format
-from turbopocket.quant.sensitivity import measure
+from turbopocket.quant.sensitivity import compress_candidates
 from turbopocket.quant.workers import Spread, Workers, _end_with, in_turn
 
 from .test_sequential import Chain
@@ -66,13 +66,16 @@ def test_layers_fitted_by_workers_are_the_same_bytes(two: Spread) -> None:
         assert all(torch.equal(part, there[name].parts[key]) for key, part in stored.parts.items())
 
 
-def test_losses_measured_by_workers_are_the_same(two: Spread) -> None:
-    chain, done = Chain(), []
+def test_candidates_stored_by_workers_are_the_same(two: Spread) -> None:
+    chain = Chain()
     formats = [parse_format(text) for text in ("int8-row", "int4-g32", "avq2x2-d8")]
-    asked = chain.layers, chain.stats(), dict.fromkeys(chain.layers, formats), lambda: [chain.run()], VQDM
-    there = measure(*asked, two, lambda: done.append(1))
-    assert there == measure(*asked)
-    assert len(done) == len(chain.layers)
+    asked = chain.layers, chain.stats(), dict.fromkeys(chain.layers, formats), VQDM
+    there, here = dict(compress_candidates(*asked, two)), dict(compress_candidates(*asked))
+    assert list(there) == list(here) == list(chain.layers)
+    for name, candidates in here.items():
+        for one, other in zip(candidates, there[name], strict=True):
+            assert one.format == other.format
+            assert all(torch.equal(part, other.parts[key]) for key, part in one.parts.items())
 
 
 def test_an_error_of_a_worker_arrives_whole(two: Spread) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Alphas that diffusers writes beside a LoRA's tensors, into the file's metadata: peft's LoraConfig as JSON."""
 
-import json
 import math
 import re
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ....ground.errors import TurbopocketError
+from ....ground.reading import parse_json
 from .names import PREFIXES
 
 KEY = "lora_adapter_metadata"
@@ -43,10 +43,9 @@ def stated_alphas(metadata: Mapping[str, Any], file: Path) -> dict[str, StatedAl
     """
     if KEY not in metadata:
         return {}
-    try:
-        entry = json.loads(metadata[KEY])
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TurbopocketError(f"{file}: {KEY} is not JSON: {error}") from None
+    if not isinstance(metadata[KEY], str):
+        raise TurbopocketError(f"{file}: {KEY} is a JSON {type(metadata[KEY]).__name__}; text is needed")
+    entry = parse_json(metadata[KEY], f"{file}: {KEY}")
     if not isinstance(entry, dict):
         raise TurbopocketError(f"{file}: {KEY} holds a JSON {type(entry).__name__}; an object is needed")
     configs: dict[str, dict[str, Any]] = {}

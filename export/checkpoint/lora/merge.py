@@ -5,8 +5,7 @@ The arithmetic is ours, layer by layer: diffusers 0.42 and peft 0.21 mistake the
 those of others where a file has several.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....ground.errors import TurbopocketError
+from ....ground.reading import one_sentence
 from ...families.base import LoadedModel
 from ..header import ITEM_BYTES, StoredTensor, read_header_and_metadata
 from ..single_file import describe
@@ -56,7 +56,7 @@ def merge_lora(model: LoadedModel, asked: LoraFile) -> None:
     stored, metadata = _read_header(asked.file)
     layers = _layers(stored, model, asked.file)
     stated = stated_alphas(metadata, asked.file)
-    with _reading("values", asked.file):
+    with one_sentence(f"the values of {asked.file} can not be read"):
         values = read_tensors(stored)
     for layer in layers:
         parts = {part: values[tensor.name] for part, tensor in layer.tensors.items()}
@@ -126,7 +126,7 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         raise TurbopocketError(f"the LoRA {file} {found}; allowed: a {SUFFIX} file")
     if file.suffix.lower() != SUFFIX:
         raise TurbopocketError(f"the LoRA {file} is a {file.suffix or 'nameless'} file; allowed: {SUFFIX}")
-    with _reading("header", file):
+    with one_sentence(f"the header of {file} can not be read"):
         stored, metadata = read_header_and_metadata(file)
         if strange := [name for name in stored if split_name(name) is None or other_adapter(name)]:
             known = {name: kind for name in strange if (kind := other_adapter(name))}
@@ -143,18 +143,6 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         if tensor.dtype not in allowed:
             raise TurbopocketError(f"{file}: {name} is {tensor.dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
     return stored, metadata
-
-
-@contextmanager
-def _reading(what: str, file: Path) -> Iterator[None]:
-    """Makes one sentence of whatever a library raises that reads what the user gave."""
-    try:
-        yield
-    except TurbopocketError:
-        raise
-    except Exception as error:
-        message = " ".join(str(error).split()).rstrip(".")
-        raise TurbopocketError(f"the {what} of {file} can not be read: {message or type(error).__name__}") from error
 
 
 def _layers(stored: Mapping[str, StoredTensor], model: LoadedModel, file: Path) -> list[AdaptedLayer]:

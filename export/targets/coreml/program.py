@@ -63,6 +63,7 @@ def trace(
     from .convert import converted
     from .precision import Fp32Region
 
+    component = component.without_weights()
     package = wrapped(component, unet_batch)
     region = Fp32Region(component.name, package.outputs, largest)
     with converted(package, compressible_paths(component), options.deployment, region) as (model, constants):

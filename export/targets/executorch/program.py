@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ....ground import names
 from ....ground.errors import TurbopocketError
 from ....quant.formats import CompressedTensor
+from ....quant.layers import materialise, weight_shape
 from ....quant.ranges import Ranges
 from ....quant.scheme import Scheme
 from ....runtimes.executorch.imported import executorch_module
@@ -93,7 +94,7 @@ def trace(component: Component, asked: ExecuTorchOptions = DEFAULTS) -> TracedPr
     """
     executorch_module("exir")
     require_own_weights(component)
-    program = _exported(component)
+    program = _exported(component.without_weights())
     signature = program.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     nodes = {node.name: node for node in program.graph.nodes}
@@ -128,7 +129,9 @@ def lower(
     """
     forms = STORES.forms_of(traced.layers, schemes_of(weights, schemes), traced.options)
     require_equal_shares(weights)
-    program = _exported(with_references(traced.source, forms, weights))
+    references = with_references(traced.source, forms, weights)
+    materialise(references.module)  # ExecuTorch's exporter reads all constants
+    program = _exported(references)
     refuse_weight_only(program)
     spec = component_spec(traced)
     with _by_executorch(traced.component):
@@ -255,7 +258,7 @@ def _layers(component: Component, used: Mapping[str, torch.fx.Node]) -> dict[str
             )
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             raise TurbopocketError(f"{name}: a Conv2d that pads {module.padding_mode} is not supported for ExecuTorch")
-        shape = tuple(module.weight.shape)
+        shape = weight_shape(name, module)
         layers[name] = Layer(name, kind_of(shape), shape)
     return layers
 

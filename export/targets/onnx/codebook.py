@@ -15,7 +15,7 @@ J = K / D vectors per row.
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
 from ....quant.formats import CompressedTensor
 from ..codebook import CodebookForm
@@ -28,7 +28,7 @@ _BIASED = "biased"
 
 
 class _CodebookForm(CodebookForm, Form):
-    """Codes as graph inputs with a default: what a caller may override is not folded when the graph is loaded."""
+    """One operator with the codes as they are stored, and the function that is its body."""
 
     reader = "ONNX"
     operator: str
@@ -46,10 +46,6 @@ class _CodebookForm(CodebookForm, Form):
 
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         return [part.numpy() for part in self.parts(weight)]
-
-    def overridable_inputs(self) -> list[ValueInfoProto]:
-        codes = self.tensors()[0]
-        return [helper.make_tensor_value_info(codes.name, codes.dtype, codes.shape)]
 
     def prepare(self) -> list[NodeProto]:
         return []
@@ -133,16 +129,24 @@ def _summed_vectors(count: int) -> list[NodeProto]:
     """Nodes from codes and codebooks to `vectors` [O, J, 1, D].
 
     ONNX Runtime runs what leads to an input the sooner the later it stands in the list. So the sums stand last: two
-    parts are alive at a time, however many codebooks there are. And the codes are reshaped to their own shape plus no
-    times the batch of x: it would else decode all layers first, and their dense weights would wait in memory.
+    parts are alive at a time, however many codebooks there are.
+
+    The codes are reshaped to their own shape by numbers that a comparison within x lets through, as it always does: x's
+    first value is never less than itself. What depends on x is not folded into dense weights when the graph is loaded,
+    nor decoded for all layers before the first one runs. How many numbers come through is not known beforehand, and so
+    no rank of what follows: ONNX Runtime's memory planner would keep a dense weight of known shape for the next of its
+    shape, and compares one whose rank alone is known with all that are free, for every tensor of the graph.
     """
     planes = [f"codes{book}" for book in range(count)] if count > 1 else ["ready"]
     nodes = [
-        helper.make_node("Shape", ["x"], ["batch"], start=0, end=1),
-        helper.make_node("Constant", [], ["no"], value_ints=[0]),
-        helper.make_node("Mul", ["batch", "no"], ["none"]),
+        helper.make_node("Constant", [], ["flat"], value_ints=[-1]),
+        helper.make_node("Reshape", ["x", "flat"], ["values"]),
+        helper.make_node("Constant", [], ["thrice"], value_ints=[0, 0, 0]),
+        helper.make_node("Gather", ["values", "thrice"], ["value"], axis=0),
+        helper.make_node("Less", ["value", "value"], ["never"]),
+        helper.make_node("Not", ["never"], ["always"]),
         helper.make_node("Constant", [], ["same"], value_ints=[0, 0, -1]),
-        helper.make_node("Add", ["same", "none"], ["same_later"]),
+        helper.make_node("Compress", ["same", "always"], ["same_later"]),
         helper.make_node("Reshape", ["codes", "same_later"], ["ready"]),
         cast_to_fp32("codebooks", "codebooks32"),
     ]

@@ -49,11 +49,12 @@ class TracedGraph:
 
 
 def trace(component: Component) -> TracedGraph:
-    """Runs PyTorch's exporter once. The weights are neither copied nor looked at (they may be on the meta device).
+    """Runs PyTorch's exporter once. The layers' weights are not looked at.
 
     Raises TurbopocketError when two layers share one weight or a layer is no module of its own.
     """
     require_own_weights(component)
+    component = component.without_weights()
     model = _exported(component)
     parameters = _detach_parameters(model, component)
     _simplify(model)

@@ -2,7 +2,6 @@
 """The folder that is an .mlpackage: `Manifest.json`, the model's protobuf, and the files beside it."""
 
 import importlib
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ....ground.errors import TurbopocketError
+from ....ground.reading import read_json
 
 _AUTHOR = "com.apple.CoreML"
 _FORMAT = "1.0.0"
@@ -71,10 +71,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "Manifest.json"
     if not path.is_file():
         raise TurbopocketError(f"{folder} is not a Core ML package: it holds no Manifest.json")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: broken text or broken JSON
-        raise TurbopocketError(f"{path} is not JSON: {error}") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise TurbopocketError(f"{path} must hold an object")
     return found

@@ -11,6 +11,7 @@ from turbopocket.export.build.build import build
 from turbopocket.export.build.manifest import expected_manifest_bytes
 from turbopocket.export.build.outcome import Built
 from turbopocket.export.output.owned import refuse_build
+from turbopocket.export.output.staging import run_folder
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.ground.errors import ParityFailed, TurbopocketError
@@ -55,8 +56,8 @@ def test_lowering_gap_is_rounding_and_compression_gap_is_not(built: Any) -> None
 
 def test_all_files_of_a_build_are_known_as_its_own(built: Any) -> None:
     with pytest.raises(TurbopocketError, match="is not empty"):
-        refuse_build(built.folder, overwrite=False)
-    refuse_build(built.folder, overwrite=True)
+        refuse_build(built.folder, run_folder(built.folder), overwrite=False)
+    refuse_build(built.folder, run_folder(built.folder), overwrite=True)
 
 
 def test_report_is_one_file_that_needs_no_network(built: Any) -> None:
@@ -84,7 +85,7 @@ def test_runtime_that_computes_wrong_fails_the_build_and_leaves_nothing(
     recipe = make_recipe({**recipe_values, "model": {"source": str(tiny_sdxl)}}, "test")
     with pytest.raises(ParityFailed, match=f"first layer to diverge is {layer}"):
         build(recipe, tmp_path / "art", overwrite=False, progress=StageProgress(quiet=True))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["art.run"]
 
 
 def _plant_wrong_scale(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.components import components_of
 from turbopocket.export.output.kept import WEIGHTS_FILE
 from turbopocket.export.progress import StageProgress
-from turbopocket.export.recipe import load_recipe, parse_recipe
+from turbopocket.export.recipe import load_recipe, recipe_of
 from turbopocket.export.settings import with_values
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
 from turbopocket.export.verify.gaps import Session
-from turbopocket.quant.compress import decompressed, load_weights
+from turbopocket.quant.compress import decompressed
+from turbopocket.quant.store import load_weights
 from turbopocket.runtimes.drawing.text_to_image import FirstPicture, draw, generate, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.image_size import ImageSize
@@ -96,7 +97,7 @@ def sdxl_of_sizes(of_sizes: Any) -> Any:
 
 def test_every_size_is_what_diffusers_draws_with_the_stored_weights(of_sizes: Any) -> None:
     manifest = load_manifest(of_sizes.folder)
-    model = load(parse_recipe(manifest.recipe, "manifest").model.source)
+    model = load(recipe_of(of_sizes.folder, manifest).model.source)
     graphs = {component.name: component.module.model for component in components_of(model, image_to_image=True)}
     kept = load_weights(of_sizes.report.parent / WEIGHTS_FILE)
     runner, tokenizers = OnnxRunner(of_sizes.folder, manifest), open_tokenizers(of_sizes.folder, manifest)

@@ -27,7 +27,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Builds that write next to nothing; those for coreml fail."""
     asked: list[Recipe] = []
 
-    def build(recipe: Recipe, out: Path, overwrite: bool, progress: Any, workers: Any) -> Made:
+    def build(recipe: Recipe, out: Path, overwrite: bool, progress: Any, workers: Any, keep: Any, run: Any) -> Made:
         asked.append(recipe)
         put_artifact(out, recipe.target.name)
         put_report(report_folder(out))

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a build's calibration hands to an observation that no file of ours knows."""
 
+import json
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 
-from turbopocket.export.build.bench import calibrated, make_workbench, parity_session
+from turbopocket.export.build.bench import make_workbench, parity_session
+from turbopocket.export.build.calibration import calibrated
+from turbopocket.export.build.journal import Journal
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.ground.names import CallPlace, LayerName
@@ -27,6 +33,16 @@ class Places(Observation[Counter[CallPlace]]):
     def value(self) -> Counter[CallPlace]:
         return self.found
 
+    @classmethod
+    def packed(cls, value: Counter[CallPlace]) -> dict[str, Tensor]:
+        text = json.dumps([[asdict(place), count] for place, count in value.items()])
+        return {"json": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    @classmethod
+    def unpacked(cls, parts: Mapping[str, Tensor]) -> Counter[CallPlace]:
+        found = json.loads(bytes(parts["json"].tolist()))
+        return Counter({CallPlace(**place): count for place, count in found})
+
 
 def test_a_build_says_where_in_drawing_each_layer_ran(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -39,7 +55,7 @@ def test_a_build_says_where_in_drawing_each_layer_ran(
     )
     bench = make_workbench(recipe, StageProgress(quiet=True), in_turn)
     bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, tmp_path)
-    stats = calibrated(bench, parity_session(bench, tmp_path))
+    stats = calibrated(bench, parity_session(bench, tmp_path), Journal(tmp_path / "run", "any model"))
     for name, layer in stats.items():
         component = LayerName.parse(name).component
         places = layer[Places]

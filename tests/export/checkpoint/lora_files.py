@@ -66,4 +66,4 @@ def merged(
 def other_parameters(module: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
     """Returns the parameters outside the layers at `paths`."""
     layers = set(paths)
-    return {name: values for name, values in module.named_parameters() if name.rpartition(".")[0] not in layers}
+    return {name: values for name, values in module.state_dict().items() if name.rpartition(".")[0] not in layers}

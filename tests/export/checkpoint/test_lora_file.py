@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from turbopocket.export.checkpoint.lora.file import LoraFile
-from turbopocket.export.recipe import Recipe, make_recipe, parse_recipe
+from turbopocket.export.recipe import Recipe, load_recipe, make_recipe, parse_recipe
 from turbopocket.export.settings import with_values
 from turbopocket.ground.errors import TurbopocketError
 
@@ -83,8 +83,10 @@ def test_check_merges_at_the_strength_of_the_build(
     built = turbopocket("build", tiny_sd, *request, "--json")
     assert built.code == 0, built.err
     manifest = json.loads((tmp_path / "art" / "manifest.json").read_text())
-    assert parse_recipe(manifest["recipe"], "manifest").model.lora == (LoraFile.parse(lora),)
+    assert parse_recipe(manifest["recipe"], "manifest").model.lora == (LoraFile.parse("style:v1.safetensors:0.5"),)
+    assert load_recipe(tmp_path / "art.report" / "recipe.toml").model.lora == (LoraFile.parse(lora),)
     assert turbopocket("check", tmp_path / "art", "--json").code == 0
     save_file({**tensors, f"{layer}.lora_B.bias": torch.full((32,), 9.0)}, tmp_path / "style:v1.safetensors")
     other = turbopocket("check", tmp_path / "art", "--json")
-    assert other.code == 3, other.err + other.out
+    assert other.code == 1, other.err + other.out
+    assert "is not the model that" in other.err

@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.output.owned import checkpoints, refuse_build, refuse_occupied
+from turbopocket.export.output.owned import refuse_build as refuse_build_in
+from turbopocket.export.output.owned import refuse_occupied, remove_journal
+from turbopocket.export.output.staging import run_folder
 from turbopocket.ground.errors import TurbopocketError
 
-from ..stand_ins import put_artifact, put_checkpoint, put_report
+from ..stand_ins import put_artifact, put_product, put_report
+
+
+def refuse_build(out: Path, overwrite: bool) -> None:
+    """For a build that works beside its output."""
+    refuse_build_in(out, run_folder(out), overwrite)
 
 
 def precious(folder: Path, name: str = "thesis.txt") -> Path:
@@ -124,25 +131,35 @@ def test_what_a_killed_writer_left_in_a_report_is_ours(tmp_path: Path) -> None:
     refuse_build(tmp_path / "mine", overwrite=True)
 
 
-def test_checkpoints_go_when_the_build_is_done_and_nothing_else_does(tmp_path: Path) -> None:
-    out = tmp_path / "mine"
-    block = put_checkpoint(tmp_path / "mine.run")
+def test_what_stages_made_is_removed_and_nothing_else_is(tmp_path: Path) -> None:
+    run, out = tmp_path / "mine.run", tmp_path / "mine"
+    product = put_product(run)
+    lowered = run / "lower-0123456789abcdef.partial" / "files" / "unet.mlpackage" / "weight.bin"
+    lowered.parent.mkdir(parents=True)
+    lowered.write_text("half a file")
     refuse_build(out, overwrite=False)
-    with pytest.raises(RuntimeError), checkpoints(out):
-        raise RuntimeError
-    assert block.is_file()
-    with checkpoints(out) as run:
-        assert run == tmp_path / "mine.run"
-    assert not run.exists()
-    put_checkpoint(run)
-    with checkpoints(out):
-        precious(run / "0123456789abcdef")
-        precious(run, "fedcba9876543210")
-    assert sorted(path.name for path in run.rglob("*")) == ["0123456789abcdef", "fedcba9876543210", "thesis.txt"]
+    assert remove_journal(run, product.parent) == len("{}layer")
+    assert lowered.is_file()
+    assert not product.parent.exists()
+    put_product(run)
+    precious(product.parent)
+    (run / "fedcba9876543210").mkdir()
+    remove_journal(run)
+    assert sorted(path.name for path in run.rglob("*")) == [product.parent.name, "fedcba9876543210", "thesis.txt"]
+
+
+def test_a_link_among_the_products_is_a_strangers(tmp_path: Path) -> None:
+    elsewhere = put_product(tmp_path / "other.run").parent
+    (tmp_path / "mine.run").mkdir()
+    (tmp_path / "mine.run" / elsewhere.name).symlink_to(elsewhere)
+    with pytest.raises(TurbopocketError, match="holds .*, which this command did not make"):
+        refuse_build(tmp_path / "mine", overwrite=True)
+    remove_journal(tmp_path / "mine.run")
+    assert len(list(elsewhere.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
-    "name", ["run.json", "checkpoint/model.safetensors", "0123456789abcdef/deep/000-a.safetensors"]
+    "name", ["run.json", "checkpoint/model.safetensors", "compress-0123456789abcdef/deep/a@fp16.safetensors"]
 )
 def test_the_run_of_a_distillation_is_not_a_builds(name: str, tmp_path: Path) -> None:
     precious((tmp_path / "mine.run" / name).parent, Path(name).name)

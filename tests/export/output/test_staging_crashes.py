@@ -12,25 +12,27 @@ from pathlib import Path
 
 import pytest
 
+from turbopocket.export.build.journal import opened
 from turbopocket.export.output import replacing
-from turbopocket.export.output.owned import checkpoints, refuse_build, refuse_folder, refuse_occupied, write_record
-from turbopocket.export.output.staging import claimed, report_folder, settle_output
+from turbopocket.export.output.owned import refuse_build, refuse_folder, refuse_occupied, write_record
+from turbopocket.export.output.staging import claimed, report_folder, run_folder, settle_output
+from turbopocket.export.progress import StageProgress
 from turbopocket.ground.errors import TurbopocketError
 
 from ..crash_states import crash_states, killed_before
-from ..stand_ins import put_artifact, put_checkpoint, put_report
+from ..stand_ins import put_artifact, put_product, put_report
 
 Work = Callable[[Path, str, bool], None]
 
 
 def build(out: Path, text: str, overwrite: bool) -> None:
-    """The files of a build of one target, with a checkpoint of which it could go on."""
+    """The files of a build of one target, with a product from which it could go on."""
     with (
-        claimed(out, lambda: refuse_build(out, overwrite)) as claim,
-        checkpoints(out) as run,
+        claimed(out, lambda: refuse_build(out, run_folder(out), overwrite)) as claim,
+        opened(run_folder(out), False, StageProgress(quiet=True)) as run,
         claim.staged(out, report_folder(out)) as (artifact, report),
     ):
-        put_checkpoint(run)
+        put_product(run.path)
         put_artifact(artifact, text)
         put_report(report, text)
 

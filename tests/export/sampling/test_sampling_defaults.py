@@ -13,7 +13,7 @@ import pytest
 
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.registry import FAMILIES
-from turbopocket.export.recipe import make_recipe, parse_recipe
+from turbopocket.export.recipe import make_recipe, recipe_of
 from turbopocket.export.sampling.defaults import Sampling, sampling_of
 from turbopocket.export.sampling.spec import with_sampling
 from turbopocket.ground.errors import TurbopocketError
@@ -255,7 +255,7 @@ def test_a_build_says_what_it_assumed_wherever_a_person_looks(
     assert (manifest.sampler.steps, manifest.sampler.guidance_scale) == (1, 0.0)
     assert f"Note: {told}." in (tmp_path / "art.report" / "report.html").read_text()
     assert told in json.loads(turbopocket("check", out, "--json").out)["notes"]
-    again = parse_recipe(manifest.recipe, "the manifest's")
+    again = recipe_of(out, manifest)
     assert with_sampling(again, load_shapes(str(folder))) == (again, ())
 
 

@@ -15,14 +15,14 @@ from turbopocket.export.checkpoint.load import load
 from turbopocket.export.evidence import evidence_for
 from turbopocket.export.families.components import components_of
 from turbopocket.export.output.kept import WEIGHTS_FILE
-from turbopocket.export.recipe import parse_recipe
+from turbopocket.export.recipe import recipe_of
 from turbopocket.export.target_options import OnnxOptions
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.export.targets.registry import open_target
 from turbopocket.export.verify.emulated import Emulated, measure_emulated
 from turbopocket.export.verify.gaps import NO_LIMITS, Session
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.compress import load_weights
+from turbopocket.quant.store import load_weights
 from turbopocket.runtimes.arm64.cpus import parse_cpu
 from turbopocket.runtimes.arm64.emulator import Emulator
 from turbopocket.runtimes.arm64.setup import open_emulator
@@ -56,7 +56,7 @@ def scale_weight(folder: Path, layer: str, factor: float) -> None:
 def emulated_with(artifact: Path, on_arm: Path, emulator_cache: Path) -> Emulated:
     """The comparison of `artifact` with what the ARM CPU does with the files in `on_arm`."""
     manifest = load_manifest(artifact)
-    recipe = parse_recipe(manifest.recipe, "manifest")
+    recipe = recipe_of(artifact, manifest)
     target = open_target(recipe.target)
     model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps)
     evidence = evidence_for(model)

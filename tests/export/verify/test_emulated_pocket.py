@@ -16,11 +16,11 @@ from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.layer import kind_of
 from turbopocket.export.targets.registry import open_target
-from turbopocket.quant.compress import save_weights
 from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.ranges import save_ranges
 from turbopocket.quant.scheme import Scheme
+from turbopocket.quant.store import save_weights
 from turbopocket.runtimes.manifest import file_entries, write_manifest
 
 pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import GPTQ, MSE, VQDM, AdditiveCodes, AdditiveGrid, measuring_fit
-from turbopocket.quant.fit.beam import _least, best_codes
-from turbopocket.quant.fit.codebook_solve import solved_codebooks
+from turbopocket.quant.fit.beam import _least, best_codes, torch_best_codes
+from turbopocket.quant.fit.codebook_solve import WEIGHTS_PER_NUMBER, sampled_rows, solved_codebooks
 from turbopocket.quant.fit.grids import summed_vectors
 from turbopocket.quant.fit.residual import residual_kmeans
 from turbopocket.quant.fit.universal import universal_codebooks
@@ -82,10 +82,11 @@ def test_wider_beams_find_lower_losses() -> None:
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     target_OK, codebooks_MPD = torch.randn(50, 80), torch.randn(2, 16, 4)
     lower_KK = lower_factor(damped_hessian(hessian(80, 80))).float()
-    whole_MOJ = best_codes(target_OK, codebooks_MPD, lower_KK, beam=4)
-    monkeypatch.setattr("turbopocket.quant.fit.beam.CHUNK_CANDIDATES", 7 * 4 * 16)
-    assert torch.equal(best_codes(target_OK, codebooks_MPD, lower_KK, beam=4), whole_MOJ)
-    assert torch.equal(best_codes(target_OK[13:14], codebooks_MPD, lower_KK, beam=4), whole_MOJ[:, 13:14])
+    for search in (torch_best_codes, best_codes):
+        whole_MOJ = search(target_OK, codebooks_MPD, lower_KK, beam=4)
+        monkeypatch.setattr("turbopocket.quant.fit.beam.CHUNK_CANDIDATES", 7 * 4 * 16)
+        assert torch.equal(search(target_OK, codebooks_MPD, lower_KK, beam=4), whole_MOJ)
+        assert torch.equal(search(target_OK[13:14], codebooks_MPD, lower_KK, beam=4), whole_MOJ[:, 13:14])
 
 
 @pytest.mark.parametrize(("candidates", "count"), [(2048, 8), (512, 16), (24, 3), (250, 5), (5, 5)])
@@ -108,9 +109,20 @@ def test_solved_codebooks_are_the_least_squares_solution() -> None:
     # Two codebooks may move a constant from one to the other, so only the loss is unique, not the solution.
     best = torch.linalg.lstsq(weighted.flatten(0, 1), wanted.flatten().unsqueeze(1), driver="gelsd").solution
     least = float((weighted.flatten(0, 1) @ best - wanted.flatten().unsqueeze(1)).square().sum())
-    solved_MPD = solved_codebooks(start_MPD, codes_MOJ, target_OK, importance_O1, hessian_KK)
+    pulled_OK = (target_OK - summed_vectors(start_MPD, codes_MOJ)) @ hessian_KK
+    solved_MPD = solved_codebooks(start_MPD, codes_MOJ, pulled_OK, importance_O1, hessian_KK)
     found = float((importance_O1.squeeze(1) * row_losses(target_OK, solved_MPD, codes_MOJ, hessian_KK)).sum())
     assert least * 0.9999 <= found <= least * 1.01
+
+
+def test_codebooks_of_many_rows_are_solved_for_on_a_sample_of_them() -> None:
+    random = torch.Generator().manual_seed(0)
+    numbers = 64
+    few = sampled_rows(1000, 128, numbers, random)
+    assert len(few) * 128 == WEIGHTS_PER_NUMBER * numbers
+    assert (few.diff() > 0).all()
+    assert not torch.equal(few, sampled_rows(1000, 128, numbers, random)), "another sample each time"
+    assert torch.equal(sampled_rows(100, 128, numbers, random), torch.arange(100))
 
 
 @pytest.mark.parametrize("grid", [GRID, AdditiveGrid(3, 4, 4)], ids=str)

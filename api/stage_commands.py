@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands on what a build makes on its way: its stages one by one, and clearing up after them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    AsJson,
+    Assigned,
+    Budget,
+    Config,
+    Formats,
+    OptionalSource,
+    Ray,
+    RecipeFile,
+    RunFolder,
+    TargetName,
+    WorkerCount,
+    asked_recipe,
+    emit,
+)
+
+if TYPE_CHECKING:
+    from .export.build.journal import Stage
+
+stages_app = typer.Typer()
+DOCS: "dict[Stage, str]" = {
+    "calibrate": "Makes what a build needs of what each layer sees while the model draws, and stops.",
+    "measure": "Calibrates, measures what each layer loses in each format, and stops.",
+    "compress": "Calibrates, measures, plans, makes the stored weights, and stops.",
+    "lower": "Makes everything up to the files of the target, and stops before they are checked.",
+}
+
+
+def _add(stage: "Stage") -> None:
+    def command(
+        out: Annotated[Path, typer.Option(help="The artifact that `build` will make; results go to OUT.run.")],
+        source: OptionalSource = None,
+        config: Config = None,
+        target: TargetName = None,
+        budget: Budget = None,
+        recipe: RecipeFile = None,
+        assigned: Assigned = None,
+        formats: Formats = None,
+        workers: WorkerCount = 1,
+        ray: Ray = None,
+        run: RunFolder = None,
+        as_json: AsJson = False,
+    ) -> None:
+        from . import StageProgress, Workers
+        from .export.build.build import make_stage
+
+        overrides = {
+            "model.source": source,
+            "model.config": config,
+            "target.name": target,
+            "compress.budget": budget,
+            "compress.formats": formats and formats.split(","),
+        }
+        asked = asked_recipe(recipe, overrides, assigned)
+        path = make_stage(asked, out, stage, StageProgress(quiet=as_json), Workers(workers, ray), run)
+        emit({"run": str(path)}, as_json, lambda console: console.print(f"results   {path}", soft_wrap=True))
+
+    stages_app.command(stage, help=DOCS[stage])(command)
+
+
+for _stage in DOCS:
+    _add(_stage)
+
+
+@stages_app.command()
+def clean(
+    out: Annotated[Path, typer.Argument(help="An artifact that was, or was to be, built.")],
+    run: RunFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Removes the intermediate results of builds of OUT; the artifact and its report stay."""
+    from .export.build.journal import clean as clean_run
+    from .export.units import format_bytes
+
+    path, freed = clean_run(out, run)
+    emit(
+        {"run": str(path), "freed_bytes": freed},
+        as_json,
+        lambda console: console.print(f"removed   {format_bytes(freed)} in {path}", soft_wrap=True),
+    )
