@@ -19,8 +19,8 @@ from turbopocket.quant.formats import parse_format
 from turbopocket.quant.sensitivity import compress_candidates, measure
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 
-from ..pixart_checkpoints import write_alpha
-from .drawer import drawer
+from ...pixart_checkpoints import write_alpha
+from ..drawer import drawer
 
 PROMPTS = ["a red circle on the blue square", "the blue square"]
 FORMATS = [parse_format("int8-row"), parse_format("int4-row")]

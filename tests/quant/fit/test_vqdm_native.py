@@ -17,7 +17,7 @@ from turbopocket.quant.fit.kmeans import _Cloud
 from turbopocket.quant.fit.native import SearchLibrary, searched_with
 from turbopocket.quant.fit.vqdm import damped_hessian, lower_factor
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "quant" / "fit" / "native"
 BUILD = ROOT / "build" / "vqdm" / "tests"
 
