@@ -88,7 +88,7 @@ def lowered(folder: Path, width: int, layers: int, form: Any) -> tuple[Path, int
             name: CompressedTensor(dense, shape, {"weight": FORMAT.decompress(weight)})
             for name, weight in weights.items()
         }
-    component = Component("stack", Wrapped("stack", stack.eval()), {"x": x}, ("y",))
+    component = Component("stack", Wrapped("stack", stack.eval()), {"x": x}, ("y",), role="denoiser")
     traced = lowering.trace(component, ExecuTorchOptions(codebooks=form or "portable"))
     spec = lowering.lower(traced, weights, folder)
     manifest: Any = OneComponent(spec)

@@ -79,7 +79,7 @@ def traced_chain(kernel: int, layers: bool, options: Mapping[str, Any]) -> Trace
     """The chain, exported once."""
     torch.manual_seed(0)
     x = torch.zeros(1, WIDTH, 8, 8) if kernel else torch.zeros(1, 16, WIDTH)
-    component = Component("chain", Wrapped("chain", Chain(kernel, layers).eval()), {"x": x}, ("y",))
+    component = Component("chain", Wrapped("chain", Chain(kernel, layers).eval()), {"x": x}, ("y",), role="denoiser")
     return trace(component, ExecuTorchOptions(**options))
 
 

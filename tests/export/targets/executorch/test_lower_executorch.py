@@ -90,7 +90,9 @@ class OneComponent:
 
 def component() -> Component:
     torch.manual_seed(0)
-    return Component("part", Wrapped("part", Part().eval()), {"sample": torch.zeros(2, 4, 8, 8)}, ("row",))
+    return Component(
+        "part", Wrapped("part", Part().eval()), {"sample": torch.zeros(2, 4, 8, 8)}, ("row",), role="denoiser"
+    )
 
 
 def compressed(component: Component, formats: Mapping[str, str]) -> dict[str, CompressedTensor]:

@@ -117,7 +117,7 @@ Build = Callable[..., Built]
 
 
 def built(folder: Path, module: nn.Module, sample: Tensor, formats: Mapping[str, str], form: Codebooks) -> Built:
-    component = Component("part", Wrapped("part", module.eval()), {"sample": sample}, ("row",))
+    component = Component("part", Wrapped("part", module.eval()), {"sample": sample}, ("row",), role="denoiser")
     traced = target.trace(component, ExecuTorchOptions(codebooks=form))
     layers = dict(module.named_modules())
     weights = {
@@ -255,7 +255,9 @@ def test_a_program_without_a_stored_value_is_refused(build: Build, form: Codeboo
 def test_convolutions_that_pad_anything_but_zeros_are_refused() -> None:
     part = Part()
     part.conv.padding_mode = "circular"
-    component = Component("part", Wrapped("part", part.eval()), {"sample": torch.zeros(1, 8, 12, 12)}, ("row",))
+    component = Component(
+        "part", Wrapped("part", part.eval()), {"sample": torch.zeros(1, 8, 12, 12)}, ("row",), role="denoiser"
+    )
     with pytest.raises(TurbopocketError, match=r"part\.conv: a Conv2d that pads circular is not supported"):
         target.trace(component)
 

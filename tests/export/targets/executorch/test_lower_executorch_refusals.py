@@ -46,7 +46,7 @@ def test_rounded_convolutions_behind_rows_of_features_lower_and_compute_what_pyt
     """XNNPACK's own choice of delegates fails here: its layout pass moves the channels of the rows, which have none."""
     torch.manual_seed(0)
     module = Wrapped("part", RowsThenPicture().eval())
-    part = Component("part", module, {"sample": torch.zeros(1, 32, 8, 8)}, ("picture",))
+    part = Component("part", module, {"sample": torch.zeros(1, 32, 8, 8)}, ("picture",), role="denoiser")
     traced = target.trace(part)
     weights = compressed(part, dict.fromkeys(("out", "conv", "last"), "int8-row"))
     manifest: Any = OneComponent({"part": target.lower(traced, weights, tmp_path)})

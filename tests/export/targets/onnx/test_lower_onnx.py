@@ -307,7 +307,7 @@ class Wrapped(ComponentModule):
 
 
 def test_a_layer_that_runs_twice_is_stored_once(tmp_path: Path) -> None:
-    component = Component("unet", Wrapped("unet", _Twice()), {"x": torch.zeros(2, 32)}, ("y",))
+    component = Component("unet", Wrapped("unet", _Twice()), {"x": torch.zeros(2, 32)}, ("y",), role="denoiser")
     graph = target.trace(component)
     weights = compressed(component, graph, "int8-row")
     assert list(weights) == ["unet.layer"]
@@ -339,7 +339,7 @@ class _WrappedFactors(ComponentModule):
 
 def test_only_factors_that_change_nothing_are_dropped(tmp_path: Path) -> None:
     inputs = {"x": torch.zeros(2, 32), "t": torch.tensor(3.0)}
-    component = Component("unet", _WrappedFactors("unet", _Factors()), inputs, ("y", "row", "rest"))
+    component = Component("unet", _WrappedFactors("unet", _Factors()), inputs, ("y", "row", "rest"), role="denoiser")
     graph = target.trace(component)
     spec = target.lower(graph, compressed(component, graph, "fp32"), tmp_path)
     kinds = [node.op_type for node in onnx.load(tmp_path / spec.file, load_external_data=False).graph.node]

@@ -18,7 +18,7 @@ class Wrapped(ComponentModule):
 
 
 def component_of(model: nn.Module) -> Component:
-    return Component("unet", Wrapped("unet", model), {"x": torch.zeros(2, 48)}, ("y",))
+    return Component("unet", Wrapped("unet", model), {"x": torch.zeros(2, 48)}, ("y",), role="denoiser")
 
 
 @pytest.fixture(scope="module")

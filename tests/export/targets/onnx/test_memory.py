@@ -55,14 +55,16 @@ def blocks() -> Component:
     """104 M weights: 59 MB in int4-g32, 52 MB in int4-row."""
     inputs = {"x": torch.zeros(2, 64, 1280), "text": torch.zeros(2, 77, 2048)}
     with torch.device("meta"):
-        return Component("unet", _WrappedBlocks("unet", _Blocks(3)), inputs, ("y",))
+        return Component("unet", _WrappedBlocks("unet", _Blocks(3)), inputs, ("y",), role="denoiser")
 
 
 def convolutions() -> Component:
     """103 M weights: 58 MB in int4-g32."""
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Conv2d(1280, 1280, 3, padding=1) for _ in range(7)))
-    return Component("unet", _WrappedConvolutions("unet", model), {"x": torch.zeros(2, 1280, 8, 8)}, ("y",))
+    return Component(
+        "unet", _WrappedConvolutions("unet", model), {"x": torch.zeros(2, 1280, 8, 8)}, ("y",), role="denoiser"
+    )
 
 
 @cache
