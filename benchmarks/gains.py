@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from turbopocket.export.build.bench import Workbench, calibrated, make_workbench, parity_session
+from turbopocket.export.build.bench import Workbench, make_workbench, parity_session, with_ranges
 from turbopocket.export.build.build import PROBE_PROMPTS, PROBE_STEPS
+from turbopocket.export.build.calibration import calibration_drawing
 from turbopocket.export.build.planning import planned
 from turbopocket.export.build.probe import make_probe
 from turbopocket.export.families.components import component_name
@@ -34,6 +35,7 @@ from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.verify.gaps import Session, torch_runner
 from turbopocket.ground.errors import OverBudget
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import compress, decompressed
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor
@@ -122,7 +124,7 @@ def by_hessian(
 
 
 def as_losses(choices: Mapping[str, LayerChoices]) -> Losses:
-    return {name: {each.format: each.loss for each in layer.candidates} for name, layer in choices.items()}
+    return {name: {each.scheme: each.loss for each in layer.candidates} for name, layer in choices.items()}
 
 
 def as_choices(like: Mapping[str, LayerChoices], losses: Losses) -> dict[str, LayerChoices]:
@@ -131,7 +133,7 @@ def as_choices(like: Mapping[str, LayerChoices], losses: Losses) -> dict[str, La
         name: replace(
             layer,
             candidates=tuple(
-                replace(each, loss=losses.get(name, {}).get(each.format, each.loss)) for each in layer.candidates
+                replace(each, loss=losses.get(name, {}).get(each.scheme, each.loss)) for each in layer.candidates
             ),
         )
         for name, layer in like.items()
@@ -182,7 +184,7 @@ def drawn(
         runner = torch_runner(bench.components)
         with decompressed(bench.modules, weights):
             found = [session.draw(runner, index) for index in range(len(pictures))]
-        formats = [choice.format for choice in plan.choices]
+        formats = [choice.scheme for choice in plan.choices]
         rows[budget] = {
             "layers": {text: formats.count(text) for text in dict.fromkeys(formats)},
             "psnr_db": float(np.mean([psnr_db(*pair) for pair in zip(found, pictures, strict=True)])),
@@ -204,7 +206,9 @@ def main() -> None:
         folder = Path(temporary)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, folder)
         session = parity_session(bench, folder)
-        stats = calibrated(bench, session)
+        runner = torch_runner(bench.components)
+        stats = calibrate(bench.modules, calibration_drawing(bench, session, runner, bench.recipe.calibrate.pictures))
+        bench = with_ranges(bench, stats)
         fit = bench.fit(MSE)
         stored = dict(compress_candidates(bench.layers, stats, bench.formats, fit))
         prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
@@ -232,7 +236,6 @@ def main() -> None:
             "vectors": {count: {k: v for k, v in row.items() if k != "choices"} for count, row in rows.items()},
         }
         print(json.dumps(result), flush=True)
-        runner = torch_runner(bench.components)
         pictures = [session.draw(runner, index) for index in range(asked.pictures)]
         plans = {
             "one by one": as_choices(choices, expected),

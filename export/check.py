@@ -114,22 +114,22 @@ def check(
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
-    manifest, recipe = _agreeing(artifact)
+    manifest = load_manifest(artifact)
+    require_agreement(manifest)
+    recipe = _recipe(artifact, manifest)
     target = open_target(recipe.target)
     with progress.stage("verify"):
         verify(artifact, manifest)
         unverified = target.inspect(artifact, manifest)
         notes = (*manifest.notes, *target.notes(artifact, manifest))
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
-    if not stored.is_file():
-        why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
-        if emulators:
-            raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
+    if why_not := _why_no_parity(artifact, stored, cpus):
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
-        model = _own_model(artifact, manifest, recipe)
-        evidence, tokenizers = evidence_for(model), open_tokenizers(artifact, manifest)
-        session = Session.of_report(manifest, tokenizers, evidence, recipe.parity.pictures, recipe.seed)
+        model = _model(artifact, manifest, recipe)
+        evidence = evidence_for(model)
+        asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
+        session = Session.of_report(*asked)
         notes += size_notes(model, manifest.sizes)
     components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
@@ -137,7 +137,6 @@ def check(
     schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
     own_limit = target.lowering_limit(schemes)
     limit = recipe.parity.max_lowering_error or own_limit
-    loosened = None if accept_limit or limit <= own_limit else _loosened(limit, own_limit, target.name)
     asked_of = artifact, manifest, weights, limit
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
     as_run = [target.as_run(component, weights, ranges, schemes) for component in components]
@@ -145,30 +144,42 @@ def check(
         to_diffusers = compare_with_diffusers(model, torch_runner(components), session)
     with progress.stage("compare", gap_steps(runtimes)) as advance:
         gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, to_diffusers, advance)
-    here, emulated = next(iter(runtimes.values())), {}
+    here = next(iter(runtimes.values()))
+    emulated = {}
     for cpu, emulator in emulators:
         there = target.emulated(artifact, manifest, weights, cpu, emulator, schemes)
-        compared = components, as_run, kept, there, here, gaps.compression, session, evidence
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
-            emulated[f"{PREFIX}{cpu.name}"] = measure_emulated(*compared, advance)
+            measured = measure_emulated(
+                components, as_run, kept, there, here, gaps.compression, session, evidence, advance
+            )
+        emulated[f"{PREFIX}{cpu.name}"] = measured
+    loosened = None if accept_limit else _loosened(limit, own_limit, target.name)
     return Checked(manifest, gaps, None, unverified, notes, emulated, loosened)
 
 
-def _agreeing(artifact: Path) -> tuple[Manifest, Recipe]:
-    """The manifest, and the recipe in it. Raises TurbopocketError when what they say twice is not said alike."""
-    manifest = load_manifest(artifact)
-    require_agreement(manifest)
+def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str]) -> str | None:
+    """Why only the files can be checked, if so. Raises TurbopocketError when more was asked for."""
+    if stored.is_file():
+        return None
+    why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
+    if cpus:
+        raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
+    return why_not
+
+
+def _recipe(artifact: Path, manifest: Manifest) -> Recipe:
+    """The artifact's recipe. Raises TurbopocketError when it is for another target than the artifact."""
     recipe = recipe_of(artifact, manifest)
     if recipe.target.name != manifest.target:
         raise TurbopocketError(
             f"{artifact} is for {manifest.target}, and the recipe in its manifest for {recipe.target.name}",
             hint="the manifest was changed: build again",
         )
-    return manifest, recipe
+    return recipe
 
 
-def _own_model(artifact: Path, manifest: Manifest, recipe: Recipe) -> LoadedModel:
-    """The float model. Raises TurbopocketError for another than the artifact was made from."""
+def _model(artifact: Path, manifest: Manifest, recipe: Recipe) -> LoadedModel:
+    """The float model. Raises TurbopocketError when its content is not that of the model the artifact was made from."""
     model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
     if manifest.model is not None and model_identity(model) != manifest.model.sha256:
         raise TurbopocketError(
@@ -178,7 +189,9 @@ def _own_model(artifact: Path, manifest: Manifest, recipe: Recipe) -> LoadedMode
     return model
 
 
-def _loosened(limit: float, own: float, target: str) -> str:
+def _loosened(limit: float, own: float, target: str) -> str | None:
+    if limit <= own:
+        return None
     return (
         f"its recipe allows a lowering error of {limit:g}, where {target} allows {own:g}; --accept-limit takes the "
         "recipe's for it"

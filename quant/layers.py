@@ -137,7 +137,9 @@ class CompressedSource(WeightSource):
         self.stored = stored
 
     def make(self) -> Tensor:
-        return self.stored.format.decompress(self.stored)
+        weight = self.stored.format.decompress(self.stored)
+        # Strides of dimensions of one element say which way a convolution is computed: those of any new tensor.
+        return weight.flatten().view(weight.shape)
 
 
 class _Sourced(nn.Module):

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from turbopocket.export.build.build import build
+from turbopocket.export.output.staging import settle_output
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.runtimes.manifest import load_manifest
+from turbopocket.runtimes.manifest import MANIFEST_NAME, load_manifest
 
 
 class Told(StageProgress):
@@ -71,6 +72,9 @@ def main() -> None:
             finished.append(out)
         else:
             killed.append((stage.read_text(), round(seconds, 2)))
+            settle_output(out)
+            if (out / MANIFEST_NAME).is_file():  # killed when all was done
+                finished.append(out)
         if last:
             break
     files = {out.name: {each.path: each.sha256 for each in load_manifest(out).files} for out in finished}

@@ -198,7 +198,7 @@ def test_whatever_a_library_raises_is_one_sentence(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first line:\n  second line.")
 
-    library = {"header": "header.json.loads", "values": "weights.safe_open"}[what]
+    library = {"header": "header.parse_json", "values": "weights.safe_open"}[what]
     save_file(_whole(), tmp_path / "lora.safetensors")
     model = copied(base)
     monkeypatch.setattr(f"turbopocket.export.checkpoint.{library}", broken)
