@@ -115,7 +115,6 @@ def check(
     artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
     manifest = load_manifest(artifact)
-    require_agreement(manifest)
     recipe = _recipe(artifact, manifest)
     target = open_target(recipe.target)
     with progress.stage("verify"):
@@ -168,7 +167,9 @@ def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str]) -> str | N
 
 
 def _recipe(artifact: Path, manifest: Manifest) -> Recipe:
-    """The artifact's recipe. Raises TurbopocketError when it is for another target than the artifact."""
+    """The artifact's recipe. Raises TurbopocketError when it is for another target than the artifact, or the manifest
+    contradicts itself elsewhere."""
+    require_agreement(manifest)
     recipe = recipe_of(artifact, manifest)
     if recipe.target.name != manifest.target:
         raise TurbopocketError(
