@@ -126,9 +126,8 @@ def check(
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = _model(artifact, manifest, recipe)
-        evidence = evidence_for(model)
-        asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
-        session = Session.of_report(*asked)
+        evidence, tokenizers = evidence_for(model), open_tokenizers(artifact, manifest)
+        session = Session.of_report(manifest, tokenizers, evidence, recipe.parity.pictures, recipe.seed)
         notes += size_notes(model, manifest.sizes)
     components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
