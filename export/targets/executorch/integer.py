@@ -129,7 +129,7 @@ class _IntegerForm(ProgramForm):
         Of a layer whose ranges are not known yet it is static, which takes more bytes.
         """
         ranges = options.ranges.get(layer or "")
-        static = options.static and format.bits == 8 and (ranges is None or keeps_digits(ranges))
+        static = options.asked.static and format.bits == 8 and (ranges is None or keeps_digits(ranges))
         return with_activations(format, A8_STATIC if static else A8_DYNAMIC)
 
     @classmethod

@@ -33,12 +33,18 @@ data class Manifest(
     val sizes: List<List<Int>>,
     val tools: Map<String, String>,
     val recipe: String,
+    /** What it was made from; artifacts may come without. */
+    val model: ModelOrigin? = null,
     val notes: List<String> = emptyList(),
     val plan: JsonObject? = null,
     val parity: JsonObject? = null,
     /** What a device has to compute before it may draw; artifacts may come without. */
     @SerialName("self_check") val selfCheck: SelfCheckSpec? = null,
 )
+
+/** The name of the model that an artifact was made from, and the hash of its weights, configs and tokenizers. */
+@Serializable
+data class ModelOrigin(val name: String, val sha256: String)
 
 /** One stored file: its path inside the artifact, its length and its SHA-256. */
 @Serializable

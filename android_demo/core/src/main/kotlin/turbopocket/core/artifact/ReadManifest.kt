@@ -19,6 +19,9 @@ private val numberTypes = setOf("float32", "float16", "int64", "int32", "uint8",
 /** The most bytes of a manifest that are read: a hundred times a large model's. */
 private const val MOST_BYTES = 64L shl 20
 
+/** As Python's MOST_PIXELS_ASIDE. */
+private const val MOST_PIXELS_ASIDE = 16_384
+
 /** The manifest in [folder]. Throws Refused for none, broken JSON, another schema, and what contradicts itself. */
 fun readManifest(folder: File): Manifest {
     val path = File(folder, MANIFEST_NAME)
@@ -127,6 +130,9 @@ private fun requireImage(manifest: Manifest) {
     val sides = listOf(image.height, image.width, image.latentHeight, image.latentWidth, image.latentChannels)
     if (sides.any { it < 1 } || image.height % image.latentHeight != 0 || image.width % image.latentWidth != 0) {
         refuse("a picture of ${image.width} x ${image.height} has no whole pixels for each latent position")
+    }
+    if (manifest.sizes.flatten().any { it > MOST_PIXELS_ASIDE }) {
+        refuse("sizes lists ${manifest.sizes}: a side may have $MOST_PIXELS_ASIDE pixels")
     }
     if (!(image.vaeScalingFactor > 0)) refuse("vae_scaling_factor ${image.vaeScalingFactor} is not above 0")
     for (values in listOf(image.latentsMean, image.latentsStd)) {

@@ -60,6 +60,7 @@ internal class Conditioning(private val artifact: Artifact) {
         val spec = manifest.component(encoder).inputs.first { it.name == ids }
         val length = spec.shape.lastOrNull()?.takeUnless { it.isString }?.content?.toIntOrNull()
             ?: refuse("$encoder has a tokenizer but no input $ids of a fixed length")
+        if (length !in 2..MOST_IDS) refuse("$encoder reads $length ids; 2 to $MOST_IDS are possible")
         val file = artifact.file("${manifest.tokenizers.getValue(encoder)}/tokenizer.json")
         return ClipTokenizer(file, length, manifest.promptReplacements[encoder].orEmpty())
     }
@@ -85,6 +86,9 @@ internal class Conditioning(private val artifact: Artifact) {
 
     private fun row(numbers: IntArray) = Tensor.row(FloatArray(numbers.size) { numbers[it].toFloat() })
 }
+
+/** Of a prompt: published text encoders read 77 to 512. */
+private const val MOST_IDS = 4096
 
 /** A picture's sides in pixels. */
 data class PictureSize(val height: Int, val width: Int) {

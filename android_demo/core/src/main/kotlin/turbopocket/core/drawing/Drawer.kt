@@ -129,8 +129,11 @@ class Drawer(private val artifact: Artifact, private val runtime: Runtime, priva
 
     private fun prediction(components: Components, inputs: Map<String, Tensor>): FloatArray {
         val denoiser = manifest.pipeline.denoiser
-        val output = components.run(denoiser.component, inputs, denoiser.output).values
-        return if (denoiser.channels == "all") output else output.copyOf(output.size / 2)
+        val latents = inputs.getValue(denoiser.latents).shape
+        val channels = if (denoiser.channels == "all") latents[1] else 2 * latents[1]
+        val output = components.run(denoiser.component, inputs, denoiser.output)
+        requireShape(denoiser.component, output, intArrayOf(latents[0], channels, latents[2], latents[3]))
+        return output.values.copyOf(latents.fold(1, Int::times))
     }
 
     /** Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), in the place of [conditional]. */
@@ -142,7 +145,9 @@ class Drawer(private val artifact: Artifact, private val runtime: Runtime, priva
 
     private fun decoded(latents: Tensor, size: PictureSize, components: Components): Picture {
         val decoder = manifest.pipeline.decoder
-        val sample = components.run(decoder.component, mapOf(decoder.latents to toVae(latents)), decoder.output).values
+        val output = components.run(decoder.component, mapOf(decoder.latents to toVae(latents)), decoder.output)
+        requireShape(decoder.component, output, intArrayOf(1, 3, size.height, size.width))
+        val sample = output.values
         val odd = sample.count { !it.isFinite() }
         if (odd > 0) refuse("${manifest.name}: $odd of ${sample.size} values of the picture are not finite")
         val plane = size.height * size.width
@@ -154,6 +159,12 @@ class Drawer(private val artifact: Artifact, private val runtime: Runtime, priva
             }
         }
         return Picture(size.height, size.width, pixels)
+    }
+
+    private fun requireShape(component: String, found: Tensor, wanted: IntArray) {
+        if (!found.shape.contentEquals(wanted)) {
+            refuse("$component gives ${found.shape.toList()}; ${wanted.toList()} is needed")
+        }
     }
 
     /** z of latents: latents * std / scaling factor + mean by channel, without mean and std where none are. */
