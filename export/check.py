@@ -108,8 +108,7 @@ def check(
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
     model; without the former only the files are checked. Raises TurbopocketError for files that do not match, a
-    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or
-    could not be compared with PyTorch.
+    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in `cache` or not compared.
     """
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
@@ -126,9 +125,8 @@ def check(
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = _model(artifact, manifest, recipe)
-        evidence = evidence_for(model)
-        asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
-        session = Session.of_report(*asked)
+        evidence, tokenizers = evidence_for(model), open_tokenizers(artifact, manifest)
+        session = Session.of_report(manifest, tokenizers, evidence, recipe.parity.pictures, recipe.seed)
         notes += size_notes(model, manifest.sizes)
     components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
