@@ -47,10 +47,8 @@ from turbopocket.quant.workers import in_turn
 from turbopocket.runtimes.compare.metrics import psnr_db
 
 FORMATS = ("int8-row", "int4-row", "vq8-d4")
-VECTORS = (1, 2, 4, 8, 16)
+VECTORS = (1, 2, 4, 8, 16, 32)
 PLANNED_VECTORS = (8,)
-LEAST_LOSS = 1e-10
-"""Smaller losses are not compared as ratios: one by one they are differences of float32 outputs."""
 BUDGETS = ("8MB", "6MB", "5MB")
 PICTURES = 16
 Losses = dict[str, dict[str, float]]
@@ -81,7 +79,7 @@ def one_by_one(
             for name, candidates in stored.items():
                 if component_name(name) in components:
                     losses[name] = {}
-                    for each in (each for each in candidates if str(each.format) in FORMATS):
+                    for each in candidates:
                         with decompressed(bench.modules, {name: each}):
                             error = float((output.run(rows) - expected).square().sum() / expected.square().sum())
                         losses[name][str(each.format)] = error
@@ -112,11 +110,7 @@ def by_hessian(
     losses: Losses = {}
     for name, candidates in stored.items():
         weight, hessian_KK = weight_of(name, bench.layers[name]).detach(), stats[name][SecondMoment].hessian_KK
-        each = {
-            str(one.format): hessian_loss(one.format.decompress(one) - weight, hessian_KK)
-            for one in candidates
-            if str(one.format) in FORMATS
-        }
+        each = {str(c.format): hessian_loss(c.format.decompress(c) - weight, hessian_KK) for c in candidates}
         smallest = str(min(candidates, key=lambda one: one.format.nbytes(one.shape)).format)
         gain = measured[name][smallest] / each[smallest] if each[smallest] else 0.0
         losses[name] = {text: gain * loss for text, loss in each.items()}
@@ -148,9 +142,9 @@ def agreement(found: Losses, expected: Losses) -> dict[str, Any]:
             (found[name][each], loss)
             for name, losses in expected.items()
             for each, loss in losses.items()
-            if text in (each, "all")
+            if each == text or (text == "all" and each in FORMATS)
         ]
-        ratios = [np.log10(one / other) for one, other in pairs if other > LEAST_LOSS]
+        ratios = [np.log10(one / other) for one, other in pairs if one > 0 and other > 0]
         rows[text] = {
             "candidates": len(pairs),
             "spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic),

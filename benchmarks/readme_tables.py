@@ -149,7 +149,7 @@ def executorch_codebooks() -> str:
 def gains() -> str:
     """Losses by random projections and as they were before, beside those measured one layer at a time."""
     measured = _load("gains")
-    ways = {f"{count} vectors": row for count, row in measured["vectors"].items()}
+    ways = {"1 vector" if count == "1" else f"{count} vectors": row for count, row in measured["vectors"].items()}
     ways["smallest format one by one, others by Hessian losses"] = {"agreement": measured["by_hessian_loss"]}
     rows = []
     for name, row in ways.items():
@@ -167,14 +167,6 @@ def gains() -> str:
     return _table(["", "seconds", *(f"`{text}`" for text in GAINS_FORMATS), "log10 of the ratio"], rows)
 
 
-def plans() -> str:
-    """What plans made from each way's losses draw."""
-    measured = _load("gains")["plans"]
-    budgets = list(next(iter(measured.values())))
-    rows = [[name, *(f"{of[budget]['psnr_db']:.2f} dB" for budget in budgets)] for name, of in measured.items()]
-    return _table(["losses", *budgets], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "results_executorch": lambda: results("alignment_executorch"),
@@ -186,7 +178,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "codebooks": codebooks,
     "executorch_codebooks": executorch_codebooks,
     "gains": gains,
-    "plans": plans,
 }
 
 
