@@ -108,8 +108,7 @@ def check(
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
     model; without the former only the files are checked. Raises TurbopocketError for files that do not match, a
-    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or
-    could not be compared with PyTorch.
+    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in `cache` or not run.
     """
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
