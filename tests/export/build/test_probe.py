@@ -75,6 +75,27 @@ def test_losses_are_those_of_the_layer_alone_in_the_model(tiny_sdxl: Path, tmp_p
     assert sorted(felt) == sorted(LAYERS)
 
 
+def test_of_a_large_picture_the_middle_is_decoded_and_read(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _, _ = probe_of(tiny_sdxl, tmp_path / "whole", steps=1, image_to_image=True)
+    monkeypatch.setattr("turbopocket.export.build.probe.LATENT_SIDE", 4)
+    probe, session, _ = probe_of(tiny_sdxl, tmp_path / "middle", steps=1, image_to_image=True)
+    assert whole.samples is not None
+    assert probe.samples is not None
+    height, width = whole.latents.shape[2:]
+    assert (height, width) > (4, 4)
+    top, left = (height - 4) // 2, (width - 4) // 2
+    assert np.array_equal(probe.latents, whole.latents[:, :, top : top + 4, left : left + 4])
+    factor = session.manifest.image.height // session.manifest.image.latent_height
+    assert probe.samples.shape[2:] == (4 * factor, 4 * factor)
+    assert [tuple(output.run(slice(0, 1)).shape[2:]) for _, output in probe.outputs()] == [
+        (height, width),
+        (4 * factor, 4 * factor),
+        (4, 4),
+    ]
+
+
 def test_prediction_of_the_probe_is_that_of_the_walk(tiny_sdxl: Path, tmp_path: Path) -> None:
     # Prompts, steps and text states of a row belong together, with guidance too, which asks for something else as well.
     probe, session, _ = probe_of(tiny_sdxl, tmp_path / "art", steps=2, guidance=5.0)
