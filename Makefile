@@ -55,7 +55,7 @@ test-fuzz: setup
 # Builds killed at a hundred random moments; what was killed in which stage is printed.
 test-kills: export OMP_NUM_THREADS = 1
 test-kills: setup
-	$(BIN)/python -m pytest tests/export/test_journal.py -m slow -rP
+	$(BIN)/python -m pytest tests/export/build/test_journal.py -m slow -rP
 
 # The Android app's core on a JVM, beside Python; part of `make test` as well. Says why where it is skipped.
 test-android: export OMP_NUM_THREADS = 1

@@ -14,6 +14,7 @@ from ..quant.ranges import load_ranges
 from ..quant.store import load_weights
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
+from ..runtimes.drawing.redundant import require_agreement
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from .build.manifest import planned_schemes
@@ -106,8 +107,8 @@ def check(
     changed the artifact may have written it.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
-    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, and for
-    emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or could not be compared with PyTorch.
+    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, a
+    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in `cache` or not run.
     """
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
@@ -124,9 +125,8 @@ def check(
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = _model(artifact, manifest, recipe)
-        evidence = evidence_for(model)
-        asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
-        session = Session.of_report(*asked)
+        evidence, tokenizers = evidence_for(model), open_tokenizers(artifact, manifest)
+        session = Session.of_report(manifest, tokenizers, evidence, recipe.parity.pictures, recipe.seed)
         notes += size_notes(model, manifest.sizes)
     components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
@@ -165,7 +165,9 @@ def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str]) -> str | N
 
 
 def _recipe(artifact: Path, manifest: Manifest) -> Recipe:
-    """The artifact's recipe. Raises TurbopocketError when it is for another target than the artifact."""
+    """The artifact's recipe. Raises TurbopocketError when it is for another target than the artifact, or the manifest
+    contradicts itself elsewhere."""
+    require_agreement(manifest)
     recipe = recipe_of(artifact, manifest)
     if recipe.target.name != manifest.target:
         raise TurbopocketError(
