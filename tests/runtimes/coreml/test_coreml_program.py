@@ -115,7 +115,7 @@ def to_symlink(package: Path) -> None:
     ("damage", "message"),
     [
         (lambda p: (p / "Manifest.json").unlink(), "is not a Core ML package: it holds no Manifest.json"),
-        (lambda p: (p / "Manifest.json").write_bytes(b"\xff{"), "Manifest.json is not JSON"),
+        (lambda p: (p / "Manifest.json").write_bytes(b"\xff{"), "Manifest.json is not UTF-8 text"),
         (lambda p: (p / "Manifest.json").write_text("[" * 100_000), "Manifest.json is not JSON"),
         (lambda p: (p / "Manifest.json").write_text("[]"), "Manifest.json must hold an object"),
         (changed_manifest(lambda m: m.update(fileFormatVersion="2.0.0")), "must have fileFormatVersion 1.0.0"),
