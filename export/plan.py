@@ -21,8 +21,7 @@ from .build.candidates import candidate_schemes, resolved, with_schemes
 from .build.fixed_bytes import Estimate, fixed_bytes, show_estimates
 from .checkpoint.load import load_shapes
 from .families.base import LoadedModel
-from .families.components import component_name, layers_of, parameter_count, shapes_of
-from .families.graphs import block_name
+from .families.components import component_name, group_name, layers_of, parameter_count, shapes_of
 from .families.sizes import drawn_sizes
 from .recipe import Recipe
 from .sampling.defaults import SamplingUnknown
@@ -54,7 +53,7 @@ class Planned:
             were not there to be counted, and how they were estimated.
         smallest_bytes: of the smallest artifact that the recipe allows.
         fp16_bytes: of the whole model in fp16.
-        components, blocks: what each component, and each block of layers, weighs.
+        components, groups: what each component, and each group of layers of one kind and place, weighs.
         parts: bytes of codes, scales, codebooks and so on of all layers together.
         average_bits: stored bits for each weight of a compressed layer; kept: layers in floating point.
         notes: what of the model and its sampling was assumed, or will be asked for by a build.
@@ -68,7 +67,7 @@ class Planned:
     smallest_bytes: int
     fp16_bytes: int
     components: Mapping[str, Weighed]
-    blocks: Mapping[str, Weighed]
+    groups: Mapping[str, Weighed]
     parts: Mapping[str, int]
     average_bits: float
     kept: tuple[str, ...]
@@ -109,7 +108,7 @@ class Planned:
             "predicted_loss": self.plan.predicted_loss,
             "fp16_bytes": self.fp16_bytes,
             "components": {name: asdict(each) for name, each in self.components.items()},
-            "blocks": {name: asdict(each) for name, each in self.blocks.items()},
+            "groups": {name: asdict(each) for name, each in self.groups.items()},
             "formats": _by_format(self.plan),
             "parts": dict(self.parts),
             "average_bits": self.average_bits,
@@ -150,7 +149,7 @@ def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
         smallest_bytes=smallest_total_bytes(choices, beside.total, pins),
         fp16_bytes=sum(2 * parameter_count(component) for component in components),
         components=_by(decided, component_name),
-        blocks=_by(decided, block_name),
+        groups=_by(decided, group_name),
         parts=accounted.part_bytes,
         average_bits=accounted.average_bits(),
         kept=tuple(accounted.kept),
@@ -230,8 +229,8 @@ def _by_format(decided: Plan) -> dict[str, dict[str, int]]:
 
 
 def show_plan(planned: Planned, console: Console) -> None:
-    """Prints the plan for a person: bytes per component, per block and per format."""
-    for title, weighed in (("component", planned.components), ("block", planned.blocks)):
+    """Prints the plan for a person: bytes per component, per group of layers and per format."""
+    for title, weighed in (("component", planned.components), ("group of layers", planned.groups)):
         table = Table(title=None, header_style="bold")
         table.add_column(title)
         for column in ("layers", "weights", "fp16", "planned"):

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from ...quant.plan import Plan
 from ...quant.scheme import parse_scheme
 from ...runtimes.compare.rows import ParityRow
-from ..families.graphs import block_name
+from ..families.components import group_name
 from ..target_options import TARGET_ENTRIES
 from .charts import layer_chart, timestep_chart, tradeoff_chart
 from .data import ReportData
@@ -166,7 +166,7 @@ def block_bars(plan: Plan, classes: Mapping[str, str]) -> tuple[Bar, ...]:
     """Returns bytes of the compressed layers by block of the network, in execution order, split by scheme."""
     blocks: dict[str, dict[str, int]] = {}
     for choice in plan.choices:
-        formats = blocks.setdefault(block_name(choice.layer), dict.fromkeys(classes, 0))
+        formats = blocks.setdefault(group_name(choice.layer), dict.fromkeys(classes, 0))
         formats[choice.scheme] += choice.nbytes
     return _bars(
         [

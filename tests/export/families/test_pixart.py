@@ -96,9 +96,7 @@ def test_it_is_compressed_to_a_budget_by_blocks(
 ) -> None:
     planned = turbopocket("plan", folders["sigma"], "--formats", "int4-g32,int8-g32,fp16", "--json")
     assert planned.code == 0, planned.err
-    assert {"transformer.transformer_blocks.1", "text_encoder.encoder.block.0"} <= set(
-        json.loads(planned.out)["blocks"]
-    )
+    assert {"transformer.transformer_blocks.1", "text_encoder.block.0"} <= set(json.loads(planned.out)["groups"])
     asked = ("--steps", 2, "--guidance", 3, "--formats", "int4-g32,int8-g32,fp16", "--budget", "800kB")
     ran = turbopocket("build", folders["sigma"], "--target", "onnx", *asked, "--out", tmp_path / "art")
     assert ran.code == 0, ran.err
