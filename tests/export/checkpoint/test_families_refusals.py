@@ -57,10 +57,10 @@ def test_folder_without_model_index_is_refused(folder: Path) -> None:
     assert error.hint == "put the model_index.json of that pipeline beside them"
 
 
-@pytest.mark.parametrize(("content", "told"), [(b"{not json", "not JSON"), (b"\xff", "not UTF-8 text")])
-def test_model_index_that_is_not_json_is_refused(folder: Path, content: bytes, told: str) -> None:
+@pytest.mark.parametrize(("content", "what"), [(b"{not json", "JSON"), (b"\xff", "UTF-8 text")])
+def test_model_index_that_is_not_json_is_refused(folder: Path, content: bytes, what: str) -> None:
     (folder / "model_index.json").write_bytes(content)
-    _refused(folder, f"model_index.json is {told}")
+    _refused(folder, f"model_index.json is not {what}")
 
 
 def test_model_index_that_is_no_object_is_refused(folder: Path) -> None:

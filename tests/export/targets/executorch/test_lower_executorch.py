@@ -312,15 +312,13 @@ def test_what_executorch_fails_on_is_one_clear_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_program_that_crashes_the_runtime_is_one_sentence(
+def test_a_program_with_a_damaged_table_is_one_sentence(
     lowered: Lowered, sample: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole, ends = (lowered.folder / lowered.spec.file).read_bytes(), []
+    whole = (lowered.folder / lowered.spec.file).read_bytes()
     for at in range(64, 1024, 160):
         damaged = bytearray(whole)
         damaged[at : at + 160] = b"\xff" * 160
         (tmp_path / lowered.spec.file).write_bytes(damaged)
-        with pytest.raises(TurbopocketError) as caught:
+        with pytest.raises(TurbopocketError, match=r"part\.pte"):
             runner(lowered, tmp_path).run("part", sample)
-        ends.append(str(caught.value))
-    assert any("the process ended by SIG" in end for end in ends), ends
