@@ -44,7 +44,7 @@ class OnnxRuntime(
             OrtSession.SessionOptions().use { options ->
                 options.setCPUArenaAllocator(false)
                 options.setMemoryPatternOptimization(false)
-                // ALL_OPT ends the process in 1.29.0: its FuseFp16InitializerToFp32NodeTransformer fails on UNets with fp16
+                // ALL_OPT ends the process in 1.29.0, in its FuseFp16InitializerToFp32NodeTransformer, at our UNets.
                 options.setOptimizationLevel(OrtSession.SessionOptions.OptLevel.EXTENDED_OPT)
                 options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
                 threads?.let(options::setIntraOpNumThreads)
