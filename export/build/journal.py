@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ...ground.files import write_whole
 from ..checkpoint.identity import model_identity
 from ..families.base import LoadedModel
-from ..output.owned import KEY_FILE, journal_files, remove_journal
+from ..output.owned import KEY_FILE, journal_files, remove_halves, remove_journal
 from ..output.staging import Busy, output_path, run_folder
 from ..progress import StageProgress
 from ..units import format_bytes
@@ -122,6 +122,7 @@ def opened(path: Path, keep: bool | None, progress: StageProgress | None) -> Ite
     try:
         _lock(held, path)
         try:
+            remove_halves(path)
             run = RunFolder(path, progress or StageProgress())
             yield run
             run.finish(keep)

@@ -26,6 +26,8 @@ _IN_PRODUCT = re.compile(
     r"[a-z]+\.(json|safetensors)|\w+-[0-9a-f]{32}\.safetensors|[\w.]+@[\w.+-]+\.safetensors|\d{3,}-.+\.safetensors"
     r"|inputs/([0-9a-f]{32}\.safetensors|calls\.json)"
 )
+_HALF = re.compile(r"\.tmp[0-9A-Za-z]{6}|.+\.partial")
+"""A file that a process was killed while writing: what safetensors calls it, and what we do."""
 _LOWERED = "lower"
 """The stage whose products hold what a target writes: whatever is in them is ours."""
 
@@ -100,6 +102,13 @@ def journal_files(run: Path) -> list[Path]:
     return [path for path in sorted(run.rglob("*")) if path.is_file() and _is_product(path, run)]
 
 
+def remove_halves(run: Path) -> None:
+    """Removes files that a killed stage did not end; for whoever has the folder to itself."""
+    for path in journal_files(run):
+        if _HALF.fullmatch(path.name):
+            path.unlink()
+
+
 def remove_journal(run: Path, product: Path | None = None) -> int:
     """Removes what stages of a build made, or one product of them; anything else stays, and so do folders that hold it.
 
@@ -123,7 +132,8 @@ def _is_product(path: Path, run: Path) -> bool:
     if stage is None or not inside or path.is_symlink() or (run / product).is_symlink():
         return False
     name = "/".join(inside).removesuffix(".partial")
-    return stage[1] == _LOWERED or _IN_PRODUCT.fullmatch(name) is not None
+    half = inside[:-1] in ([], ["inputs"]) and _HALF.fullmatch(inside[-1])
+    return stage[1] == _LOWERED or bool(half) or _IN_PRODUCT.fullmatch(name) is not None
 
 
 def _is_product_folder(path: Path, run: Path) -> bool:

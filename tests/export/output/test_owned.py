@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from turbopocket.export.build.journal import opened
 from turbopocket.export.output.owned import refuse_build as refuse_build_in
 from turbopocket.export.output.owned import refuse_occupied, remove_journal
 from turbopocket.export.output.staging import run_folder
+from turbopocket.export.progress import StageProgress
 from turbopocket.ground.errors import TurbopocketError
 
 from ..stand_ins import put_artifact, put_product, put_report
@@ -146,6 +148,21 @@ def test_what_stages_made_is_removed_and_nothing_else_is(tmp_path: Path) -> None
     (run / "fedcba9876543210").mkdir()
     remove_journal(run)
     assert sorted(path.name for path in run.rglob("*")) == [product.parent.name, "fedcba9876543210", "thesis.txt"]
+
+
+def test_files_that_a_killed_stage_did_not_end_are_ours_and_go_when_the_next_begins(tmp_path: Path) -> None:
+    run = tmp_path / "mine.run"
+    whole = put_product(run)
+    halves = [whole.with_name(".tmpzd9vVC"), whole.with_name(f"{whole.name}.partial"), run / "thesis.partial"]
+    for half in halves:
+        half.write_text("half")
+    with pytest.raises(TurbopocketError, match=r"holds thesis\.partial"):
+        refuse_build(tmp_path / "mine", overwrite=False)
+    with opened(run, True, StageProgress(quiet=True)):
+        assert [half.exists() for half in halves] == [False, False, True]
+    halves[-1].unlink()
+    refuse_build(tmp_path / "mine", overwrite=False)
+    assert whole.is_file()
 
 
 def test_a_link_among_the_products_is_a_strangers(tmp_path: Path) -> None:
