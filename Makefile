@@ -4,9 +4,8 @@ BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
 .PHONY: setup search fuzz-search demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality \
-	bench-executorch bench-distill bench-vqdm bench-codebooks synthetic-sdxl train-pocket distill-pocket distill-baseline \
-	test-optimum kernels kernels-arm64 \
-	fuzz-kernels clean
+	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains synthetic-sdxl train-pocket distill-pocket \
+	distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
 
 setup: .venv/.installed
 	@$(MAKE) --no-print-directory search || echo "without it VQDM searches in PyTorch" >&2
@@ -56,7 +55,7 @@ test-fuzz: setup
 # Builds killed at a hundred random moments; what was killed in which stage is printed.
 test-kills: export OMP_NUM_THREADS = 1
 test-kills: setup
-	$(BIN)/python -m pytest tests/export/test_journal.py -m slow -rP
+	$(BIN)/python -m pytest tests/export/build/test_journal.py -m slow -rP
 
 # The Android app's core on a JVM, beside Python; part of `make test` as well. Says why where it is skipped.
 test-android: export OMP_NUM_THREADS = 1
@@ -88,6 +87,11 @@ bench-codebooks: setup
 	$(BIN)/python benchmarks/codebooks.py
 	$(BIN)/python benchmarks/sdxl_block.py
 	$(BIN)/python benchmarks/executorch_codebooks.py
+	$(BIN)/python benchmarks/readme_tables.py
+
+# Predicted losses by random projections beside measuring one layer at a time: about seven minutes of one core.
+bench-gains: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gains.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8, about 4 bits and codebooks, against float PyTorch.

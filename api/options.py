@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from . import TurbopocketError
+from .export.target_options import TARGET_ENTRIES, with_several_sizes
 
 if TYPE_CHECKING:
     from . import Recipe
@@ -21,7 +22,7 @@ OptionalSource = Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Defau
 Config = Annotated[
     str | None, typer.Option("--config", help="For a single file or a UNet: a folder or hub id with all that it lacks.")
 ]
-TARGET_HELP = "What the phone runs: onnx, coreml or executorch."
+TARGET_HELP = f"What the phone runs: {', '.join(TARGET_ENTRIES)}."
 TargetName = Annotated[str | None, typer.Option("--target", help=TARGET_HELP)]
 TargetNames = Annotated[list[str] | None, typer.Option("--target", help=f"{TARGET_HELP} May be given several times.")]
 ArtifactFolder = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
@@ -39,10 +40,8 @@ Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENG
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT (or scheme) for layers that must keep it.")]
 
 SIZE_HELP = "WIDTHxHEIGHT of pictures in pixels, such as 768x512"
-Sizes = Annotated[
-    list[str] | None,
-    typer.Option("--size", help=f"{SIZE_HELP}. For onnx several times, the default first. Default: the model's own."),
-]
+SEVERAL = f"For {' or '.join(with_several_sizes())} several times, the default first. Default: the model's own."
+Sizes = Annotated[list[str] | None, typer.Option("--size", help=f"{SIZE_HELP}. {SEVERAL}")]
 Size = Annotated[
     str | None, typer.Option(help=f"{SIZE_HELP}: one that the artifact was built for. Default: its first.")
 ]

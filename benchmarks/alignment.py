@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.components import components_of, parameter_count
@@ -24,52 +23,21 @@ from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.scenes import sample_scenes
 from turbopocket.runtimes.compare.metrics import psnr_db
-from turbopocket.runtimes.drawing.conditioning import condition, unconditional
-from turbopocket.runtimes.drawing.latents import to_vae
-from turbopocket.runtimes.drawing.sampler import Memory, make_sampler
-from turbopocket.runtimes.drawing.text_to_image import seeded_noise
+from turbopocket.runtimes.drawing.text_to_image import Pictures, generate_batch
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
-from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 from turbopocket.runtimes.manifest import Manifest, load_manifest
 from turbopocket.runtimes.open import open_runner
 from turbopocket.runtimes.runner import Runner
 
 BATCH = 50
-Pictures = NDArray[np.uint8]
-
-
-def draw_batch(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequence[str], first_seed: int) -> Pictures:
-    """uint8 [N, H, W, 3]: `generate` for many prompts at once, prompt i from the noise of first_seed + i."""
-    tokenizers = open_tokenizers(folder, manifest)
-    each = [condition(runner, manifest, tokenizers, prompt) for prompt in prompts]
-    conditional = {name: np.concatenate([values[name] for values in each]) for name in each[0]}
-    away_from = unconditional(runner, manifest, tokenizers, None, conditional)
-    sampler, image, scale = make_sampler(manifest.sampler, None), manifest.image, manifest.sampler.guidance_scale
-    shape = (1, image.latent_channels, image.latent_height, image.latent_width)
-    noises = [seeded_noise(first_seed + index) for index in range(len(prompts))]
-    x_t = np.concatenate([noise(shape) for noise in noises]) * np.float32(sampler.init_noise_sigma)
-    memory = Memory()
-
-    def fresh(shape: tuple[int, ...]) -> NDArray[np.float32]:
-        return np.concatenate([noise((1, *shape[1:])) for noise in noises])
-
-    for index, timestep in enumerate(sampler.timesteps):
-        asked = {"sample": sampler.scale_model_input(x_t, index), "timestep": np.array(timestep, np.float32)}
-        guided = runner.run("unet", asked | conditional)["out_sample"]
-        if scale > 1:
-            away = runner.run("unet", asked | away_from)["out_sample"]
-            guided = away + np.float32(scale) * (guided - away)
-        x_t, memory = sampler.step(index, x_t, guided, memory, fresh)
-    sample = runner.run("vae_decoder", {"latent_sample": to_vae(image, x_t)})["sample"]
-    return np.round(np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255).astype(np.uint8)
 
 
 def draw_all(runner: Runner, folder: Path, manifest: Manifest, prompts: Sequence[str]) -> Pictures:
-    """uint8 [N, H, W, 3] for all prompts, as many at a time as the runner takes."""
-    batch = 1 if isinstance(runner, ExecuTorchRunner) else BATCH
-    starts = range(0, len(prompts), batch)
+    """uint8 [N, H, W, 3] for all prompts, prompt i from the noise of seed i."""
+    tokenizers = open_tokenizers(folder, manifest)
+    parts = [range(start, min(start + BATCH, len(prompts))) for start in range(0, len(prompts), BATCH)]
     return np.concatenate(
-        [draw_batch(runner, folder, manifest, prompts[start : start + batch], start) for start in starts]
+        [generate_batch(runner, manifest, tokenizers, prompts[seeds.start : seeds.stop], seeds) for seeds in parts]
     )
 
 

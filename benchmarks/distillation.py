@@ -9,6 +9,7 @@ Everyone draws prompt i of the test split from the noise of seed i. Networks are
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,22 +20,25 @@ import torch
 from picture_rows import write_rows
 from torch import Tensor
 
+from turbopocket.export.build.draft import pipeline_manifest
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.distill.distill import distill, fastest_precision
-from turbopocket.export.distill.prompt_states import PromptStates
 from turbopocket.export.distill.recipe import DistillRecipe
+from turbopocket.export.families.components import components_of, described
+from turbopocket.export.recipe import make_recipe
 from turbopocket.export.settings import with_values
-from turbopocket.pocket.evaluate import first_noise, frechet_distance, write_json
+from turbopocket.export.targets.side_files import write_tokenizers
+from turbopocket.export.verify.gaps import torch_runner
+from turbopocket.pocket.evaluate import frechet_distance, write_json
 from turbopocket.pocket.judge import Judge, alignment, features, load_judge
 from turbopocket.pocket.render import render
 from turbopocket.pocket.scenes import sample_scenes
-from turbopocket.quant.distill.denoiser import Denoiser
-from turbopocket.quant.distill.diffusion import Diffusion
 from turbopocket.quant.distill.options import Devices
-from turbopocket.quant.distill.steps import FixedIntervals, Step, even_walk
-from turbopocket.quant.distill.tdm import guided_clean_and_noise
+from turbopocket.quant.distill.steps import FixedIntervals, Step
 from turbopocket.quant.distill.trajectory_mse import TEACHER_STEPS
-from turbopocket.runtimes.schedule import SamplerSpec, alphas_cumprod
+from turbopocket.runtimes.drawing.text_to_image import generate_batch
+from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
+from turbopocket.runtimes.schedule import SamplerSpec
 from turbopocket.runtimes.scheduler_classes import config_for
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,31 +69,24 @@ class Painter:
     """One model folder, ready to draw in any number of steps at any guidance, by DDIM with trailing timesteps."""
 
     def __init__(self, source: str, steps: int, guidance: float, step_biases: bool) -> None:
-        self.model = load(source, steps=steps if step_biases else None)
-        spec = SamplerSpec.from_scheduler_config(config_for(self.model.scheduler_config, "ddim"), 1, 1.0)
-        self.diffusion = Diffusion(torch.from_numpy(alphas_cumprod(spec)), spec.prediction_type)
-        self.walk = even_walk(self.diffusion.train_timesteps, steps)
-        self.denoiser = Denoiser(self.model.modules["unet"], step_condition=False)
-        self.states, self.guidance = PromptStates(self.model, torch.device("cpu")), guidance
+        model = load(source, steps=steps if step_biases else None)
+        components = components_of(model)
+        specs = {component.name: described(component) for component in components}
+        asked = {"model": {"source": source}, "sampler": {"kind": "ddim", "steps": steps, "guidance": guidance}}
+        walk = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+        spec = SamplerSpec.from_scheduler_config(config_for(model.scheduler_config, "ddim") | walk, steps, guidance)
+        draft = pipeline_manifest(model, make_recipe(asked, "benchmark"), specs, ())
+        self.manifest, self.runner = draft.model_copy(update={"sampler": spec}), torch_runner(components)
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizers(model, Path(folder))
+            self.tokenizers = open_tokenizers(Path(folder), self.manifest)
 
-    @torch.no_grad()
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """(N, 3, 64, 64) uint8 pictures; each depends on its prompt and seed alone."""
-        parts = range(0, len(prompts), BATCH)
-        return torch.cat([self._batch(prompts[i : i + BATCH], seeds[i : i + BATCH]) for i in parts])
-
-    def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        conditions = self.states.conditional(prompts)
-        away_from = self.states.unconditional(conditions)
-        x_t = first_noise(seeds)
-        for step in self.walk:
-            start_N, end_N = (torch.full((len(x_t),), each) for each in (step.start, step.end))
-            asked = x_t, start_N, conditions, away_from, self.guidance
-            x_t = self.diffusion.mixed(*guided_clean_and_noise(self.denoiser, self.diffusion, *asked), end_N)
-        vae: Any = self.model.modules["vae"]
-        sample = vae.decode(x_t / vae.config.scaling_factor).sample
-        pictures: Tensor = ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return pictures
+        parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
+        drawing = self.runner, self.manifest, self.tokenizers
+        pictures_NHWC = np.concatenate([generate_batch(*drawing, prompts[part], seeds[part]) for part in parts])
+        return torch.from_numpy(pictures_NHWC).permute(0, 3, 1, 2)
 
 
 def measured(painter: Painter, judge: Judge, frechet_pictures: int) -> Figures:

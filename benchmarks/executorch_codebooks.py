@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch import program as lowering
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.pocket.evaluate import write_json
@@ -87,8 +88,8 @@ def lowered(folder: Path, width: int, layers: int, form: Any) -> tuple[Path, int
             name: CompressedTensor(dense, shape, {"weight": FORMAT.decompress(weight)})
             for name, weight in weights.items()
         }
-    component = Component("stack", Wrapped("stack", stack.eval()), {"x": x}, ("y",))
-    traced = lowering.trace(component, codebooks=form or "portable")
+    component = Component("stack", Wrapped("stack", stack.eval()), {"x": x}, ("y",), role="denoiser")
+    traced = lowering.trace(component, ExecuTorchOptions(codebooks=form or "portable"))
     spec = lowering.lower(traced, weights, folder)
     manifest: Any = OneComponent(spec)
     with ExecuTorchNativeRunner(folder, manifest, {}) as runner:

@@ -21,6 +21,7 @@ from executorch.version import __version__
 from torch import Tensor, nn
 
 from turbopocket.export.families.graphs import Component, ComponentModule
+from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch.program import TracedProgram, lower, trace
 from turbopocket.export.targets.executorch.size import KEY_BYTES, OPERATOR_BYTES, PLACE_BYTES, constants_bytes
 from turbopocket.export.targets.executorch.stores import STORES
@@ -38,8 +39,8 @@ CASES = {
     "int4-g32 linear": ("int4-g32", 0, {}),
     "int8-row 1x1 conv": ("int8-row", 1, {}),
     "int8-row conv": ("int8-row", 3, {}),
-    "int8-row linear, static": ("int8-row", 0, {"static": True}),
-    "int8-row conv, static": ("int8-row", 3, {"static": True}),
+    "int8-row linear, static": ("int8-row", 0, {"activations": "static"}),
+    "int8-row conv, static": ("int8-row", 3, {"activations": "static"}),
     "vq8-d4 linear": ("vq8-d4", 0, {}),
     "avq3x8-d8 linear": ("avq3x8-d8", 0, {}),
     "vq8-d4 conv": ("vq8-d4", 3, {}),
@@ -78,8 +79,8 @@ def traced_chain(kernel: int, layers: bool, options: Mapping[str, Any]) -> Trace
     """The chain, exported once."""
     torch.manual_seed(0)
     x = torch.zeros(1, WIDTH, 8, 8) if kernel else torch.zeros(1, 16, WIDTH)
-    component = Component("chain", Wrapped("chain", Chain(kernel, layers).eval()), {"x": x}, ("y",))
-    return trace(component, **options)
+    component = Component("chain", Wrapped("chain", Chain(kernel, layers).eval()), {"x": x}, ("y",), role="denoiser")
+    return trace(component, ExecuTorchOptions(**options))
 
 
 def random_weight(format: LayerFormat, shape: tuple[int, ...], seed: int) -> CompressedTensor:
@@ -96,7 +97,7 @@ def row(text: str, kernel: int, options: Mapping[str, Any]) -> dict[str, float]:
     """Bytes of one layer beside its constants: found, and planned."""
     format = parse_format(text)
     plain, chain = traced_chain(kernel, False, options), traced_chain(kernel, True, options)
-    if chain.static:
+    if chain.asked.static:
         chain = replace(chain, ranges=dict.fromkeys(chain.layers, RANGES))
     weights = {
         name: random_weight(format, layer.shape, seed) for seed, (name, layer) in enumerate(chain.layers.items())

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from turbopocket.export.build.bench import Workbench, calibrated, make_workbench, parity_session
+from turbopocket.export.build.bench import Workbench, make_workbench, parity_session, with_ranges
 from turbopocket.export.build.build import PROBE_PROMPTS, PROBE_STEPS
+from turbopocket.export.build.calibration import calibration_drawing
 from turbopocket.export.build.planning import planned
 from turbopocket.export.build.probe import make_probe
 from turbopocket.export.families.components import component_name
@@ -34,6 +35,7 @@ from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.verify.gaps import Session, torch_runner
 from turbopocket.ground.errors import OverBudget
+from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import compress, decompressed
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor
@@ -45,10 +47,8 @@ from turbopocket.quant.workers import in_turn
 from turbopocket.runtimes.compare.metrics import psnr_db
 
 FORMATS = ("int8-row", "int4-row", "vq8-d4")
-VECTORS = (1, 2, 4, 8, 16)
+VECTORS = (1, 2, 4, 8, 16, 32)
 PLANNED_VECTORS = (8,)
-LEAST_LOSS = 1e-10
-"""Smaller losses are not compared as ratios: one by one they are differences of float32 outputs."""
 BUDGETS = ("8MB", "6MB", "5MB")
 PICTURES = 16
 Losses = dict[str, dict[str, float]]
@@ -79,7 +79,7 @@ def one_by_one(
             for name, candidates in stored.items():
                 if component_name(name) in components:
                     losses[name] = {}
-                    for each in (each for each in candidates if str(each.format) in FORMATS):
+                    for each in candidates:
                         with decompressed(bench.modules, {name: each}):
                             error = float((output.run(rows) - expected).square().sum() / expected.square().sum())
                         losses[name][str(each.format)] = error
@@ -110,11 +110,7 @@ def by_hessian(
     losses: Losses = {}
     for name, candidates in stored.items():
         weight, hessian_KK = weight_of(name, bench.layers[name]).detach(), stats[name][SecondMoment].hessian_KK
-        each = {
-            str(one.format): hessian_loss(one.format.decompress(one) - weight, hessian_KK)
-            for one in candidates
-            if str(one.format) in FORMATS
-        }
+        each = {str(c.format): hessian_loss(c.format.decompress(c) - weight, hessian_KK) for c in candidates}
         smallest = str(min(candidates, key=lambda one: one.format.nbytes(one.shape)).format)
         gain = measured[name][smallest] / each[smallest] if each[smallest] else 0.0
         losses[name] = {text: gain * loss for text, loss in each.items()}
@@ -122,7 +118,7 @@ def by_hessian(
 
 
 def as_losses(choices: Mapping[str, LayerChoices]) -> Losses:
-    return {name: {each.format: each.loss for each in layer.candidates} for name, layer in choices.items()}
+    return {name: {each.scheme: each.loss for each in layer.candidates} for name, layer in choices.items()}
 
 
 def as_choices(like: Mapping[str, LayerChoices], losses: Losses) -> dict[str, LayerChoices]:
@@ -131,7 +127,7 @@ def as_choices(like: Mapping[str, LayerChoices], losses: Losses) -> dict[str, La
         name: replace(
             layer,
             candidates=tuple(
-                replace(each, loss=losses.get(name, {}).get(each.format, each.loss)) for each in layer.candidates
+                replace(each, loss=losses.get(name, {}).get(each.scheme, each.loss)) for each in layer.candidates
             ),
         )
         for name, layer in like.items()
@@ -146,9 +142,9 @@ def agreement(found: Losses, expected: Losses) -> dict[str, Any]:
             (found[name][each], loss)
             for name, losses in expected.items()
             for each, loss in losses.items()
-            if text in (each, "all")
+            if each == text or (text == "all" and each in FORMATS)
         ]
-        ratios = [np.log10(one / other) for one, other in pairs if other > LEAST_LOSS]
+        ratios = [np.log10(one / other) for one, other in pairs if one > 0 and other > 0]
         rows[text] = {
             "candidates": len(pairs),
             "spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic),
@@ -182,7 +178,7 @@ def drawn(
         runner = torch_runner(bench.components)
         with decompressed(bench.modules, weights):
             found = [session.draw(runner, index) for index in range(len(pictures))]
-        formats = [choice.format for choice in plan.choices]
+        formats = [choice.scheme for choice in plan.choices]
         rows[budget] = {
             "layers": {text: formats.count(text) for text in dict.fromkeys(formats)},
             "psnr_db": float(np.mean([psnr_db(*pair) for pair in zip(found, pictures, strict=True)])),
@@ -204,7 +200,9 @@ def main() -> None:
         folder = Path(temporary)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, folder)
         session = parity_session(bench, folder)
-        stats = calibrated(bench, session)
+        runner = torch_runner(bench.components)
+        stats = calibrate(bench.modules, calibration_drawing(bench, session, runner, bench.recipe.calibrate.pictures))
+        bench = with_ranges(bench, stats)
         fit = bench.fit(MSE)
         stored = dict(compress_candidates(bench.layers, stats, bench.formats, fit))
         prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
@@ -232,7 +230,6 @@ def main() -> None:
             "vectors": {count: {k: v for k, v in row.items() if k != "choices"} for count, row in rows.items()},
         }
         print(json.dumps(result), flush=True)
-        runner = torch_runner(bench.components)
         pictures = [session.draw(runner, index) for index in range(asked.pictures)]
         plans = {
             "one by one": as_choices(choices, expected),

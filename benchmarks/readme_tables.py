@@ -13,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/distillation.md", "docs/codebooks.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/distillation.md", "docs/codebooks.md", "docs/gains.md", "docs/kernels.md")
+GAINS_FORMATS = ("int8-row", "int4-row", "vq8-d4")
 
 
 def _load(name: str) -> Any:
@@ -145,6 +146,27 @@ def executorch_codebooks() -> str:
     return _table(header, rows)
 
 
+def gains() -> str:
+    """Losses by random projections and as they were before, beside those measured one layer at a time."""
+    measured = _load("gains")
+    ways = {"1 vector" if count == "1" else f"{count} vectors": row for count, row in measured["vectors"].items()}
+    ways["smallest format one by one, others by Hessian losses"] = {"agreement": measured["by_hessian_loss"]}
+    rows = []
+    for name, row in ways.items():
+        by_format = row["agreement"]
+        ratio = by_format["all"]
+        rows.append(
+            [
+                name,
+                f"{row['seconds']:.1f}" if "seconds" in row else "",
+                *(f"{by_format[text]['spearman']:.4f}" for text in GAINS_FORMATS),
+                f"{ratio['log10_ratio_median']:+.2f} ± {ratio['log10_ratio_std']:.2f}",
+            ]
+        )
+    rows.append(["every candidate one by one", f"{measured['seconds']['one by one, every candidate']:.0f}", *[""] * 4])
+    return _table(["", "seconds", *(f"`{text}`" for text in GAINS_FORMATS), "log10 of the ratio"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "results_executorch": lambda: results("alignment_executorch"),
@@ -155,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "codebooks": codebooks,
     "executorch_codebooks": executorch_codebooks,
+    "gains": gains,
 }
 
 

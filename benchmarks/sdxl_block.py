@@ -55,7 +55,9 @@ def block() -> Component:
     """The block with PyTorch's own random weights."""
     torch.manual_seed(0)
     model = BasicTransformerBlock(WIDTH, HEADS, WIDTH // HEADS, cross_attention_dim=TEXT_WIDTH).eval()
-    return Component(NAME, Block(NAME, model), dict(zip(("hidden", "text"), tokens(0, 2), strict=True)), ("output",))
+    return Component(
+        NAME, Block(NAME, model), dict(zip(("hidden", "text"), tokens(0, 2), strict=True)), ("output",), role="denoiser"
+    )
 
 
 def tokens(seed: int, batch: int = 1) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,8 @@ from turbopocket.export.build.build import build
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.components import layers_of, shapes_of
 from turbopocket.export.progress import StageProgress
-from turbopocket.export.recipe import ExecuTorchSection, TargetSection, make_recipe
+from turbopocket.export.recipe import TargetSection, make_recipe
+from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.layer import kind_of
 from turbopocket.export.targets.registry import open_target
 from turbopocket.quant.scheme import parse_scheme
@@ -32,7 +33,7 @@ from turbopocket.runtimes.manifest import load_manifest
 from turbopocket.runtimes.open import open_runner
 
 ONNX, EXECUTORCH = TargetSection(name="onnx"), TargetSection(name="executorch")
-STATIC = TargetSection(name="executorch", executorch=ExecuTorchSection(activations="static"))
+STATIC = TargetSection(name="executorch", executorch=ExecuTorchOptions(activations="static"))
 BUILDS = {
     "onnx fp32": (ONNX, "fp32", "fp16"),
     "onnx int8": (ONNX, "int8-g32", "fp16"),

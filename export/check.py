@@ -14,18 +14,20 @@ from ..quant.ranges import load_ranges
 from ..quant.store import load_weights
 from ..runtimes.arm64.cpus import PREFIX, parse_cpu
 from ..runtimes.arm64.setup import default_cache, open_emulator
+from ..runtimes.drawing.redundant import require_agreement
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from .build.manifest import planned_schemes
 from .checkpoint.identity import model_identity
 from .checkpoint.load import load
 from .evidence import evidence_for
+from .families.base import LoadedModel
 from .families.components import layers_of
 from .families.sizes import size_notes
 from .output.kept import RANGES_FILE, WEIGHTS_FILE
 from .output.staging import report_folder, settle_output
 from .progress import StageProgress
-from .recipe import recipe_of
+from .recipe import Recipe, recipe_of
 from .targets.registry import open_target
 from .verify.diffusers_reference import compare_with_diffusers
 from .verify.emulated import Emulated, measure_emulated
@@ -105,40 +107,26 @@ def check(
     changed the artifact may have written it.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
-    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, and for
-    emulated CPUs (`arm64:<name>`) that are not known, not set up in `cache`, or could not be compared with PyTorch.
+    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, a
+    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in `cache` or not run.
     """
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
     manifest = load_manifest(artifact)
-    recipe = recipe_of(artifact, manifest)
-    if recipe.target.name != manifest.target:
-        raise TurbopocketError(
-            f"{artifact} is for {manifest.target}, and the recipe in its manifest for {recipe.target.name}",
-            hint="the manifest was changed: build again",
-        )
+    recipe = _recipe(artifact, manifest)
     target = open_target(recipe.target)
     with progress.stage("verify"):
         verify(artifact, manifest)
         unverified = target.inspect(artifact, manifest)
         notes = (*manifest.notes, *target.notes(artifact, manifest))
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
-    if not stored.is_file():
-        why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
-        if emulators:
-            raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
+    if why_not := _why_no_parity(artifact, stored, cpus):
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
-        model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
-        if manifest.model is not None and model_identity(model) != manifest.model.sha256:
-            raise TurbopocketError(
-                f"{recipe.model.source} is not the model that {artifact} was made from, {manifest.model.name} with "
-                f"sha256 {manifest.model.sha256[:12]}…: its weights, configs or tokenizers differ"
-            )
-        evidence = evidence_for(model)
-        asked = manifest, open_tokenizers(artifact, manifest), evidence, recipe.parity.pictures, recipe.seed
-        session = Session.of_report(*asked)
+        model = _model(artifact, manifest, recipe)
+        evidence, tokenizers = evidence_for(model), open_tokenizers(artifact, manifest)
+        session = Session.of_report(manifest, tokenizers, evidence, recipe.parity.pictures, recipe.seed)
         notes += size_notes(model, manifest.sizes)
     components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
@@ -146,7 +134,6 @@ def check(
     schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
     own_limit = target.lowering_limit(schemes)
     limit = recipe.parity.max_lowering_error or own_limit
-    loosened = None if accept_limit or limit <= own_limit else _loosened(limit, own_limit, target.name)
     asked_of = artifact, manifest, weights, limit
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
     as_run = [target.as_run(component, weights, ranges, schemes) for component in components]
@@ -163,10 +150,47 @@ def check(
                 components, as_run, kept, there, here, gaps.compression, session, evidence, advance
             )
         emulated[f"{PREFIX}{cpu.name}"] = measured
+    loosened = None if accept_limit else _loosened(limit, own_limit, target.name)
     return Checked(manifest, gaps, None, unverified, notes, emulated, loosened)
 
 
-def _loosened(limit: float, own: float, target: str) -> str:
+def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str]) -> str | None:
+    """Why only the files can be checked, if so. Raises TurbopocketError when more was asked for."""
+    if stored.is_file():
+        return None
+    why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
+    if cpus:
+        raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
+    return why_not
+
+
+def _recipe(artifact: Path, manifest: Manifest) -> Recipe:
+    """The artifact's recipe. Raises TurbopocketError when it is for another target than the artifact, or the manifest
+    contradicts itself elsewhere."""
+    require_agreement(manifest)
+    recipe = recipe_of(artifact, manifest)
+    if recipe.target.name != manifest.target:
+        raise TurbopocketError(
+            f"{artifact} is for {manifest.target}, and the recipe in its manifest for {recipe.target.name}",
+            hint="the manifest was changed: build again",
+        )
+    return recipe
+
+
+def _model(artifact: Path, manifest: Manifest, recipe: Recipe) -> LoadedModel:
+    """The float model. Raises TurbopocketError when its content is not that of the model the artifact was made from."""
+    model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
+    if manifest.model is not None and model_identity(model) != manifest.model.sha256:
+        raise TurbopocketError(
+            f"{recipe.model.source} is not the model that {artifact} was made from, {manifest.model.name} with "
+            f"sha256 {manifest.model.sha256[:12]}…: its weights, configs or tokenizers differ"
+        )
+    return model
+
+
+def _loosened(limit: float, own: float, target: str) -> str | None:
+    if limit <= own:
+        return None
     return (
         f"its recipe allows a lowering error of {limit:g}, where {target} allows {own:g}; --accept-limit takes the "
         "recipe's for it"

@@ -12,11 +12,12 @@ from rich.table import Table
 from ..quant.activations import ActivationFormat
 from ..quant.formats import FORMATS
 from ..quant.scheme import parse_scheme
-from .checkpoint.load import FAMILIES, load_shapes
+from .checkpoint.load import load_shapes
 from .checkpoint.source import BUNDLED
 from .families.components import components_of, parameter_count
+from .families.registry import FAMILIES
 from .targets.layer import Kind
-from .targets.registry import TARGETS
+from .targets.registry import default_targets
 from .units import format_bytes
 
 SAMPLE_SCHEMES = (
@@ -41,7 +42,7 @@ def format_rows() -> list[dict[str, Any]]:
     rows = []
     for name in SAMPLE_SCHEMES:
         asked = parse_scheme(name)
-        for target, (layer, kind, shape) in product(TARGETS, SAMPLE_LAYERS):
+        for target, (layer, kind, shape) in product(default_targets(), SAMPLE_LAYERS):
             reason = target.storable(asked, kind, shape)
             stored_as = target.stored_as(asked, kind) if reason is None else None
             rows.append(
@@ -106,7 +107,7 @@ def model_rows() -> dict[str, list[dict[str, Any]]]:
     """Returns the bundled models, with what they weigh in fp16, and the pipeline classes that load."""
     pipelines = [
         {"pipeline_class": name, "family": family.name, "modules": list(family.modules)}
-        for family in FAMILIES
+        for family in FAMILIES.values()
         for name in family.pipeline_classes
     ]
     return {"bundled": [_bundled_row(name) for name in BUNDLED], "pipelines": pipelines}

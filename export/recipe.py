@@ -8,9 +8,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, PlainSerializer, PlainValidator, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from ..quant.finetune import FineTuneOptions
 from ..quant.fit import parse_fit
@@ -18,15 +27,18 @@ from ..quant.scheme import parse_scheme
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.manifest import Manifest
 from ..runtimes.schedule import MAX_STEPS
-from ..runtimes.scheduler_classes import SamplerKind
+from ..runtimes.scheduler_classes import known_kind
 from .checkpoint.lora.file import LoraFile
 from .checkpoint.source import BUNDLED
 from .output.kept import RECIPE_FILE
 from .output.staging import report_folder
 from .settings import Section, make_settings, parse_settings, read_settings
+from .target_options import TARGET_ENTRIES, known_target, with_several_sizes
 from .units import parse_bytes
 
 MAX_GUIDANCE = 50.0
+MODEL_SAMPLER = "model"
+"""What `sampler.kind` calls the scheduler that a checkpoint was saved with."""
 
 
 class ModelSection(Section):
@@ -40,58 +52,21 @@ class ModelSection(Section):
     """LoRA files merged into the weights before compression, in order: "FILE", or "FILE:0.8" for a strength of 0.8."""
 
 
-class OnnxSection(Section):
-    """How ONNX Runtime is to run it."""
-
-    accuracy_level: Literal[0, 1, 4] = 1
-    """ONNX Runtime's MatMulNBits compute: 1 multiplies in fp32, 4 quantizes activations to int8 (faster on ARM)."""
-    prepacked: bool = False
-    """Save weights in the layout of this machine's CPU kernels: less memory, but only for the same kind of CPU."""
-
-
-class CoreMLSection(Section):
-    """What Core ML packages are to need."""
-
-    deployment: Literal["iOS17", "iOS18", "iOS26"] = "iOS18"
-    """The oldest system that reads them."""
-    max_package: str = "1GiB"
-    """A UNet of more bytes becomes two packages, which are loaded one after the other."""
-
-    @field_validator("max_package")
-    @classmethod
-    def _max_package_has_a_unit(cls, value: str) -> str:
-        parse_bytes(value, "max_package")
-        return value
-
-
-class ExecuTorchSection(Section):
-    """How ExecuTorch programs are to run."""
-
-    activations: Literal["dynamic", "static"] = "dynamic"
-    """How 8-bit layers whose format does not say it round inputs: with scales found while they run, or by calibration.
-
-    Static scales round outputs too; layers whose inputs they would ruin, and all 4-bit ones, stay dynamic.
-    """
-    weights: Literal["inside", "apart"] = "inside"
-    """Whether a program holds its constants, or a .ptd file beside it does, which can be sent and mapped by itself."""
-    codebooks: Literal["portable", "kernel"] = "portable"
-    """What reads layers of codebooks: operators that every ExecuTorch has, or ours, which an app has to link."""
-
-
-TargetName = Literal["onnx", "coreml", "executorch"]
-SEVERAL_SIZES: tuple[TargetName, ...] = ("onnx",)
-"""Targets of which one artifact draws several sizes."""
+TargetName = Annotated[str, AfterValidator(known_target)]
 
 
 class TargetSection(Section):
-    """What the phone runs; of the sections for single targets, the named one's counts."""
+    """What the phone runs. Beside these keys each target has a section of its name; the named one's counts."""
+
+    model_config = ConfigDict(extra="allow")
 
     name: TargetName = "onnx"
     also: tuple[TargetName, ...] = ()
     """Further targets of the same build; each target's artifact is then a folder of its name in the output folder."""
-    onnx: OnnxSection = OnnxSection()
-    coreml: CoreMLSection = CoreMLSection()
-    executorch: ExecuTorchSection = ExecuTorchSection()
+
+    @classmethod
+    def keys(cls) -> dict[str, Any]:
+        return super().keys() | {name: entry.options for name, entry in TARGET_ENTRIES.items()}
 
     @model_validator(mode="after")
     def _targets_differ(self) -> Self:
@@ -99,6 +74,21 @@ class TargetSection(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"targets {', '.join(names)}: each may be asked for once")
         return self
+
+    @model_validator(mode="after")
+    def _sections_are_options(self) -> Self:
+        """Every target has its options, those that nobody stated by default."""
+        fields: dict[str, Any] = {
+            name: (entry.options, Field(default_factory=entry.options)) for name, entry in TARGET_ENTRIES.items()
+        }
+        found = create_model("TargetOptions", __base__=Section, **fields).model_validate(self.__pydantic_extra__)
+        object.__setattr__(self, "__pydantic_extra__", {name: getattr(found, name) for name in fields})
+        return self
+
+    @property
+    def options(self) -> Any:
+        """The named target's options."""
+        return getattr(self, self.name)
 
 
 class CompressSection(Section):
@@ -157,7 +147,7 @@ class ImageSection(Section):
     """What pictures the artifact draws."""
 
     sizes: tuple[str, ...] = ()
-    """WIDTHxHEIGHT in pixels, the default first; several for onnx only. Without any: the size of the model's own."""
+    """WIDTHxHEIGHT in pixels, the default first; several where the target takes them. Without any: the model's own."""
 
     @field_validator("sizes")
     @classmethod
@@ -172,10 +162,14 @@ class ImageSection(Section):
         return tuple(parse_size(text) for text in self.sizes)
 
 
+def _known_sampler(kind: str) -> str:
+    return kind if kind == MODEL_SAMPLER else known_kind(kind)
+
+
 class SamplerSection(Section):
     """How the artifact draws; calibration, parity and phones use the same steps."""
 
-    kind: Literal["model", SamplerKind] = "model"
+    kind: Annotated[str, AfterValidator(_known_sampler)] = MODEL_SAMPLER
     """`model` keeps the scheduler saved with the checkpoint; another walks the checkpoint's noise schedule."""
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     image_to_image: bool = False
@@ -215,7 +209,7 @@ class Recipe(Section):
     """One build, whole: the sections of a recipe file."""
 
     model: ModelSection = ModelSection()
-    target: TargetSection = TargetSection()
+    target: TargetSection = Field(default_factory=TargetSection)
     compress: CompressSection = CompressSection()
     image: ImageSection = ImageSection()
     sampler: SamplerSection = SamplerSection()
@@ -228,10 +222,10 @@ class Recipe(Section):
     def _sizes_fit_in_one_artifact(self) -> Self:
         asked = ", ".join(self.image.sizes)
         for name in (self.target.name, *self.target.also):
-            if len(self.image.sizes) > 1 and name not in SEVERAL_SIZES:
+            if len(self.image.sizes) > 1 and name not in with_several_sizes():
                 raise ValueError(
                     f"{name} takes one size in an artifact, {len(self.image.sizes)} are asked for ({asked}): "
-                    f"build one artifact for each, or one for {', '.join(SEVERAL_SIZES)}, which takes several"
+                    f"build one artifact for each, or one for {', '.join(with_several_sizes())}, which takes several"
                 )
         return self
 

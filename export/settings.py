@@ -29,6 +29,11 @@ class Section(BaseModel):
     shipped_in: ClassVar[str] = "."
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @classmethod
+    def keys(cls) -> dict[str, Any]:
+        """Returns the types of the values by key."""
+        return {name: field.annotation for name, field in cls.model_fields.items()}
+
     def to_toml(self) -> str:
         """Returns all values with every default filled in, as TOML that reads back the same."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
@@ -162,7 +167,8 @@ def _keys(kind: type[Any], path: Sequence[str]) -> list[str]:
 def _types(section: type[Any]) -> dict[str, Any]:
     if is_dataclass(section):
         return {field.name: field.type for field in fields(section)}
-    return {name: field.annotation for name, field in section.model_fields.items()}
+    keys: dict[str, Any] = section.keys()
+    return keys
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ class CallPlace:
         timestep: training timestep of a denoiser's call; None for components that have none.
         step: index of the call in the walk, from 0 where the noise is strongest.
         guided: False for what guidance steers away from, True for what the prompt asks for.
-        picture: index of the picture that is drawn.
+        picture: index of the picture that is drawn; where several are drawn at once, of the first of them.
     """
 
     component: str = ""

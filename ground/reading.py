@@ -44,6 +44,8 @@ def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
 
     Raises TurbopocketError when it is absent, no plain file (which may have no end), too large, or no UTF-8.
     """
+    if "\0" in str(path):
+        raise TurbopocketError(f"{str(path)!r} is no path: it holds a NUL")
     try:
         if not path.is_file():
             raise TurbopocketError(f"{path} {'is not a plain file' if path.exists() else 'does not exist'}")
@@ -54,8 +56,6 @@ def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
         raise TurbopocketError(f"{path} can not be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise TurbopocketError(f"{path} is not UTF-8 text: {error}") from error
-    except ValueError as error:  # a NUL in the path
-        raise TurbopocketError(f"{str(path)!r} is no path: {error}") from error
 
 
 def parse_json(text: str | bytes, name: str) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..ground.errors import TurbopocketError
+from ..ground.memory import give_back_freed
 from ..ground.names import LayerName
 from .block_inputs import BlockInputs
 from .calibrate import calibrate
@@ -54,6 +55,7 @@ def calibrate_to_files(
         for unit in [name for name in inputs.calls if name == block or name.startswith(f"{block}.")]:
             for kind in large:
                 _observe(modules, unit, inputs, kind, store)
+        give_back_freed()
         advance()
     shutil.rmtree(folder / INPUTS_FOLDER, ignore_errors=True)
     return store

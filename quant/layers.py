@@ -137,7 +137,9 @@ class CompressedSource(WeightSource):
         self.stored = stored
 
     def make(self) -> Tensor:
-        return self.stored.format.decompress(self.stored)
+        weight = self.stored.format.decompress(self.stored)
+        # Strides of dimensions of one element say which way a convolution is computed: those of any new tensor.
+        return weight.flatten().view(weight.shape)
 
 
 class _Sourced(nn.Module):
@@ -234,3 +236,8 @@ def _make_plain(module: nn.Module, weight: Callable[[nn.Module], Tensor]) -> Non
             layer._parameters["weight"] = weight(layer)  # type: ignore[assignment]
             layer.__class__ = type(layer).__bases__[1]
             del layer.__dict__["source"]
+
+
+def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Rows, or columns, that a convolution gives for so many; `padding` is that of one side, both have it."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

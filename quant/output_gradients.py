@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ..ground.memory import give_back_freed
+
 Gradients = list[Tensor | None]
 """One for each of some tensors; None where there is none."""
 
@@ -105,6 +107,7 @@ class BlockTape:
                 layer_calls, passed = self._through(call, gradients)
                 self._pass_on(call.inputs, passed, arrived)
                 yield from layer_calls
+                give_back_freed()
 
     def _pass_on(
         self, tensors: Sequence[Any], gradients: Sequence[Gradients], arrived: list[dict[int, Tensor]]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layer gets which scheme under a byte budget. Pure: reads choices, looks at no weights."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -9,8 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..ground.errors import OverBudget, TurbopocketError
-from ..ground.files import write_whole
-from ..ground.reading import read_json
+from ..ground.records import load_record, save_record
 from .knapsack import Kind, least_loss
 from .scheme import Scheme, parse_scheme
 
@@ -79,30 +77,19 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The plan that `to_json` wrote; TurbopocketError when it is of another version or a field is missing."""
-        version = data.get("schema_version")
-        if version not in (1, SCHEMA_VERSION):
-            raise TurbopocketError(f"plan has schema_version {version}, this version reads 1 to {SCHEMA_VERSION}")
-        try:
-            entries = [with_scheme(entry, version) for entry in data["choices"]]
-            choices = tuple(Choice(**entry | {"shape": tuple(entry["shape"])}) for entry in entries)
-            return cls(choices, data["fixed_bytes"], data["budget_bytes"])
-        except (KeyError, TypeError) as error:
-            raise TurbopocketError(f"plan is not readable: {error}") from error
+    def load(cls, path: Path) -> Self:
+        """The plan saved at `path`; TurbopocketError naming the file when it is not a plan."""
+        return load_record(path, "a plan", SCHEMA_VERSION, cls._parsed)
+
+    @classmethod
+    def _parsed(cls, values: Mapping[str, Any], schema_version: int) -> Self:
+        entries = [with_scheme(entry, schema_version) for entry in values["choices"]]
+        choices = tuple(Choice(**entry | {"shape": tuple(entry["shape"])}) for entry in entries)
+        return cls(choices, values["fixed_bytes"], values["budget_bytes"])
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON, whole or not at all."""
-        with write_whole(path) as partial:
-            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """The plan saved at `path`; TurbopocketError naming the file when it is not a plan."""
-        try:
-            return cls.from_json(read_json(path))
-        except (TurbopocketError, AttributeError) as error:
-            raise TurbopocketError(f"{path}: {error}") from error
+        save_record(path, self.to_json())
 
 
 def with_scheme(entry: Mapping[str, Any], schema_version: int) -> dict[str, Any]:

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large the numbers at each layer get while the float model draws, kept for whoever needs ranges ahead of time."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from ..ground.errors import TurbopocketError
-from ..ground.files import write_whole
-from ..ground.reading import read_json
+from ..ground.records import load_record, save_record
 
 SCHEMA_VERSION = 1
 
@@ -36,20 +34,16 @@ class Ranges:
 def save_ranges(path: Path, ranges: Mapping[str, Ranges]) -> None:
     """Writes the ranges by layer as JSON, whole or not at all."""
     layers = {name: asdict(layer) for name, layer in ranges.items()}
-    text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": layers}, indent=1)
-    with write_whole(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    save_record(path, {"schema_version": SCHEMA_VERSION, "layers": layers})
 
 
 def load_ranges(path: Path) -> dict[str, Ranges]:
     """The ranges saved at `path`; TurbopocketError naming the file when it is missing or holds something else."""
-    try:
-        data = read_json(path)
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise TurbopocketError(f"schema_version {data['schema_version']}, this version reads {SCHEMA_VERSION}")
-        return {name: _from_json(**entry) for name, entry in data["layers"].items()}
-    except (TurbopocketError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TurbopocketError(f"{path}: not a file of ranges: {error}") from error
+    return load_record(path, "a file of ranges", SCHEMA_VERSION, _layers)
+
+
+def _layers(values: dict[str, Any], schema_version: int) -> dict[str, Ranges]:
+    return {name: _from_json(**entry) for name, entry in values["layers"].items()}
 
 
 def _from_json(input: list[float], output: list[float], input_power: float, quietest_output_power: float) -> Ranges:

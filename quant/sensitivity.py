@@ -5,7 +5,6 @@ Measuring is slow and its result is saved; deciding (plan.py) only reads it.
 R rows of the model's output y, S vectors, N rows of a layer's input, C candidates.
 """
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError, of_layer
-from ..ground.files import write_whole
-from ..ground.reading import read_json
+from ..ground.records import load_record, save_record
 from .fit import Fit
 from .formats import CompressedTensor, LayerFormat, matrix_view
 from .layers import output_without_bias, weight_of, weight_shape
@@ -237,21 +235,16 @@ def _estimate(layer_format: LayerFormat, nbytes: int, numel: int) -> Candidate:
 def save_choices(path: Path, choices: Mapping[str, LayerChoices]) -> None:
     """Writes the choices as JSON (`choices.json`), in order, whole or not at all."""
     layers = [asdict(layer) for layer in choices.values()]
-    text = json.dumps({"schema_version": SCHEMA_VERSION, "layers": layers}, indent=1)
-    with write_whole(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    save_record(path, {"schema_version": SCHEMA_VERSION, "layers": layers})
 
 
 def load_choices(path: Path) -> dict[str, LayerChoices]:
     """The choices saved at `path`; TurbopocketError naming the file when it holds something else."""
-    try:
-        data = read_json(path)
-        version = data["schema_version"]
-        if version not in (1, SCHEMA_VERSION):
-            raise TurbopocketError(f"schema_version {version}, this version reads 1 to {SCHEMA_VERSION}")
-        layers = [_layer_from_json(entry, version) for entry in data["layers"]]
-    except (TurbopocketError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TurbopocketError(f"{path}: not a file of choices: {error}") from error
+    return load_record(path, "a file of choices", SCHEMA_VERSION, _layers)
+
+
+def _layers(values: dict[str, Any], schema_version: int) -> dict[str, LayerChoices]:
+    layers = [_layer_from_json(entry, schema_version) for entry in values["layers"]]
     return {layer.layer: layer for layer in layers}
 
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..ground.errors import TurbopocketError
 from ..ground.reading import parse_json, read_text
+from ..ground.records import schema_version
 from .ceilings import MOST_CHANNELS, MOST_LETTERS, MOST_VALUES
 from .image_size import MOST_PIXELS_ASIDE, ImageSize
 from .pipeline import Name, Pipeline, Record, SamplerTable
@@ -199,7 +200,7 @@ class Manifest(Record):
     name: Name
     family: Name
     """For people: nothing that draws asks for it."""
-    target: Literal["onnx", "coreml", "executorch"]
+    target: Name
     files: list[FileEntry]
     components: dict[str, ComponentSpec]
     tokenizers: dict[str, RelativePath]
@@ -312,13 +313,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise TurbopocketError(f"{folder} is not an artifact: it holds no {MANIFEST_NAME}")
     text = read_text(path)
     found = parse_json(text, str(path))
-    version = found.get("schema_version") if isinstance(found, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        raise TurbopocketError(
-            f"{path} has schema_version {version!r}: this version reads 1 to {SCHEMA_VERSION}",
-            hint="a newer turbopocket wrote it: install that" if newer else None,
-        )
+    version = schema_version(found, str(path), SCHEMA_VERSION)
     try:
         text = text if version == SCHEMA_VERSION else json.dumps(upgraded(found))
     except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -36,6 +36,19 @@ def component_spec(manifest: Manifest, component: str) -> ComponentSpec:
         raise TurbopocketError(f"{manifest.name} has no component {component!r}: it has {known}") from None
 
 
+def one_by_one(specs: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any]]) -> list[Arrays]:
+    """The calls, of one item each, that a call of several comes to for a graph whose batch is fixed at 1.
+
+    Inputs without dimensions go into each. Where nothing has more than one item it is the one call as it is.
+    """
+    batched = {spec.name for spec in specs if spec.shape[:1] == [1] and spec.name in inputs and inputs[spec.name].ndim}
+    count = max((len(inputs[name]) for name in batched), default=1)
+    if count < 2:
+        return [dict(inputs)]
+    own = {name for name in batched if len(inputs[name]) == count}
+    return [{name: v[at : at + 1] if name in own else v for name, v in inputs.items()} for at in range(count)]
+
+
 def check_inputs(component: str, specs: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any]]) -> None:
     """Returns when `inputs` are exactly the specified tensors; a named dimension has one size in all of them.
 

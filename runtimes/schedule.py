@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..ground.errors import TurbopocketError
-from .scheduler_classes import SamplerKind, sampler_settings
+from .scheduler_classes import SAMPLER_KINDS, SamplerKind, SamplerTraits, sampler_settings
 
 Floats = NDArray[np.floating[Any]]
 Spacing = Literal["leading", "trailing", "linspace"]
@@ -21,9 +21,6 @@ MAX_STEPS = 1000
 _ALMOST_NO_SIGNAL = np.float32(2**-24)
 """Stands for a zero share of signal where sigma = sqrt((1 - alpha) / alpha) must stay finite, as in diffusers."""
 _KARRAS_RHO = 7.0
-
-_BY_SIGMA = ("euler", "euler_ancestral", "dpmpp_2m")
-"""Kinds that compute with sigma, noise over signal, where the others compute with alpha, the share of signal."""
 
 
 class SamplerSpec(BaseModel):
@@ -68,8 +65,8 @@ class SamplerSpec(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_noise_schedule(self) -> "SamplerSpec":
-        if self.rescale_betas_zero_snr and self.kind == "pndm":
-            raise ValueError("pndm divides by the share of signal, which rescale_betas_zero_snr makes 0")
+        if self.rescale_betas_zero_snr and not self.traits.takes_zero_snr:
+            raise ValueError(f"{self.kind} divides by the share of signal, which rescale_betas_zero_snr makes 0")
         alphas = alphas_cumprod(self)
         noisy = alphas[:-1] if self.rescale_betas_zero_snr else alphas
         if not (np.isfinite(alphas).all() and (noisy > 0).all() and (noisy < 1).all()):
@@ -87,6 +84,11 @@ class SamplerSpec(BaseModel):
         elif len(self.timesteps) != len(expected) or not np.allclose(self.timesteps, expected, atol=1e-4):
             raise ValueError(f"timesteps are {self.timesteps}, but {self.steps} steps give {expected}")
         return self
+
+    @property
+    def traits(self) -> SamplerTraits:
+        """What tells its kind from others."""
+        return SAMPLER_KINDS[self.kind]
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], steps: int, guidance_scale: float) -> "SamplerSpec":
@@ -142,7 +144,7 @@ def _without_signal_at_the_end(spec: SamplerSpec, alphas: NDArray[np.float32]) -
     kept = np.square(signal)
     betas = 1 - np.append(kept[:1], kept[1:] / kept[:-1])
     rescaled = _product(1 - betas)
-    if spec.kind in _BY_SIGMA:
+    if spec.traits.by_sigma:
         rescaled[-1] = _ALMOST_NO_SIGNAL
     return rescaled
 
@@ -158,18 +160,18 @@ def timesteps(spec: SamplerSpec, steps: int) -> NDArray[np.float32]:
     count = spec.num_train_timesteps
     if not 1 <= steps <= min(count, MAX_STEPS):
         raise ValueError(f"{steps} steps were asked, 1 to {min(count, MAX_STEPS)} are possible")
-    chosen = _lcm_timesteps(spec, steps) if spec.kind == "lcm" else _spaced_timesteps(spec, steps)
+    chosen = _lcm_timesteps(spec, steps) if spec.traits.distilled else _spaced_timesteps(spec, steps)
     if chosen[0] >= count:
         raise ValueError(
             f"{steps} steps with steps_offset {spec.steps_offset} start at timestep {chosen[0]:g}, "
             f"the model knows 0 to {count - 1}"
         )
-    blind = spec.rescale_betas_zero_snr and spec.prediction_type == "epsilon" and spec.kind not in _BY_SIGMA
+    blind = spec.rescale_betas_zero_snr and spec.prediction_type == "epsilon" and not spec.traits.by_sigma
     if blind and chosen[0] == count - 1:
         raise ValueError(f"at timestep {count - 1} there is no signal, where predicted noise tells nothing")
     if _follows_karras(spec):
         chosen = _timesteps_of(spec, _karras_sigmas(spec, chosen))
-    elif spec.kind == "pndm":
+    elif spec.traits.asks_second_twice:
         chosen = np.concatenate([chosen[:2], chosen[1:]])
     return chosen.astype(np.float32)
 
@@ -185,7 +187,7 @@ def sigmas(spec: SamplerSpec, steps: int) -> NDArray[np.float32]:
 
 
 def _follows_karras(spec: SamplerSpec) -> bool:
-    return spec.use_karras_sigmas and spec.kind in ("euler", "dpmpp_2m")
+    return spec.use_karras_sigmas and spec.traits.karras
 
 
 def _training_sigmas(spec: SamplerSpec) -> NDArray[np.float32]:
@@ -196,7 +198,7 @@ def _training_sigmas(spec: SamplerSpec) -> NDArray[np.float32]:
 def _karras_sigmas(spec: SamplerSpec, spaced: Floats) -> Floats:
     """As many sigmas as `spaced` has timesteps, between those of its ends, for DPM-Solver++ those of all training."""
     known = _training_sigmas(spec)
-    ends = np.array([len(known) - 1, 0]) if spec.kind == "dpmpp_2m" else spaced[[0, -1]]
+    ends = np.array([len(known) - 1, 0]) if spec.traits.karras_spans_training else spaced[[0, -1]]
     largest, smallest = np.interp(ends, np.arange(len(known)), known) ** (1 / _KARRAS_RHO)
     karras: Floats = (largest + np.linspace(0, 1, len(spaced)) * (smallest - largest)) ** _KARRAS_RHO
     return karras
@@ -209,14 +211,14 @@ def _timesteps_of(spec: SamplerSpec, asked: Floats) -> Floats:
     """
     known = _training_sigmas(spec).astype(np.float64)
     found = np.interp(np.log(asked), np.log(known), np.arange(len(known), dtype=np.float64))
-    return found.round() if spec.kind == "dpmpp_2m" else found
+    return found.round() if spec.traits.karras_spans_training else found
 
 
 def _spaced_timesteps(spec: SamplerSpec, steps: int) -> Floats:
-    count, ends_on_grid = spec.num_train_timesteps, spec.kind == "dpmpp_2m"
+    count, ends_on_grid = spec.num_train_timesteps, spec.traits.counts_its_end
     if spec.timestep_spacing == "linspace":
         spaced = np.linspace(0, count - 1, steps + ends_on_grid)[::-1][:steps]
-        return spaced if spec.kind in ("euler", "euler_ancestral") else spaced.round()
+        return spaced if spec.traits.between_timesteps else spaced.round()
     if spec.timestep_spacing == "leading":
         strides = np.arange(steps)[::-1] + ends_on_grid
         return (strides * (count // (steps + ends_on_grid)) + spec.steps_offset).astype(np.float64)

@@ -4,13 +4,59 @@
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from ..ground.errors import TurbopocketError
 
-SamplerKind = Literal["euler", "euler_ancestral", "dpmpp_2m", "pndm", "ddim", "lcm"]
 
-_STAND_INS: tuple[SamplerKind, ...] = ("dpmpp_2m", "euler", "euler_ancestral", "ddim", "pndm")
+@dataclass(frozen=True)
+class SamplerTraits:
+    """At which timesteps a kind of sampler asks, where kinds differ.
+
+    Attributes:
+        by_sigma: it computes with sigma, noise over signal; else with alpha, the share of signal.
+        between_timesteps: with linspace spacing it asks between training timesteps as well.
+        counts_its_end: the end of its walk is one of the evenly spaced points.
+        karras: it follows `use_karras_sigmas`; karras_spans_training: from the first to the last sigma of training, and
+            at whole timesteps; else between those of its own ends.
+        distilled: its timesteps are every so many of those of a distillation, whatever the spacing says.
+        asks_second_twice: its second timestep is asked twice.
+        takes_zero_snr: it can start where there is no signal.
+        any_model: it walks the noise schedule of every model, not only of those made for it.
+    """
+
+    by_sigma: bool = False
+    between_timesteps: bool = False
+    counts_its_end: bool = False
+    karras: bool = False
+    karras_spans_training: bool = False
+    distilled: bool = False
+    asks_second_twice: bool = False
+    takes_zero_snr: bool = True
+    any_model: bool = True
+
+
+SAMPLER_KINDS: dict[str, SamplerTraits] = {
+    "dpmpp_2m": SamplerTraits(by_sigma=True, counts_its_end=True, karras=True, karras_spans_training=True),
+    "euler": SamplerTraits(by_sigma=True, between_timesteps=True, karras=True),
+    "euler_ancestral": SamplerTraits(by_sigma=True, between_timesteps=True),
+    "ddim": SamplerTraits(),
+    "pndm": SamplerTraits(asks_second_twice=True, takes_zero_snr=False),
+    "lcm": SamplerTraits(distilled=True, any_model=False),
+}
+"""Every kind of sampler by its name in recipes and manifests; those that walk any model first to be named first."""
+
+
+def known_kind(kind: str) -> str:
+    """The kind itself. Raises ValueError when there is no such sampler."""
+    if kind not in SAMPLER_KINDS:
+        raise ValueError(f"`{kind}` is not a sampler: known are {', '.join(SAMPLER_KINDS)}")
+    return kind
+
+
+SamplerKind = Annotated[str, AfterValidator(known_kind)]
 
 
 @dataclass(frozen=True)
@@ -18,12 +64,12 @@ class SchedulerClass:
     """A class whose model was trained on betas, Ho et al.'s (arXiv 2006.11239) noise schedule.
 
     `defaults` has every key of its config, with what a config means that leaves it out. Without a sampler of its `kind`
-    here, `stand_ins` can walk the same noise schedule.
+    here, `stand_ins` can walk the same noise schedule: those that walk any model's, where it names none.
     """
 
     defaults: Mapping[str, Any]
-    kind: SamplerKind | None = None
-    stand_ins: tuple[SamplerKind, ...] = _STAND_INS
+    kind: str | None = None
+    stand_ins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,7 +255,7 @@ def sampler_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings | {"clip_sample_range": limit if clip else None}
 
 
-def config_for(config: Mapping[str, Any], kind: SamplerKind) -> dict[str, Any]:
+def config_for(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The config, with every key, of the class of `kind` on the noise schedule of another class's config.
 
     As in diffusers' `from_config`, keys that are stated and that it reads carry over, for others it has its own
@@ -281,11 +327,14 @@ def _check_only(name: str, key: str, value: Any, rule: Key) -> None:
     )
 
 
-def _of_kind(kind: SamplerKind) -> tuple[str, SchedulerClass]:
+def _of_kind(kind: str) -> tuple[str, SchedulerClass]:
     return next((name, each) for name, each in SCHEDULER_CLASSES.items() if each.kind == kind)
 
 
-def _stand_ins(own: SchedulerClass, config: Mapping[str, Any]) -> tuple[SamplerKind, ...]:
+def _stand_ins(own: SchedulerClass, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Those that know zero terminal SNR where the config states it: of the model's keys the one that not all read."""
     key = "rescale_betas_zero_snr"
-    return tuple(kind for kind in own.stand_ins if not config.get(key) or key in _of_kind(kind)[1].defaults)
+    any_model = [kind for kind, traits in SAMPLER_KINDS.items() if traits.any_model]
+    return tuple(
+        kind for kind in own.stand_ins or any_model if not config.get(key) or key in _of_kind(kind)[1].defaults
+    )

@@ -14,6 +14,7 @@ FOLDERS = ("ground", "quant", "runtimes", "export", "pocket", "api")
 PACKAGES = {"api": "turbopocket"}
 """Folders whose package has not their name in `turbopocket`."""
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
@@ -38,6 +39,11 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_stay_readable(path: Path) -> None:
+    assert path.read_text().count("\n") <= MAX_FILE_LINES
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
-from ...ground.names import at_place
 from ...quant.blockwise import calibrate_to_files
 from ...quant.fit import Fit, measuring_fit, parse_fit
 from ...quant.observe import OBSERVATIONS, needed_by
@@ -90,8 +89,7 @@ def calibration_drawing(
 
     def draw_all() -> None:
         for index in range(wanted):
-            with at_place(picture=index):
-                drawing.draw(few, index)
+            drawing.draw(few, index)
             advance()
 
     return draw_all

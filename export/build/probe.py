@@ -13,9 +13,14 @@ from torch import Tensor
 from ...ground.arrays import Arrays
 from ...quant.sensitivity import RowwiseOutput
 from ...runtimes.compare.replay import Call, Recorder
+from ...runtimes.manifest import Manifest
 from ...runtimes.pipeline import Pipeline, TextFeed
 from ..families.graphs import Component
 from ..verify.gaps import Session, torch_runner
+
+LATENT_SIDE = 32
+"""Of what is decoded at most, a crop from the middle: convolutions are the same everywhere, and gradients of a block
+of the decoder at 512 x 512 pixels take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Probe:
 
     `denoiser_inputs` has len(prompts) x steps rows, prompt-major, and so has `prompts`, the inputs of each text encoder
     by its name; `latents` [B, C, h, w] are the clean ones, `samples` [B, 3, H, W] the pictures that the encoder read,
-    if there is one.
+    if there is one, both the middle of them where they are large.
     """
 
     components: Mapping[str, Component]
@@ -120,9 +125,23 @@ def make_probe(
         pipeline,
         {name: _batched(read) for name, read in prompts.items()},
         _batched(rows),
-        np.concatenate(latents),
-        np.concatenate(samples) if samples else None,
+        _crop(np.concatenate(latents), LATENT_SIDE),
+        _crop(np.concatenate(samples), LATENT_SIDE * _pixels(session.manifest)) if samples else None,
     )
+
+
+def _pixels(manifest: Manifest) -> int:
+    """Along each side of a latent."""
+    return manifest.image.height // manifest.image.latent_height
+
+
+def _crop(pictures: NDArray[Any], side: int) -> NDArray[Any]:
+    """A crop of [B, C, H, W] to that many rows and columns at most."""
+    for axis in (2, 3):
+        length = min(side, pictures.shape[axis])
+        start = (pictures.shape[axis] - length) // 2
+        pictures = pictures.take(range(start, start + length), axis)
+    return pictures
 
 
 def _batched(rows: Sequence[Arrays]) -> Arrays:

@@ -12,9 +12,7 @@ from ...ground.errors import TurbopocketError
 from ...runtimes.image_size import MOST_PIXELS_ASIDE, ImageSize
 from ...runtimes.scheduler_classes import has_no_betas
 from ..families.base import LoadedModel, ModelFamily, ModuleSpec
-from ..families.pixart import PIXART_ALPHA, PIXART_SIGMA
-from ..families.sd import SD
-from ..families.sdxl import SDXL
+from ..families.registry import FAMILIES, all_folders
 from ..families.student import tell_steps
 from .dry_run import run_on_shapes
 from .header import StoredTensor
@@ -27,7 +25,6 @@ from .tokenizer import prompt_rules, tokenizer_json
 from .weights import checked_tensors, empty_module, fill_weights
 
 __all__ = [
-    "FAMILIES",
     "LoadedModel",
     "ModelFamily",
     "ModuleSpec",
@@ -35,9 +32,6 @@ __all__ = [
     "load_shapes",
     "tokenizer_json",
 ]
-
-FAMILIES: tuple[ModelFamily, ...] = (SDXL, SD, PIXART_ALPHA, PIXART_SIGMA)
-ALL_FOLDERS = frozenset(folder for family in FAMILIES for folder in family.folders)
 
 
 def load(
@@ -50,7 +44,7 @@ def load(
     step counts for one of them; by default it is as saved. Raises TurbopocketError when `source` is none of those,
     or the checkpoint is not whole, not supported, or not finite.
     """
-    checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=True)
+    checkpoint = resolve(source, config, all_folders(), with_weights=True)
     model, specs = _described(checkpoint, has_weights=True)
     if lora:
         require_adaptable(model)
@@ -72,7 +66,7 @@ def load_shapes(source: str, config: str | None = None) -> LoadedModel:
     Reads only the small files, and the header of a single file. Raises TurbopocketError as `load` does, except about
     weights, and about tokenizers and schedulers that are absent.
     """
-    checkpoint = resolve(source, config, ALL_FOLDERS, with_weights=False)
+    checkpoint = resolve(source, config, all_folders(), with_weights=False)
     model, specs = _described(checkpoint, has_weights=False)
     for component in checkpoint.file.parts if checkpoint.file else ():
         _stored(checkpoint, component, specs[component], model.modules[component])
@@ -90,7 +84,7 @@ def _stored(checkpoint: Checkpoint, component: str, spec: ModuleSpec, module: nn
 def _described(checkpoint: Checkpoint, has_weights: bool) -> tuple[LoadedModel, Mapping[str, ModuleSpec]]:
     folder = checkpoint.folder
     index = read_pipeline_index(folder)
-    family = family_of(index, folder, FAMILIES, configs_only=not has_weights)
+    family = family_of(index, folder, list(FAMILIES.values()), configs_only=not has_weights)
     specs = modules_of(index, folder, family)
     modules = {name: empty_module(checkpoint.config_folder(name), spec) for name, spec in specs.items()}
     configs: dict[str, Any] = {name: module.config for name, module in modules.items()}

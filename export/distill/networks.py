@@ -2,9 +2,9 @@
 """The networks of a run: those that its method trains, and the teacher; whether memory suffices for them."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -44,7 +44,7 @@ def _require_memory(unet: nn.Module, asked: DistillSection, device: torch.device
     trained = len(roles) * parameters * BYTES_PER_TRAINED if asked.lora_rank is None else 0
     needed = 4 * parameters + trained
     free = _free_bytes(device)
-    if free is not None and needed > free:
+    if needed > free:
         raise TurbopocketError(
             f"teacher and {' and '.join(_NAMES[role] for role in roles)} need {needed / 1e9:.1f} GB before any "
             f"activation, {free / 1e9:.1f} GB are free on {device.type}",
@@ -52,12 +52,9 @@ def _require_memory(unet: nn.Module, asked: DistillSection, device: torch.device
         )
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    available: int = psutil.virtual_memory().available
+    return available

@@ -75,7 +75,7 @@ class Component:
     example_inputs: dict[str, Tensor]
     output_names: tuple[str, ...]
     free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    role: Role = "denoiser"
+    role: Role = field(kw_only=True)
 
     @property
     def layer_prefix(self) -> str:
@@ -206,7 +206,9 @@ def unet_component(
         inputs["text_embeds"] = torch.zeros(EXAMPLE_BATCH, pooled_width)
         inputs["time_ids"] = torch.zeros(EXAMPLE_BATCH, time_ids)
     free = {"sample": LATENT_SIDES, "out_sample": LATENT_SIDES} if free_size else {}
-    return Component("unet", UNetModule("unet", unet, tuple(inputs)[plain:]), inputs, ("out_sample",), free)
+    return Component(
+        "unet", UNetModule("unet", unet, tuple(inputs)[plain:]), inputs, ("out_sample",), free, role="denoiser"
+    )
 
 
 class _DecoderHalf(nn.Module):

@@ -111,4 +111,4 @@ def transformer_component(transformer: nn.Module, latent_size: ImageSize, text_t
     if model.use_additional_conditions:
         inputs |= {"resolution": torch.ones(EXAMPLE_BATCH, 2), "aspect_ratio": torch.ones(EXAMPLE_BATCH, 1)}
     module = TransformerModule("transformer", _for_size(transformer, latent_size))
-    return Component("transformer", module, inputs, ("out_sample",))
+    return Component("transformer", module, inputs, ("out_sample",), role="denoiser")

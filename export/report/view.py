@@ -11,11 +11,11 @@ from ...quant.plan import Plan
 from ...quant.scheme import parse_scheme
 from ...runtimes.compare.rows import ParityRow
 from ..families.graphs import block_name
+from ..target_options import TARGET_ENTRIES
 from .charts import layer_chart, timestep_chart, tradeoff_chart
 from .data import ReportData
 
 _DRAWN_BY = {"float_model": "float", "stored": "stored weights", "artifact": "artifact"}
-TARGET_NAMES = {"onnx": "ONNX Runtime", "coreml": "Core ML", "executorch": "ExecuTorch"}
 _FORMAT_COLOURS = 6
 
 
@@ -116,7 +116,7 @@ def page_view(data: ReportData) -> PageView:
     first, main = next(iter(lowering.values())), next(iter(data.parity.values()))
     failures = [f"{name}: {report.failure}" for name, report in data.parity.items() if not report.passed]
     return PageView(
-        target_name=TARGET_NAMES[data.manifest.target],
+        target_name=TARGET_ENTRIES[data.manifest.target].title,
         parity_failure=next(iter(failures), None),
         worst=main.worst,
         runtimes=tuple((name, report.limits.max_relative_error) for name, report in data.parity.items()),

@@ -110,7 +110,7 @@ class Sampling:
                 f"{sign.kind.title} was made for {key} {made_for}, this sampler has {getattr(spec, key)}: {sign.where}"
                 for sign in self.signs
                 for key, made_for in sign.kind.sampler.items()
-                if getattr(spec, key) != made_for and not (key == "timestep_spacing" and spec.kind == "lcm")
+                if getattr(spec, key) != made_for and not (key == "timestep_spacing" and spec.traits.distilled)
             )
         )
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is drawn with, as the manifest has it: sampler and picture."""
 
-from typing import Any, Literal
+from typing import Any
 
 from ...runtimes.image_size import ImageSize
 from ...runtimes.manifest import ImageSpec
 from ...runtimes.schedule import SamplerSpec
-from ...runtimes.scheduler_classes import SamplerKind, config_for
+from ...runtimes.scheduler_classes import config_for
 from ..families.base import LoadedModel
 from ..families.sizes import latent_size
-from ..recipe import Recipe, SamplerSection
+from ..recipe import MODEL_SAMPLER, Recipe, SamplerSection
 from .defaults import sampling_of
 
 
@@ -36,10 +36,10 @@ def sampler_spec(model: LoadedModel, section: SamplerSection) -> SamplerSpec:
     return SamplerSpec.from_scheduler_config(scheduler_config(model, section.kind), found.steps, found.guidance)
 
 
-def scheduler_config(model: LoadedModel, kind: Literal["model", SamplerKind]) -> dict[str, Any]:
+def scheduler_config(model: LoadedModel, kind: str) -> dict[str, Any]:
     """Returns the model's scheduler config, of its own class (`model`) or of the class of a sampler's kind, with what
     its pipeline never takes from a config."""
-    config = dict(model.scheduler_config) if kind == "model" else config_for(model.scheduler_config, kind)
+    config = dict(model.scheduler_config) if kind == MODEL_SAMPLER else config_for(model.scheduler_config, kind)
     return config | dict(model.family.scheduler_settings)
 
 

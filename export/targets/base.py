@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from ...ground.errors import TurbopocketError
 from ...quant.formats import CompressedTensor
@@ -19,6 +19,7 @@ from ...runtimes.manifest import ComponentSpec, Manifest
 from ...runtimes.memory import MemoryFigures
 from ..families.base import LoadedModel
 from ..families.graphs import Component
+from ..target_options import with_emulation
 from ..verify.emulated import EmulatedRuntime
 from ..verify.gaps import Runtime
 from .layer import NO_SCHEMES, Kind, Layer, Stores, kind_of, schemes_of
@@ -74,6 +75,14 @@ class Target(ABC):
     group_scale_digits: ClassVar[int] = 11
     tokenizer_files: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
     first_tokenizer_files: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    @abstractmethod
+    def opened(cls, options: Any, guided: bool) -> Self:
+        """The target with these options, of its type in `TARGET_ENTRIES`.
+
+        `guided` says whether every step asks the denoiser with and without the prompt.
+        """
 
     @property
     @abstractmethod
@@ -213,7 +222,7 @@ class Target(ABC):
     ) -> EmulatedRuntime:
         """The artifact on an emulated CPU. Raises TurbopocketError where that CPU does not run such artifacts."""
         raise TurbopocketError(
-            f"{self.name} artifacts do not run on {PREFIX}{cpu.name}; those for onnx and executorch do"
+            f"{self.name} artifacts do not run on {PREFIX}{cpu.name}; those for {' and '.join(with_emulation())} do"
         )
 
     def inspect(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:

@@ -27,7 +27,6 @@ from ...runtimes.drawing.text_to_image import FirstPicture, draw, seeded_noise
 from ...runtimes.manifest import Manifest
 from ...runtimes.pipeline import Pipeline
 from ...runtimes.runner import Runner
-from ...runtimes.scheduler_classes import SamplerKind
 from ..families.base import LoadedModel
 from ..sampling.spec import scheduler_config
 from .gaps import TO_DIFFUSERS_ERROR, Difference, Session, ToDiffusers
@@ -228,7 +227,7 @@ def _given(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any
 
 
 @contextmanager
-def _pipeline(model: LoadedModel, kind: SamplerKind, image_to_image: bool) -> Iterator[Any]:
+def _pipeline(model: LoadedModel, kind: str, image_to_image: bool) -> Iterator[Any]:
     """diffusers' pipeline around the model's modules, whose configs are afterwards as they were.
 
     StableDiffusionPipeline corrects configs that it takes for outdated, in place and with a warning.

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ground.errors import ParityFailed
+from ...ground.names import at_place
 from ...quant.account import layer_snr_db
 from ...quant.compress import decompressed
 from ...quant.formats import CompressedTensor
@@ -17,6 +18,7 @@ from ...runtimes.compare.replay import compare, compare_call, compare_pictures, 
 from ...runtimes.compare.rows import Limits, ParityReport, ParityRow
 from ...runtimes.drawing.text_to_image import exercise
 from ...runtimes.drawing.tokenizer import Tokenizer
+from ...runtimes.image_size import ImageSize
 from ...runtimes.manifest import Manifest
 from ...runtimes.runner import LayerRunner, Runner
 from ..evidence import Evidence
@@ -159,8 +161,30 @@ class Session:
 
     def draw(self, runner: Runner, index: int) -> Picture:
         """Returns picture `index`: its prompt, from the noise of seed + index, the artifact's sizes in turn."""
-        manifest = self.manifest.of_picture(index)
-        return exercise(runner, manifest, self.tokenizers, self.prompts[index], self.seed + index)
+        return self.draw_batch(runner, [index])[0]
+
+    def batches(self, most: int) -> list[list[int]]:
+        """Returns the indices of all pictures in groups of one size, each of at most `most`."""
+        done: list[list[int]] = []
+        begun: dict[ImageSize, list[int]] = {}
+        for index in range(len(self.prompts)):
+            size = self.manifest.of_picture(index).image.size
+            begun.setdefault(size, []).append(index)
+            if len(begun[size]) == most:
+                done.append(begun.pop(size))
+        return [*done, *begun.values()]
+
+    def draw_batch(self, runner: Runner, indices: Sequence[int]) -> list[Picture]:
+        """Returns the pictures `draw` gives for these indices, drawn at once; they must be of one size.
+
+        Every call is made at the `CallPlace` of its step; its `picture` is the first index.
+        """
+        sizes = {self.manifest.of_picture(index).image.size for index in indices}
+        if len(sizes) > 1:
+            raise ValueError(f"pictures {indices} are of {len(sizes)} sizes")
+        manifest, prompts = self.manifest.of_picture(indices[0]), [self.prompts[index] for index in indices]
+        with at_place(picture=indices[0]):
+            return list(exercise(runner, manifest, self.tokenizers, prompts, [self.seed + each for each in indices]))
 
 
 def measure_gaps(

@@ -19,6 +19,8 @@ from .mse import best_scale
 # Added to the Hessian's diagonal as a share of its mean (GPTQ section 3.3, step 3).
 DAMPING = 0.01
 BLOCK_COLUMNS = 128
+# Rows of a matrix that are worked on at once where it is changed in place.
+_RUN = 256
 
 
 def gptq_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None = None) -> IntegerCodes:
@@ -47,18 +49,53 @@ def gptq_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None =
 
 
 def error_feedback(hessian_KK: Tensor) -> Tensor:
-    """U [K, K], upper triangular, with UᵀU = (H + damping)⁻¹: row k says where column k's error goes.
+    """U float32 [K, K], upper triangular, with UᵀU = (H + damping)⁻¹: row k says where column k's error goes.
 
-    One factorisation from the far corner, H = R Rᵀ with R upper, gives U = R⁻¹ without inverting H itself.
+    One factorisation from the far corner, H = R Rᵀ with R upper, gives U = R⁻¹ without inverting H itself. All of it,
+    and the result, lies in the memory of one float64 matrix; rows of the result are not next to each other.
     """
-    damped_KK = hessian_KK.to(torch.float64, copy=True)
-    mean = float(damped_KK.diagonal().mean())
-    damped_KK.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    lower_KK, failed_at = torch.linalg.cholesky_ex(damped_KK.flip(0, 1))
-    if int(failed_at):
-        raise TurbopocketError(f"gptq: the Hessian is not positive semidefinite (pivot {int(failed_at)} of its factor)")
-    identity_KK = torch.eye(len(damped_KK), dtype=torch.float64)
-    return torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True).to(torch.float32)
+    columns, mean = len(hessian_KK), float(hessian_KK.diagonal().to(torch.float64).mean())
+    factor_KK = torch.empty(columns, columns, dtype=torch.float64)
+    for start, stop in _runs(columns):
+        factor_KK[start:stop] = hessian_KK[columns - stop : columns - start].flip(0, 1)
+    factor_KK.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    # H is symmetric, so its transpose is itself in the order of memory that is factored without a copy.
+    factor_KK, failed = factor_KK.T, torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(factor_KK, out=(factor_KK, failed))
+    if int(failed):
+        raise TurbopocketError(f"gptq: the Hessian is not positive semidefinite (pivot {int(failed)} of its factor)")
+    _invert_lower(factor_KK)
+    return _flipped_float32(factor_KK)
+
+
+def _invert_lower(lower_KK: Tensor) -> None:
+    """L⁻¹ in the place of L, a run of rows at a time: [[A, 0], [C, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ C A⁻¹, D⁻¹]]."""
+    for start, stop in _runs(len(lower_KK)):
+        rows_RK = lower_KK[start:stop]
+        own_RR = rows_RK[:, start:stop]
+        identity_RR = torch.eye(stop - start, dtype=lower_KK.dtype)
+        own_RR.copy_(torch.linalg.solve_triangular(own_RR, identity_RR, upper=False))
+        rows_RK[:, :start] = -own_RR @ (rows_RK[:, :start] @ lower_KK[:start, :start])
+
+
+def _flipped_float32(values_KK: Tensor) -> Tensor:
+    """The values in float32 with rows and columns in reverse order, in their own memory, which is transposed."""
+    columns = len(values_KK)
+    own_KK = values_KK.T
+    narrow_KK = own_KK.view(torch.float32)[:, :columns]
+    middle = (columns + 1) // 2
+    for start in range(0, middle, _RUN):
+        stop = min(start + _RUN, middle)
+        first, last = (
+            own_KK[a:b].flip(0, 1).to(torch.float32) for a, b in ((start, stop), (columns - stop, columns - start))
+        )
+        narrow_KK[columns - stop : columns - start] = first
+        narrow_KK[start:stop] = last
+    return narrow_KK.T
+
+
+def _runs(count: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + _RUN, count)) for start in range(0, count, _RUN))
 
 
 @dataclass

@@ -12,12 +12,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import AdditiveCodes, AdditiveGrid
 from ..fit.universal import LENGTHS
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
-from .bits import pack, packed_columns, unpack
+from .bits import pack, unpack
 from .palette import refused_rows, require_codes
 
 _NAME = re.compile(r"avq([2-4])x([123468])-d([248])(-shared)?")
@@ -79,7 +80,7 @@ class Additive(LayerFormat):
 
     def part_specs(self, shape: Shape) -> dict[str, PartSpec]:
         outputs, columns = matrix_shape(shape)
-        packed = packed_columns(columns // self.length, self.bits)
+        packed = packed_bytes(columns // self.length, self.bits)
         return {
             "codes": PartSpec(torch.uint8, (self.count, outputs, packed)),
             "codebooks": PartSpec(torch.float16, (self.count, 2**self.bits, self.length)),

@@ -11,11 +11,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import FP16_DIGITS, IntegerGrid, grid_values
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
-from .bits import pack, packed_columns, unpack
+from .bits import pack, unpack
 
 _NAME = re.compile(r"int(4|8)-(?:row|g([1-9][0-9]*))(-asym)?")
 
@@ -67,11 +68,11 @@ class Affine(LayerFormat):
         outputs, columns = matrix_shape(shape)
         scales = self._scales_per_row(shape)
         specs = {
-            "codes": PartSpec(torch.uint8, (outputs, packed_columns(columns, self.bits))),
+            "codes": PartSpec(torch.uint8, (outputs, packed_bytes(columns, self.bits))),
             "scale": PartSpec(torch.float16, (outputs, scales)),
         }
         if not self.symmetric:
-            specs["zero_point"] = PartSpec(torch.uint8, (outputs, packed_columns(scales, self.bits)))
+            specs["zero_point"] = PartSpec(torch.uint8, (outputs, packed_bytes(scales, self.bits)))
         return specs
 
     def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import VectorCodes, VectorGrid
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
-from .bits import pack, packed_columns, unpack
+from .bits import pack, unpack
 from .palette import refused_rows, require_codes
 
 _NAME = re.compile(r"vq([123468])-d([248])(-out)?(?:-r([1-9][0-9]*))?")
@@ -75,7 +76,7 @@ class Codebook(LayerFormat):
         outputs, columns = matrix_shape(shape)
         code_rows, code_columns = self._grid.codes_shape(outputs, columns)
         return {
-            "codes": PartSpec(torch.uint8, (code_rows, packed_columns(code_columns, self.bits))),
+            "codes": PartSpec(torch.uint8, (code_rows, packed_bytes(code_columns, self.bits))),
             "codebook": PartSpec(torch.float16, (outputs // (self.rows or outputs), 2**self.bits, self.length)),
             "scale": PartSpec(torch.float16, (outputs,)),
         }

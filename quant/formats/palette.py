@@ -11,11 +11,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import TableCodes, TableGrid
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
-from .bits import WIDTHS, pack, packed_columns, unpack
+from .bits import WIDTHS, pack, unpack
 
 _NAME = re.compile(r"lut([123468])(?:-r([1-9][0-9]*))?")
 
@@ -56,7 +57,7 @@ class Palette(LayerFormat):
     def part_specs(self, shape: Shape) -> dict[str, PartSpec]:
         outputs, columns = matrix_shape(shape)
         return {
-            "codes": PartSpec(torch.uint8, (outputs, packed_columns(columns, self.bits))),
+            "codes": PartSpec(torch.uint8, (outputs, packed_bytes(columns, self.bits))),
             "table": PartSpec(torch.float16, (outputs // (self.rows or outputs), 2**self.bits)),
         }
 

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ..layers import convolved_size
+
 # Floats of input vectors in one pass: a 512 x 512 convolution unfolded whole would be gigabytes.
 CHUNK_FLOATS = 2**23
 
@@ -79,8 +81,8 @@ class InputView:
         x_BHWI = nn.functional.pad(x_BIHW, self.padding, mode=mode).permute(0, 2, 3, 1).contiguous()
         batch, height, width, channels = x_BHWI.shape
         (kh, kw), (stride_y, stride_x), (step_y, step_x) = kernel, self.stride, self.dilation
-        out_y = (height - step_y * (kh - 1) - 1) // stride_y + 1
-        out_x = (width - step_x * (kw - 1) - 1) // stride_x + 1
+        out_y = convolved_size(height, kh, stride_y, 0, step_y)
+        out_x = convolved_size(width, kw, stride_x, 0, step_x)
         image, line, pixel, _ = x_BHWI.stride()
         return x_BHWI.as_strided(
             (batch, out_y, out_x, kh, kw, channels),

@@ -31,7 +31,7 @@ def draw_recorded(
     """The candidate's picture, None where it is not finite, and every call that led to it."""
     recorder = Recorder(candidate)
     try:
-        return exercise(recorder, manifest, tokenizers, prompt, seed, steps), recorder.calls
+        return exercise(recorder, manifest, tokenizers, [prompt], [seed], steps)[0], recorder.calls
     except NotFinite:
         return None, recorder.calls
 

@@ -117,7 +117,7 @@ def record(
     recordings = []
     for index, prompt in list(enumerate(prompts))[pictures]:
         recorder = Recorder(reference)
-        picture = exercise(recorder, manifest.of_picture(index), tokenizers, prompt, seed + index)
+        picture = exercise(recorder, manifest.of_picture(index), tokenizers, [prompt], [seed + index])[0]
         recordings.append(Recording(prompt, seed + index, picture, recorder.calls))
     return recordings
 

@@ -2,7 +2,7 @@
 """From words to what the denoiser is told at every step, as the manifest's pipeline says it."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,26 +32,31 @@ def feed(manifest: Manifest, component: str, values: Mapping[str, NDArray[Any]])
 
 
 def condition(
-    runner: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], prompt: str
+    runner: Runner, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], prompts: Sequence[str]
 ) -> dict[str, NDArray[np.float32]]:
-    """The denoiser's inputs that hold for all steps but the guidance, by name: each [1, …].
+    """The denoiser's inputs that hold for all steps but the guidance, by name: each [N, …] for N prompts.
 
     Warns `PromptCut` when words are left out.
     """
-    read = {name: _tokens(tokenizers, name, prompt) for name in manifest.pipeline.text_encoders}
+    encoders = manifest.pipeline.text_encoders
+    read = {name: [_tokens(tokenizers, name, prompt) for prompt in prompts] for name in encoders}
     outputs = {name: _encoded(runner, manifest, name, tokens) for name, tokens in read.items()}
     feeds = manifest.pipeline.denoiser.inputs
     return {
-        name: _fed(manifest, feed, read, outputs) for name, feed in feeds.items() if not isinstance(feed, GuidanceFeed)
+        name: _fed(manifest, feed, read, outputs, len(prompts))
+        for name, feed in feeds.items()
+        if not isinstance(feed, GuidanceFeed)
     }
 
 
-def guidance_condition(manifest: Manifest, scale: float) -> dict[str, NDArray[np.float32]]:
-    """What a denoiser is told that takes the guidance scale, instead of being asked twice, each [1, E]; else nothing.
+def guidance_condition(manifest: Manifest, scale: float, count: int = 1) -> dict[str, NDArray[np.float32]]:
+    """What a denoiser is told that takes the guidance scale, instead of being asked twice, each [count, E]; else
+    nothing.
 
     Told are LCMs (Luo et al. 2023, arXiv 2310.04378, section 4.2).
     """
-    return {name: guidance_embedding(scale, width) for name, width in manifest.pipeline.guidance_inputs.items()}
+    widths = manifest.pipeline.guidance_inputs
+    return {name: guidance_embedding(scale, width).repeat(count, axis=0) for name, width in widths.items()}
 
 
 def guidance_embedding(scale: float, width: int) -> NDArray[np.float32]:
@@ -81,12 +86,14 @@ def unconditional(
     tokenizers: Mapping[str, Tokenizer],
     negative_prompt: str | None,
     conditional: Mapping[str, NDArray[np.float32]],
+    count: int,
 ) -> dict[str, NDArray[np.float32]]:
-    """What guidance steers away from: the negative prompt, else zeros or the empty prompt, as the model has it."""
+    """What guidance steers away from, for `count` pictures: the negative prompt, else zeros or the empty prompt, as the
+    model has it."""
     if negative_prompt is None and manifest.pipeline.without_prompt == "zeros":
         feeds = manifest.pipeline.denoiser.inputs
         return {n: np.zeros_like(v) if isinstance(feeds[n], TextFeed) else v for n, v in conditional.items()}
-    return condition(runner, manifest, tokenizers, negative_prompt or "")
+    return condition(runner, manifest, tokenizers, [negative_prompt or ""] * count)
 
 
 def _tokens(tokenizers: Mapping[str, Tokenizer], component: str, prompt: str) -> Tokens:
@@ -96,25 +103,25 @@ def _tokens(tokenizers: Mapping[str, Tokenizer], component: str, prompt: str) ->
     return tokens
 
 
-def _encoded(runner: Runner, manifest: Manifest, component: str, tokens: Tokens) -> Arrays:
+def _encoded(runner: Runner, manifest: Manifest, component: str, tokens: Sequence[Tokens]) -> Arrays:
     encoder = manifest.pipeline.text_encoders[component]
-    values = {encoder.ids: tokens.ids[None]}
+    values = {encoder.ids: np.stack([each.ids for each in tokens])}
     if encoder.attention_mask is not None:
-        values[encoder.attention_mask] = tokens.mask[None]
+        values[encoder.attention_mask] = np.stack([each.mask for each in tokens])
     return runner.run(component, feed(manifest, component, values))
 
 
 def _fed(
-    manifest: Manifest, feed: Feed, read: Mapping[str, Tokens], outputs: Mapping[str, Arrays]
+    manifest: Manifest, feed: Feed, read: Mapping[str, Sequence[Tokens]], outputs: Mapping[str, Arrays], count: int
 ) -> NDArray[np.float32]:
     match feed:
         case TextFeed():
             states = [_output(each.component, outputs[each.component], each.output) for each in feed.join]
             return states[0] if len(states) == 1 else np.concatenate(states, axis=-1)
         case MaskFeed():
-            return read[feed.component].mask[None].astype(np.float32)
+            return np.stack([each.mask for each in read[feed.component]]).astype(np.float32)
         case NumbersFeed():
-            return picture_numbers(feed, manifest.image.size)
+            return picture_numbers(feed, manifest.image.size).repeat(count, axis=0)
         case GuidanceFeed():
             raise TypeError("the guidance is no part of a prompt")
 

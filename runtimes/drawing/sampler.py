@@ -292,7 +292,7 @@ class DpmSolverSampler(Sampler):
         return spec.solver_order == 1 or (last and ends_low)
 
 
-_SAMPLERS: dict[str, type[Sampler]] = {
+SAMPLERS: dict[str, type[Sampler]] = {
     "euler": EulerSampler,
     "euler_ancestral": EulerAncestralSampler,
     "dpmpp_2m": DpmSolverSampler,
@@ -300,6 +300,7 @@ _SAMPLERS: dict[str, type[Sampler]] = {
     "ddim": DdimSampler,
     "lcm": LcmSampler,
 }
+"""The sampler of each of `SAMPLER_KINDS`."""
 
 
 def make_sampler(spec: SamplerSpec, steps: int | None = None) -> Sampler:
@@ -308,6 +309,6 @@ def make_sampler(spec: SamplerSpec, steps: int | None = None) -> Sampler:
     Raises TurbopocketError when its schedule does not have that many.
     """
     try:
-        return _SAMPLERS[spec.kind](spec, spec.steps if steps is None else steps)
+        return SAMPLERS[spec.kind](spec, spec.steps if steps is None else steps)
     except ValueError as error:
         raise TurbopocketError(f"sampler {spec.kind}: {error}") from error

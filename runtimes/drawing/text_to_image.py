@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to image in numpy over any runner, as the manifest's pipeline says it: the loop a phone has to repeat."""
+"""Text to image in numpy over any runner, as the manifest's pipeline says it: the loop a phone has to repeat.
+
+Shape suffixes: N pictures, H rows and W columns of pixels, C channels.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from .sampler import Memory, NoiseSource, Sampler, make_sampler
 from .tokenizer import Tokenizer
 
 Array = NDArray[np.float32]
+Pictures = NDArray[np.uint8]
 
 
 class NotFinite(TurbopocketError):
@@ -46,18 +50,35 @@ def generate(
     guidance: float | None = None,
     negative_prompt: str | None = None,
     first: FirstPicture | None = None,
-) -> NDArray[np.uint8]:
+) -> Pictures:
     """The picture [H, W, 3], the same for every runtime that computes right: noise comes from numpy's PCG64.
 
     `steps` and `guidance` default to the manifest's. Raises TurbopocketError for an empty prompt, for steps that a
     student's artifact was not built for, and for a first picture that does not fit; `NotFinite` when the runtime
     computes nonsense. Warns `PromptCut` for a prompt that is too long.
     """
-    noise = seeded_noise(seed)
-    picture = draw(runner, manifest, tokenizers, prompt, noise, steps, guidance, negative_prompt, first)
-    if odd := int(picture.size - np.isfinite(picture).sum()):
-        raise NotFinite(f"{manifest.name}: {odd} of {picture.size} values of the picture are not finite")
-    return np.round(picture * 255).astype(np.uint8)
+    asked = steps, guidance, negative_prompt, first
+    return generate_batch(runner, manifest, tokenizers, [prompt], [seed], *asked)[0]
+
+
+def generate_batch(
+    runner: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    first: FirstPicture | None = None,
+) -> Pictures:
+    """The pictures [N, H, W, 3] that `generate` gives for each prompt and its seed, drawn at once."""
+    noises = [seeded_noise(seed) for seed in seeds]
+    pictures = draw_batch(runner, manifest, tokenizers, prompts, noises, steps, guidance, negative_prompt, first)
+    if odd := int(pictures.size - np.isfinite(pictures).sum()):
+        what = "the picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+        raise NotFinite(f"{manifest.name}: {odd} of {pictures.size} values of {what} are not finite")
+    return np.round(pictures * 255).astype(np.uint8)
 
 
 def draw(
@@ -75,12 +96,30 @@ def draw(
 
     With a first picture it gives what the encoder's distribution needs, then what makes its latents noisy.
     """
-    for text in (prompt, negative_prompt or ""):
+    asked = steps, guidance, negative_prompt, first
+    return draw_batch(runner, manifest, tokenizers, [prompt], [noise], *asked)[0]
+
+
+def draw_batch(
+    runner: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompts: Sequence[str],
+    noises: Sequence[NoiseSource],
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    first: FirstPicture | None = None,
+) -> Array:
+    """The pictures [N, H, W, 3] in 0..1 of N prompts, all of the manifest's size: each component is asked once a step
+    for all of them. A picture depends on its own prompt and noise alone; see `draw`.
+    """
+    for text in (*prompts, negative_prompt or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise TurbopocketError(f"the prompt {text[:40]!r} is not UTF-8 text")
-    if not prompt.strip():
+    if not all(prompt.strip() for prompt in prompts):
         raise TurbopocketError("the prompt is empty: say what the picture should show")
-    built_for = manifest.sampler.steps
+    built_for, count = manifest.sampler.steps, len(prompts)
     if manifest.only_these_steps and steps not in (None, built_for):
         raise TurbopocketError(
             f"{manifest.name} was distilled, and this artifact built for {built_for} steps; {steps} were asked",
@@ -91,24 +130,26 @@ def draw(
         raise TurbopocketError(f"guidance is {scale:g}; a finite number is needed")
     sampler = make_sampler(manifest.sampler, steps)
     start = 0 if first is None else _start(manifest, sampler, first)
-    told = guidance_condition(manifest, scale)
+    told = guidance_condition(manifest, scale, count)
     if told and negative_prompt is not None:
         raise TurbopocketError(
             f"a negative prompt has no effect on {manifest.name}: its denoiser is told the guidance, and asked once"
         )
     with at_place(guided=True):
-        conditions = [condition(runner, manifest, tokenizers, prompt) | told]
+        conditions = [condition(runner, manifest, tokenizers, prompts) | told]
     if scale > 1 and not told:
         with at_place(guided=False):
-            conditions.append(unconditional(runner, manifest, tokenizers, negative_prompt, conditions[0]))
+            away_from = unconditional(runner, manifest, tokenizers, negative_prompt, conditions[0], count)
+        conditions.append(away_from)
     elif negative_prompt is not None:
         raise TurbopocketError(f"a negative prompt has no effect at guidance {scale:g}: it needs more than 1")
+    noise = _joined(noises)
     if first is None:
         image = manifest.image
-        x_t = noise((1, image.latent_channels, image.latent_height, image.latent_width))
+        x_t = noise((count, image.latent_channels, image.latent_height, image.latent_width))
         x_t = x_t * np.float32(sampler.init_noise_sigma)
     else:
-        x_0 = encode(runner, manifest, first.pixels, noise)
+        x_0 = encode(runner, manifest, np.stack([first.pixels] * count), noise)
         x_t = sampler.add_noise(x_0, noise(x_0.shape), start)
     return decode(runner, manifest, _denoise(runner, manifest, sampler, conditions, scale, x_t, start, noise))
 
@@ -117,21 +158,28 @@ def exercise(
     runner: Runner,
     manifest: Manifest,
     tokenizers: Mapping[str, Tokenizer],
-    prompt: str,
-    seed: int,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
     steps: int | None = None,
-) -> NDArray[np.uint8]:
-    """`generate`, with a call of every component: the encoder, which text needs not, reads the finished picture."""
-    picture = generate(runner, manifest, tokenizers, prompt, seed, steps)
+) -> Pictures:
+    """`generate_batch`, with a call of every component: the encoder, which text needs not, reads finished pictures."""
+    pictures = generate_batch(runner, manifest, tokenizers, prompts, seeds, steps)
     if manifest.pipeline.encoder is not None:
-        _ask_encoder(runner, manifest, picture)
-    return picture
+        _ask_encoder(runner, manifest, pictures)
+    return pictures
 
 
 def seeded_noise(seed: int) -> NoiseSource:
     """Standard normal float32 numbers from `numpy.random.default_rng(seed)`, in the order of asking."""
     rng = np.random.default_rng(seed)
     return lambda shape: rng.standard_normal(shape, dtype=np.float32)
+
+
+def _joined(noises: Sequence[NoiseSource]) -> NoiseSource:
+    """Noise [N, …] of N pictures, each from its own source."""
+    if len(noises) == 1:
+        return noises[0]
+    return lambda shape: np.concatenate([noise((1, *shape[1:])) for noise in noises])
 
 
 def require_encoder(manifest: Manifest) -> None:
@@ -148,16 +196,16 @@ def _encoder(manifest: Manifest) -> Encoder:
     return manifest.pipeline.encoder
 
 
-def encode(runner: Runner, manifest: Manifest, pixels: NDArray[np.uint8], noise: NoiseSource) -> Array:
-    """Clean latents [1, C, h, w] of a picture uint8 [H, W, 3], drawn from what the encoder takes for possible."""
-    outputs = _ask_encoder(runner, manifest, pixels)
+def encode(runner: Runner, manifest: Manifest, pictures: Pictures, noise: NoiseSource) -> Array:
+    """Clean latents [N, C, h, w] of pictures uint8 [N, H, W, 3], drawn from what the encoder takes for possible."""
+    outputs = _ask_encoder(runner, manifest, pictures)
     return from_vae(manifest.image, encoded(_encoder(manifest), outputs, noise))
 
 
-def _ask_encoder(runner: Runner, manifest: Manifest, pixels: NDArray[np.uint8]) -> Arrays:
-    sample_HWC = pixels.astype(np.float32) / np.float32(255) * np.float32(2) - np.float32(1)
+def _ask_encoder(runner: Runner, manifest: Manifest, pictures: Pictures) -> Arrays:
+    sample_NHWC = pictures.astype(np.float32) / np.float32(255) * np.float32(2) - np.float32(1)
     encoder = _encoder(manifest)
-    picture = {encoder.picture: sample_HWC.transpose(2, 0, 1)[None]}
+    picture = {encoder.picture: sample_NHWC.transpose(0, 3, 1, 2)}
     return runner.run(encoder.component, feed(manifest, encoder.component, picture))
 
 
@@ -173,13 +221,14 @@ def _start(manifest: Manifest, sampler: Sampler, first: FirstPicture) -> int:
 
 
 def decode(runner: Runner, manifest: Manifest, latents: Array) -> Array:
-    """The picture [H, W, 3] in 0..1 that clean latents [1, C, h, w] stand for."""
+    """The pictures [N, H, W, 3] in 0..1 that clean latents [N, C, h, w] stand for."""
     decoder = manifest.pipeline.decoder
     z = {decoder.latents: to_vae(manifest.image, latents)}
     outputs = runner.run(decoder.component, feed(manifest, decoder.component, z))
     sample = outputs[decoder.output].astype(np.float32)
-    _require_shape(decoder.component, decoder.output, sample, (1, 3, *manifest.image.size))
-    return np.clip(sample[0] / 2 + 0.5, 0, 1).transpose(1, 2, 0)
+    _require_shape(decoder.component, decoder.output, sample, (len(latents), 3, *manifest.image.size))
+    pictures_NCHW: NDArray[Any] = np.clip(sample / 2 + 0.5, 0, 1)
+    return pictures_NCHW.transpose(0, 2, 3, 1)
 
 
 def _denoise(
@@ -197,7 +246,7 @@ def _denoise(
     for index in range(start, len(sampler.timesteps)):
         asked = {
             denoiser.latents: sampler.scale_model_input(x_t, index),
-            denoiser.timestep: _shaped_timestep(manifest, sampler.timesteps[index]),
+            denoiser.timestep: _shaped_timestep(manifest, sampler.timesteps[index], len(x_t)),
         }
         outputs = []
         for guided, conditioned in zip((True, False), conditions, strict=False):
@@ -231,10 +280,10 @@ def _guided(outputs: list[Array], scale: float) -> Array:
     return away_from + np.float32(scale) * (conditional - away_from)
 
 
-def _shaped_timestep(manifest: Manifest, timestep: np.float32) -> Array:
-    """A scalar or [1], as the denoiser has it."""
+def _shaped_timestep(manifest: Manifest, timestep: np.float32, count: int) -> Array:
+    """A scalar or [N], as the denoiser has it."""
     denoiser = manifest.pipeline.denoiser
     for spec in component_spec(manifest, denoiser.component).loop_inputs:
         if spec.name == denoiser.timestep:
-            return np.full([1] * len(spec.shape), timestep, dtype=np.float32)
+            return np.full([count] * len(spec.shape), timestep, dtype=np.float32)
     raise TurbopocketError(f"{denoiser.component} has no input {denoiser.timestep}")

@@ -30,9 +30,8 @@ _DTYPES = {
 class OnnxRunner:
     """Runs an artifact's graphs; a session is opened on the first run of its component.
 
-    `threads` limits the cores of one call (None: all). With `keep_open` False at most one session lives at a
-    time, so the memory needed is that of the largest component, paid for by loading again. `operators` is the
-    library of our operators (see `kernels.library`); None runs the bodies that the files bring.
+    `threads` limits the cores of one call (None: all). `operators` is the library of our operators (see
+    `kernels.library`); None runs the bodies that the files bring.
     """
 
     def __init__(
@@ -40,13 +39,11 @@ class OnnxRunner:
         folder: Path,
         manifest: Manifest,
         threads: int | None = None,
-        keep_open: bool = True,
         operators: Path | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.threads = threads
-        self.keep_open = keep_open
         self.operators = operators
         self._sessions: dict[str, ort.InferenceSession] = {}
 
@@ -76,8 +73,6 @@ class OnnxRunner:
 
     def _session(self, component: str, spec: ComponentSpec) -> ort.InferenceSession:
         if component not in self._sessions:
-            if not self.keep_open:
-                self._sessions.clear()
             path = self.folder / spec.file
             if not path.is_file():
                 raise TurbopocketError(f"{component}: {path} is missing")

@@ -9,12 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
 from ..manifest import ComponentSpec, Manifest
-from ..runner import check_inputs, component_spec
+from ..runner import check_inputs, component_spec, one_by_one
 from .process import ServedProcess
 
 
@@ -32,14 +33,18 @@ class ServedRunner(ABC):
         self._end: Callable[[], object] = _nothing
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The component's outputs by name; TurbopocketError when model, manifest and inputs disagree."""
+        """The component's outputs by name; TurbopocketError when model, manifest and inputs disagree.
+
+        Several items are given one after the other to a model that takes one.
+        """
         spec = component_spec(self.manifest, component)
-        given = self._in_order(component, inputs)
-        process = self._started()
+        calls = [self._in_order(component, call) for call in one_by_one(spec.inputs, inputs)]
+        process, names = self._started(), [output.name for output in spec.outputs]
         if component not in self._opened:
             self._open(component, spec)
             self._opened.add(component)
-        return process.run(component, given, [output.name for output in spec.outputs])
+        found = [process.run(component, call, names) for call in calls]
+        return found[0] if len(found) == 1 else {n: np.concatenate([each[n] for each in found]) for n in names}
 
     def close(self) -> None:
         """Ends the process, as does the end of the last reference to this."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from .single_files import original, write_single_file
+from .checkpoint.single_files import original, write_single_file
 
 BUILD = {
     "sampler": {"steps": 2},

@@ -18,7 +18,7 @@ from turbopocket.export.recipe import load_recipe
 from turbopocket.pocket.scenes import captions
 from turbopocket.runtimes.kernels.library import onnx_operators
 
-from ..runtimes.test_sampler_table import KINDS
+from ..runtimes.drawing.test_sampler_table import KINDS
 from .android_golden import write_golden, write_walks
 
 ROOT = Path(__file__).parents[2]

@@ -16,6 +16,7 @@ from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.components import layers_of, parameter_count, shapes_of
 from turbopocket.export.plan import plan
 from turbopocket.export.recipe import make_recipe
+from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch.target import ExecuTorch
 from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.export.targets.registry import open_target
@@ -40,7 +41,7 @@ def test_pin_widens_only_the_layers_it_matches() -> None:
 
 
 def test_candidates_are_resolved_for_what_each_layer_saw() -> None:
-    target, narrow, wide = ExecuTorch(static=True), (-4.0, 4.0), (-400.0, 4.0)
+    target, narrow, wide = ExecuTorch(ExecuTorchOptions(activations="static")), (-4.0, 4.0), (-400.0, 4.0)
     asked = candidate_schemes(target, SHAPES, ["int8-row", "fp32"], {"unet.mid.to_k": "int8-row+a8-static"})
     seen = {name: Ranges(wide if "mid" in name else narrow, narrow, 1.0, 1.0) for name in SHAPES}
     found = resolved(target, SHAPES, asked, seen)

@@ -16,7 +16,7 @@ from turbopocket.export.checkpoint.load import load, load_shapes
 from turbopocket.export.families.components import layers_of
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.targets.registry import TARGETS
+from turbopocket.export.targets.registry import default_targets
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.text_to_image import FirstPicture
 
@@ -199,7 +199,7 @@ def test_an_artifact_of_several_sizes_reads_pictures_of_each(tiny_sd: Path, tmp_
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", default_targets(), ids=lambda target: target.name)
 def test_every_target_has_the_encoder_when_it_is_asked_for(target: Any, tiny_sd: Path) -> None:
     model = load_shapes(str(tiny_sd))
     without, having = (target.components(model, [model.image_size], asked) for asked in (False, True))

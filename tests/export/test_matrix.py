@@ -16,15 +16,16 @@ from torch import nn
 
 from turbopocket.export.build.build import build
 from turbopocket.export.check import check
-from turbopocket.export.checkpoint.load import FAMILIES, load
+from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.components import layers_of
 from turbopocket.export.families.graphs import Component
+from turbopocket.export.families.registry import FAMILIES
 from turbopocket.export.output.kept import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.plan import plan
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import Recipe, make_recipe
-from turbopocket.export.targets.registry import TARGETS, open_target
+from turbopocket.export.targets.registry import default_targets, open_target
 from turbopocket.export.verify.diffusers_reference import diffusers_picture
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.ranges import load_ranges
@@ -44,7 +45,7 @@ FORMATS = {"onnx": ["int4-g32", "int8-g32", "fp16"], "coreml": ["int8-row"], "ex
 random weights; they are judged layer by layer on equal inputs, in `build` itself."""
 AMPLIFIED = 10
 """How many times as far as one component's outputs a picture may be: guidance of 5 weighs two outputs by 5 and 4."""
-NAMES = tuple(target.name for target in TARGETS)
+NAMES = tuple(target.name for target in default_targets())
 PAIRS = [(checkpoint, target) for checkpoint in CHECKPOINTS for target in NAMES if target in checkpoint.targets]
 
 
@@ -73,7 +74,7 @@ def _params() -> list[Any]:
 
 
 def test_every_family_target_and_runtime_is_in_the_matrix() -> None:
-    assert {checkpoint.family for checkpoint in CHECKPOINTS} == {family.name for family in FAMILIES}
+    assert {checkpoint.family for checkpoint in CHECKPOINTS} == set(FAMILIES)
     assert set(FORMATS) == set(NAMES)
 
 

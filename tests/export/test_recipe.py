@@ -43,7 +43,7 @@ def test_shipped_recipe_loads(name: str) -> None:
         ),
         ({"compress": {"fit": "best"}}, "`best` is not a fit: known are absmax, mse, gptq"),
         ({"compress": {"budget": "8"}}, "'8' is not a number with a unit"),
-        ({"target": {"name": "tflite"}}, "target.name = 'tflite'.*'onnx'"),
+        ({"target": {"name": "tflite"}}, "`tflite` is not a target: known are onnx, coreml, executorch"),
         ({"sampler": {"steps": 0}}, "sampler.steps = 0: .*greater than or equal to 1"),
         ({"parity": {"max_lowering_error": "small"}}, "parity.max_lowering_error = 'small'"),
     ],
@@ -63,7 +63,7 @@ def test_unreadable_recipes_are_refused(tmp_path: Path) -> None:
     broken.write_text("[model\n")
     with pytest.raises(TurbopocketError, match="broken.toml is not TOML"):
         load_recipe(broken)
-    with pytest.raises(TurbopocketError, match="none.toml can not be read: No such file"):
+    with pytest.raises(TurbopocketError, match="none.toml does not exist"):
         load_recipe(tmp_path / "none.toml")
 
 

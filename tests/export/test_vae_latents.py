@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
 
-from .test_diffusers_reference import PROMPT, Drawing
+from .verify.test_diffusers_reference import PROMPT, Drawing
 
 STEPS, SEED = 2, 7
 PLAYGROUND = {

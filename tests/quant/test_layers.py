@@ -11,7 +11,10 @@ from torch.func import functional_call
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant import layers as quant_layers
+from turbopocket.quant.fit import ABSMAX
+from turbopocket.quant.formats import parse_format
 from turbopocket.quant.layers import (
+    CompressedSource,
     TensorSource,
     compressible_layers,
     materialise,
@@ -133,6 +136,22 @@ def test_copies_share_the_source(sourced: nn.Module, plain: nn.Module, x: Tensor
     assert twin.get_submodule("conv").source is sourced.get_submodule("conv").source
     assert twin.get_parameter("norm.weight") is not sourced.get_parameter("norm.weight")
     assert dict(twin.named_parameters())["conv.weight"].untyped_storage().nbytes() == 4
+
+
+def test_a_decompressed_weight_computes_like_one_that_was_loaded() -> None:
+    """Strides of dimensions of one element are part of what PyTorch decides by."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 8, 1).requires_grad_(False)
+    form = parse_format("int8-row")
+    source = CompressedSource(form.compress(layer.weight, ABSMAX))
+    assert source.dense().stride() == layer.weight.stride()
+    set_source(layer, source)
+    loaded = nn.Conv2d(16, 8, 1).requires_grad_(False)
+    loaded.bias = layer.bias
+    loaded.weight.copy_(source.dense())
+    x = torch.randn(2, 16, 12, 12)
+    assert torch.equal(layer(x), loaded(x))
+    assert layer(x).stride() == loaded(x).stride()
 
 
 def test_another_layer_of_its_type_is_a_plain_one(sourced: nn.Module) -> None:

@@ -240,8 +240,9 @@ def test_a_plan_of_schema_1_has_its_formats_for_schemes(tmp_path: Path) -> None:
 def test_file_that_is_no_plan_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(TurbopocketError, match=r"plan\.json"):
+    with pytest.raises(TurbopocketError, match=r"plan\.json: not a plan: ") as caught:
         Plan.load(path)
+    assert ("newer" in (caught.value.hint or "")) == ("3" in text)
 
 
 def sdxl_sized_shapes() -> dict[str, tuple[int, ...]]:

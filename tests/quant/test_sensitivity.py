@@ -152,6 +152,8 @@ def test_same_seed_same_losses(
 
 def test_layer_that_runs_twice_is_felt_in_both_calls() -> None:
     layer = nn.Linear(6, 6)
+    with torch.no_grad():
+        layer.weight += 2 * torch.eye(6)  # what the error makes of one call adds to what it makes of the other
     layers: dict[str, nn.Module] = {"unet.twice": layer}
     x = torch.randn(3, 6)
 

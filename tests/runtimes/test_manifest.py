@@ -128,7 +128,7 @@ def test_truncated_manifest_is_refused_at_its_line(toy_artifact: Path) -> None:
 
 def test_manifest_that_is_not_text_is_refused(toy_artifact: Path) -> None:
     (toy_artifact / "manifest.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TurbopocketError, match="cannot be read"):
+    with pytest.raises(TurbopocketError, match="is not UTF-8 text"):
         load_manifest(toy_artifact)
 
 

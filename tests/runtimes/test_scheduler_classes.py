@@ -11,7 +11,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.schedule import SamplerSpec
 from turbopocket.runtimes.scheduler_classes import KEYS, SCHEDULER_CLASSES, SamplerKind, config_for
 
-from .walks import BETAS, PUBLISHED, assert_walks_like, opened
+from .drawing.walks import BETAS, PUBLISHED, assert_walks_like, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 

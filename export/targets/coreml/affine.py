@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from ....quant.formats import Affine, CompressedTensor, Dense
 from ....runtimes.coreml.file.dtypes import TensorType
-from .form import Array, Deployment, Form, weight_order
+from ...target_options import Deployment
+from .form import Array, Form, weight_order
 from .mil import Message, const, ints, string, tensor_type
 
 

@@ -4,7 +4,6 @@
 A header of 64 bytes, then for each tensor a header of 64 bytes and its values; both begin at multiples of 64.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ....ground.bits import pack_bits
 from ....runtimes.coreml.file.blobs import ALIGNMENT, BLOB_HEADER, FILE_HEADER, SENTINEL, VERSION
 from ....runtimes.coreml.file.dtypes import TensorType
 
@@ -50,20 +50,6 @@ def stored_values(tensor: TensorType, array: NDArray[Any]) -> NDArray[Any]:
         raise ValueError(f"found {array.dtype} {list(array.shape)}, {tensor} was laid out")
     contiguous = np.ascontiguousarray(array)
     return contiguous if tensor.dtype.bits >= 8 else pack_bits(contiguous, tensor.dtype.bits)
-
-
-def pack_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """uint8 [ceil(count * bits / 8)]: integers of that many bits one after the other, low bits first."""
-    codes = values.reshape(-1).view(np.uint8) & np.uint8(2**bits - 1)
-    per_word = math.lcm(bits, 8) // bits
-    word_bytes = per_word * bits // 8
-    padded = np.zeros(-(-codes.size // per_word) * per_word, np.uint8)
-    padded[: codes.size] = codes
-    words = np.zeros(padded.size // per_word, np.uint32)
-    for place in range(per_word):
-        words |= padded[place::per_word].astype(np.uint32) << np.uint32(bits * place)
-    packed = words.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :word_bytes]
-    return np.ascontiguousarray(packed).reshape(-1)[: -(-codes.size * bits // 8)]
 
 
 def _aligned(offset: int) -> int:

@@ -7,18 +7,18 @@ O outputs, I inputs, K columns of the matrix view, G groups, kh kw kernel height
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ....quant.formats import CompressedTensor
 from ....runtimes.coreml.file.dtypes import TensorType
+from ...target_options import Deployment
 from ..layer import Layer, LayerForm
 from .mil import Message, operation, stored, tensor_type
 
 Array = NDArray[Any]
-Deployment = Literal["iOS17", "iOS18", "iOS26"]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ....ground.errors import TurbopocketError
+from ....quant.layers import convolved_size
 
 TORCH_KIND = "turbopocket_coreml::layer"
 
@@ -31,11 +32,7 @@ def output_shape(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geomet
     """Shape of a layer's output; `geometry` is empty for a Linear, else strides, paddings and dilations (h, w each)."""
     if not geometry:
         return [*x_shape[:-1], weight_shape[0]]
-    spatial = []
-    for axis in (0, 1):
-        stride, padding, dilation = geometry[axis], geometry[2 + axis], geometry[4 + axis]
-        reach = dilation * (weight_shape[2 + axis] - 1) + 1
-        spatial.append((x_shape[2 + axis] + 2 * padding - reach) // stride + 1)
+    spatial = [convolved_size(x_shape[2 + axis], weight_shape[2 + axis], *geometry[axis::2]) for axis in (0, 1)]
     return [x_shape[0], weight_shape[0], *spatial]
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ....ground.bits import pack_bits
 from ....quant.formats import Additive, Codebook, CompressedTensor, Palette
 from ....runtimes.coreml.file.dtypes import TensorType
-from .blobs import pack_bits
-from .form import Array, Deployment, Form, weight_order
+from ...target_options import Deployment
+from .form import Array, Form, weight_order
 from .mil import Message, ints, tensor_type
 
 _IOS17_BITS = (1, 2, 4, 6, 8)
@@ -44,7 +45,7 @@ class PaletteForm(Form):
         codes_OK, table_GP = self.format.unpack(weight)
         codes = weight_order(codes_OK.numpy(), self.layer.shape)
         if self.deployment == "iOS17":
-            codes = pack_bits(np.ascontiguousarray(codes), self.format.bits)
+            codes = pack_bits(codes, self.format.bits)
         _, table = self.tensors()
         return [codes, self._float(table_GP.numpy()).reshape(table.shape)]
 

@@ -6,9 +6,9 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from ....quant.formats import CompressedTensor
@@ -18,14 +18,14 @@ from ....runtimes.coreml.file.package import coremltools_module
 from ....runtimes.coreml.interface import CHUNKS, layer_value, loop_spec, package_file
 from ....runtimes.manifest import ComponentSpec, TensorSpec
 from ...families.graphs import Component
+from ...target_options import CoreMLOptions
 from ..layer import NO_SCHEMES, schemes_of
 from .emit import constants_of, geometry_constants, path_of
-from .form import Deployment
 from .interface import wrapped
 from .lowering import Lowering, is_cut, layer_bytes, skeleton_bytes
 from .mil import Message, type_of
 from .package import PACKAGE_PATHS, write_package
-from .stores import DEPLOYMENT, STORES
+from .stores import STORES
 from .trace import LAYER, Skeleton, TracedProgram, compressible_paths
 
 __all__ = [
@@ -41,26 +41,20 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class CoreMLOptions:
-    """`deployment` is the oldest system that reads the packages.
-
-    `unet_batch` is 1 without guidance, 2 with: the Swift package always gives two. `largest` holds the largest
-    magnitude that calibration saw in the output of a layer, by the layer's full name: what fp16 can not hold is
-    computed in fp32. A UNet beyond `max_package_bytes` becomes two packages.
-    """
-
-    deployment: Deployment = DEPLOYMENT
-    unet_batch: int = 1
-    largest: Mapping[str, float] = field(default_factory=dict)
-    max_package_bytes: int = 2**30
-
-
 DEFAULTS = CoreMLOptions()
 
 
-def trace(component: Component, options: CoreMLOptions = DEFAULTS) -> TracedProgram:
+def trace(
+    component: Component,
+    options: CoreMLOptions = DEFAULTS,
+    unet_batch: int = 1,
+    largest: Mapping[str, float] = MappingProxyType({}),
+) -> TracedProgram:
     """Runs PyTorch's tracer and coremltools once. Layer weights are neither copied nor looked at.
+
+    `unet_batch` is 1 without guidance, 2 with: the Swift package always gives two. `largest` holds the largest
+    magnitude that calibration saw in the output of a layer, by the layer's full name: what fp16 can not hold is
+    computed in fp32.
 
     Raises TurbopocketError when coremltools is missing, when two layers share one weight, or when the largest values
     name a layer that does not run or can not be held by an output of the package.
@@ -70,8 +64,8 @@ def trace(component: Component, options: CoreMLOptions = DEFAULTS) -> TracedProg
     from .precision import Fp32Region
 
     component = component.without_weights()
-    package = wrapped(component, options.unet_batch)
-    region = Fp32Region(component.name, package.outputs, options.largest)
+    package = wrapped(component, unet_batch)
+    region = Fp32Region(component.name, package.outputs, largest)
     with converted(package, compressible_paths(component), options.deployment, region) as (model, constants):
         function = model.mlProgram.functions["main"]
         block = function.block_specializations[function.opset]

@@ -4,7 +4,7 @@
 from ....quant.formats import Additive, Affine, Codebook, Dense, Palette
 from ..layer import Stores
 from .affine import AffineForm, DenseForm
-from .form import Deployment, Form
+from .form import Form
 from .lut import AdditiveForm, CodebookForm, PaletteForm
 
 _FORMS: dict[type, type[Form]] = {
@@ -22,6 +22,3 @@ STORES: Stores[Form] = Stores(
     },
 )
 """A constant is decoded alike for Linear and Conv2d."""
-
-DEPLOYMENT: Deployment = "iOS18"
-"""The first system with groups of scales, 4-bit integers and vectors in lookup tables."""

@@ -2,9 +2,9 @@
 """Core ML packages, as a target: Apple's names and folder, checked by our evaluator where there is no Mac."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ....ground.errors import TurbopocketError
 from ....quant.formats import CompressedTensor
@@ -22,12 +22,12 @@ from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
 from ...families.sizes import require_even_levels
+from ...target_options import CoreMLOptions, Deployment
 from ...verify.gaps import Runtime
 from ..base import NO_RANGES, GraphShare, Target
 from ..layer import NO_SCHEMES
 from ..side_files import SWIFT_FILES, write_swift_files
 from . import program as coreml
-from .form import Deployment
 from .precision import too_large
 from .stores import STORES
 
@@ -46,7 +46,8 @@ NO_VARIANCE = (
 class CoreML(Target):
     """Core ML on an Apple device."""
 
-    options: coreml.CoreMLOptions = coreml.DEFAULTS
+    options: CoreMLOptions = coreml.DEFAULTS
+    guided: bool = False
 
     name = "coreml"
     stores = STORES
@@ -68,11 +69,15 @@ class CoreML(Target):
         require_even_levels(model, sizes, "Core ML packages")  # which enlarge by whole factors only
         return components
 
+    @classmethod
+    def opened(cls, options: CoreMLOptions, guided: bool) -> Self:
+        return cls(options, guided)
+
     def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> Deployment:
         return self.options.deployment
 
     def trace(self, component: Component) -> coreml.TracedProgram:
-        return coreml.trace(component, self.options)
+        return self._traced(component, {})
 
     def fitted(
         self, traced: coreml.TracedProgram, component: Component, ranges: Mapping[str, Ranges]
@@ -81,7 +86,10 @@ class CoreML(Target):
         largest = {name: layer.largest_output for name, layer in ranges.items() if name in traced.layers}
         if not any(map(too_large, largest.values())):
             return traced
-        return coreml.trace(component, replace(self.options, largest=largest))
+        return self._traced(component, largest)
+
+    def _traced(self, component: Component, largest: Mapping[str, float]) -> coreml.TracedProgram:
+        return coreml.trace(component, self.options, 2 if self.guided else 1, largest)
 
     def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
         return coreml.component_spec(traced)

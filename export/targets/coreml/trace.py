@@ -16,8 +16,9 @@ from ....runtimes.coreml.file.blobs import BlobFile
 from ....runtimes.coreml.file.dtypes import TensorType
 from ....runtimes.coreml.interface import layer_value
 from ...families.graphs import Component
+from ...target_options import Deployment
 from ..layer import kind_of, require_own_weights
-from .form import Deployment, MilLayer
+from .form import MilLayer
 from .mil import Message, const, is_constant, operation, read_names, stored, string, tensor_type, type_of
 
 LAYER = "turbopocket_layer"

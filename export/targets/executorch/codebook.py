@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.library import Library, impl, register_fake
 
 from ....quant.formats import CompressedTensor, PartSpec
+from ....quant.layers import convolved_size
+from ...target_options import Codebooks
 from ..codebook import CodebookForm
-from .form import Codebooks, Order, ProgramForm, constant
+from .form import Order, ProgramForm, constant
 from .size import BOOK_BYTES, KERNEL_BYTES, TAP_BYTES, VECTORS_BYTES
 
 _LIBRARY = Library("turbopocket", "DEF")
@@ -109,13 +111,13 @@ class _CodebookForm(CodebookForm, ProgramForm):
         return self.parts(weight)
 
     def operators_bytes(self) -> int:
-        if self.options.codebooks == "kernel":
+        if self.options.asked.codebooks == "kernel":
             return KERNEL_BYTES
         taps = math.prod(self.layer.shape[2:])
         return VECTORS_BYTES + BOOK_BYTES * self.count + (TAP_BYTES * taps if taps > 1 else 0)
 
     def reference(self, module: Any, weight: CompressedTensor) -> nn.Module:
-        return CodebookLayer(module, self.arrays(weight), self.options.codebooks, self.options.order)
+        return CodebookLayer(module, self.arrays(weight), self.options.asked.codebooks, self.options.order)
 
 
 class CodebookLinearForm(_CodebookForm):
@@ -140,10 +142,7 @@ def _output_sizes(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
     """Rows and columns of a convolution's output."""
-    return [
-        (x.shape[2 + axis] + 2 * padding[axis] - (kernel[axis] - 1) * dilation[axis] - 1) // stride[axis] + 1
-        for axis in range(2)
-    ]
+    return [convolved_size(*each) for each in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)]
 
 
 def _dense(codes: Tensor, codebooks: Tensor, scale: Tensor) -> Tensor:

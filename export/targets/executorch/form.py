@@ -4,16 +4,17 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ....quant.formats import CompressedTensor, PartSpec
 from ....quant.ranges import Ranges
+from ...target_options import ExecuTorchOptions
 from ..layer import LayerForm
 from .size import KEY_BYTES, PLACE_BYTES, constants_bytes
 
-Codebooks = Literal["portable", "kernel"]
+DEFAULTS = ExecuTorchOptions()
 
 
 @dataclass
@@ -27,13 +28,12 @@ class Order:
 class FormOptions:
     """What the layers of one component have in common.
 
-    `codebooks` says which operators read codebooks, and `order` in which order they do. `static` is for formats that
-    say nothing of activations: those of 8 bits have static scales then, where `ranges` (what each layer saw, by full
-    name) leave digits enough. Static scales are those of the ranges.
+    `asked` is for formats that say nothing of activations: those of 8 bits have static scales where it says so and
+    `ranges` (what each layer saw, by full name) leave digits enough. Static scales are those of the ranges. `order` is
+    that in which layers read codebooks.
     """
 
-    codebooks: Codebooks = "portable"
-    static: bool = False
+    asked: ExecuTorchOptions = DEFAULTS
     ranges: Mapping[str, Ranges] = field(default_factory=dict)
     order: Order = field(default_factory=Order)
 

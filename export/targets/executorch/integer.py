@@ -29,7 +29,13 @@ from .activations import (
     rounded_by_row,
 )
 from .form import FormOptions, ProgramForm, constant
-from .size import LAYER_BYTES, ROUNDED_CONVOLUTION_BYTES, STATIC_CONVOLUTION_BYTES, STATIC_LINEAR_BYTES
+from .size import (
+    LAYER_BYTES,
+    ROUNDED_CONVOLUTION_BYTES,
+    STATIC_CONVOLUTION_BYTES,
+    STATIC_LINEAR_BYTES,
+    STATIC_POINTWISE_BYTES,
+)
 
 GROUP_MULTIPLE = 32
 GROUP_SCALE_DIGITS = 8
@@ -123,7 +129,7 @@ class _IntegerForm(ProgramForm):
         Of a layer whose ranges are not known yet it is static, which takes more bytes.
         """
         ranges = options.ranges.get(layer or "")
-        static = options.static and format.bits == 8 and (ranges is None or keeps_digits(ranges))
+        static = options.asked.static and format.bits == 8 and (ranges is None or keeps_digits(ranges))
         return with_activations(format, A8_STATIC if static else A8_DYNAMIC)
 
     @classmethod
@@ -190,7 +196,7 @@ class IntegerConv2dForm(_IntegerForm):
 
     def operators_bytes(self) -> int:
         if self.scheme.is_static:
-            return LAYER_BYTES + (STATIC_LINEAR_BYTES if self.runs_as_linear else STATIC_CONVOLUTION_BYTES)
+            return LAYER_BYTES + (STATIC_POINTWISE_BYTES if self.runs_as_linear else STATIC_CONVOLUTION_BYTES)
         return LAYER_BYTES + (0 if self.runs_as_linear else ROUNDED_CONVOLUTION_BYTES)
 
     def reference(self, module: Any, weight: CompressedTensor) -> nn.Module:

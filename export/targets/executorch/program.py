@@ -25,6 +25,7 @@ from ....runtimes.executorch.imported import executorch_module
 from ....runtimes.executorch.shown_layers import LayerName
 from ....runtimes.manifest import ComponentSpec, TensorSpec
 from ...families.graphs import Component
+from ...target_options import ExecuTorchOptions
 from ..layer import (
     NO_SCHEMES,
     Layer,
@@ -34,7 +35,7 @@ from ..layer import (
     schemes_of,
     with_references,
 )
-from .form import Codebooks, FormOptions, ProgramForm
+from .form import DEFAULTS, FormOptions, ProgramForm
 from .gate import constant_key, refuse_weight_only, require_constants
 from .partition import partitioner
 from .rewrite import Rewritten
@@ -60,8 +61,8 @@ _LAYER_OPS = ("aten.linear.default", "aten.conv2d.default")
 class TracedProgram:
     """A component that was exported once: its layers by full name, the bytes of its other tensors, its operators.
 
-    `static` and `ranges` are those of `FormOptions`; without ranges, before calibration, static layers are counted but
-    can not be lowered. `weights_apart`: constants go into a file of their own.
+    `asked` and `ranges` are those of `FormOptions`; without ranges, before calibration, static layers are counted but
+    can not be lowered.
     """
 
     source: Component
@@ -70,9 +71,7 @@ class TracedProgram:
     operators: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    static: bool
-    weights_apart: bool
-    codebooks: Codebooks
+    asked: ExecuTorchOptions
     ranges: Mapping[str, Ranges] = field(default_factory=dict)
 
     @property
@@ -82,15 +81,13 @@ class TracedProgram:
     @property
     def options(self) -> FormOptions:
         """What its layers have in common, for one program."""
-        return FormOptions(self.codebooks, self.static, self.ranges)
+        return FormOptions(self.asked, self.ranges)
 
 
-def trace(
-    component: Component, static: bool = False, weights_apart: bool = False, codebooks: Codebooks = "portable"
-) -> TracedProgram:
+def trace(component: Component, asked: ExecuTorchOptions = DEFAULTS) -> TracedProgram:
     """Runs PyTorch's exporter once, for one item a call. Layer weights are not looked at.
 
-    `static`, `weights_apart` and `codebooks` are for the programs that will be written.
+    `asked` is for the programs that will be written.
 
     Raises TurbopocketError when ExecuTorch is missing, when two layers share one weight, or when a layer's weight is
     used by anything but its layer, or when PyTorch can not export the component.
@@ -113,9 +110,7 @@ def trace(
         operators=sum(node.op == "call_function" for node in nodes.values()),
         inputs=tuple(_spec(name, tensor) for name, tensor in _example_item(component).items()),
         outputs=_outputs(component, program),
-        static=static,
-        weights_apart=weights_apart,
-        codebooks=codebooks,
+        asked=asked,
     )
 
 
@@ -171,7 +166,7 @@ def component_spec(traced: TracedProgram) -> ComponentSpec:
     """What a manifest says of the component: its files, and the tensors that go in and come out."""
     return ComponentSpec(
         file=f"{traced.component}.pte",
-        data=f"{traced.component}.ptd" if traced.weights_apart else None,
+        data=f"{traced.component}.ptd" if traced.asked.weights_apart else None,
         inputs=list(traced.inputs),
         outputs=list(traced.outputs),
     )
@@ -196,7 +191,7 @@ def lowered_bytes(traced: TracedProgram, schemes: Mapping[str, Scheme]) -> int:
 
 def _base_bytes(traced: TracedProgram) -> int:
     """Of all that is no layer."""
-    data_file = DATA_FILE_BYTES if traced.weights_apart else 0
+    data_file = DATA_FILE_BYTES if traced.asked.weights_apart else 0
     return PROGRAM_BYTES + OPERATOR_BYTES * traced.operators + constants_bytes(traced.rest_bytes) + data_file
 
 

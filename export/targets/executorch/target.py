@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ....quant.formats import CompressedTensor
 from ....quant.ranges import Ranges
@@ -21,13 +21,14 @@ from ....runtimes.memory import MemoryFigures
 from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
+from ...target_options import ExecuTorchOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
 from ..base import NO_RANGES, GraphShare, Target
 from ..layer import NO_SCHEMES
 from ..side_files import write_tokenizers
 from . import program as executorch
-from .form import Codebooks, FormOptions
+from .form import DEFAULTS, FormOptions
 from .integer import GROUP_SCALE_DIGITS
 from .stores import STORES
 
@@ -61,16 +62,13 @@ was rounded the other way (UNet of `pocket`); `pocket-turbo`'s from itself, step
 
 @dataclass(frozen=True)
 class ExecuTorch(Target):
-    """ExecuTorch with XNNPACK; `static` rounds activations of 8-bit layers with scales that calibration chose.
+    """ExecuTorch with XNNPACK.
 
-    That is for formats that say nothing of activations; schemes that do are taken at their word.
-
-    `weights_apart` puts constants into a .ptd file beside each program; `codebooks` says which operators read them.
+    Options that say how activations are rounded are for formats that say nothing of it; schemes that do are taken at
+    their word.
     """
 
-    static: bool = False
-    weights_apart: bool = False
-    codebooks: Codebooks = "portable"
+    options: ExecuTorchOptions = DEFAULTS
 
     name = "executorch"
     stores = STORES
@@ -85,11 +83,15 @@ class ExecuTorch(Target):
     ) -> list[Component]:
         return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
+    @classmethod
+    def opened(cls, options: ExecuTorchOptions, guided: bool) -> Self:
+        return cls(options)
+
     def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> FormOptions:
-        return FormOptions(self.codebooks, self.static, ranges)
+        return FormOptions(self.options, ranges)
 
     def trace(self, component: Component) -> executorch.TracedProgram:
-        return executorch.trace(component, self.static, self.weights_apart, self.codebooks)
+        return executorch.trace(component, self.options)
 
     def fitted(
         self, traced: executorch.TracedProgram, component: Component, ranges: Mapping[str, Ranges]

@@ -5,8 +5,9 @@ import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor, Dense
+from ...target_options import OnnxOptions
 from .data import StoredTensor
-from .form import Array, Form, OnnxOptions, cast_to_fp32, conv_of
+from .form import Array, Form, cast_to_fp32, conv_of
 
 
 class _DenseForm(Form):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor
+from ...target_options import OnnxOptions
 from ..layer import LayerForm
 from .data import StoredTensor, data_bytes, external_initializers
 
@@ -21,17 +22,6 @@ Array = NDArray[Any]
 
 _LARGE_OFFSET = 10**9
 """Has as many digits as any offset in a file that a phone can hold."""
-
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """`accuracy_level` of MatMulNBits: 1 computes in fp32, 4 rounds activations to int8, which phones do faster.
-
-    `prepacked` trades twice the file for hardly any private memory, on CPUs like this one only: see `prepack`.
-    """
-
-    accuracy_level: int = 1
-    prepacked: bool = False
 
 
 DEFAULTS = OnnxOptions()

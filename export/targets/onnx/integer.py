@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ....quant.formats import Affine, CompressedTensor
 from ....quant.formats.bits import pack
+from ...target_options import OnnxOptions
 from .data import StoredTensor
-from .form import Array, Form, OnnxOptions, cast_to_fp32, conv_of
+from .form import Array, Form, cast_to_fp32, conv_of
 
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""

@@ -14,10 +14,11 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoPro
 from ....quant.formats import CompressedTensor
 from ....quant.scheme import Scheme
 from ....runtimes.manifest import ComponentSpec, TensorSpec
+from ...target_options import OnnxOptions
 from ..layer import NO_SCHEMES, require_equal_shares, schemes_of
 from .codebook import distinct
 from .data import DATA_FILE, MODEL_FILE, StoredTensor, data_bytes, external_initializers, write_data
-from .form import DEFAULTS, Array, Form, OnnxOptions
+from .form import DEFAULTS, Array, Form
 from .integer import MICROSOFT
 from .names import layer_path
 from .prepack import prepack

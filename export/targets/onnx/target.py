@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from onnx import load
 
@@ -24,6 +24,7 @@ from ....runtimes.onnx.memory import measure as measure_memory
 from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
+from ...target_options import OnnxOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
 from ..base import NO_RANGES, GraphShare, Target
@@ -45,7 +46,7 @@ NO_KERNELS = "codebook layers run through the file's own graph, not the C++ kern
 class Onnx(Target):
     """ONNX Runtime."""
 
-    options: onnx.OnnxOptions = onnx.DEFAULTS
+    options: OnnxOptions = onnx.DEFAULTS
     name = "onnx"
     stores = STORES
     tools = ("onnx", "onnxruntime")
@@ -59,7 +60,11 @@ class Onnx(Target):
     ) -> list[Component]:
         return components_of(model, sizes, image_to_image=image_to_image)
 
-    def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> onnx.OnnxOptions:
+    @classmethod
+    def opened(cls, options: OnnxOptions, guided: bool) -> Self:
+        return cls(options)
+
+    def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> OnnxOptions:
         return self.options
 
     def trace(self, component: Component) -> onnx.TracedGraph:

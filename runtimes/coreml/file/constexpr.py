@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ....ground.bits import unpack_bits
 from ....ground.errors import TurbopocketError
-from .dtypes import TensorType, unpack_bits
+from .dtypes import TensorType
 
 Array = NDArray[Any]
 Decoder = Callable[..., tuple[Array, ...]]

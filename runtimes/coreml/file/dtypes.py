@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ....ground.bits import unpack_bits
+
 
 @dataclass(frozen=True)
 class DType:
@@ -85,27 +87,6 @@ class TensorType:
 
     def __str__(self) -> str:
         return f"{self.dtype.name} {list(self.shape)}"
-
-
-def unpack_bits(packed: NDArray[np.uint8], bits: int, count: int, signed: bool = False) -> NDArray[Any]:
-    """The first `count` values of 1 to 8 bits in `packed` [ceil(count * bits / 8)]: uint8 or (signed) int8 [count]."""
-    word_bytes = math.lcm(bits, 8) // 8
-    per_word = word_bytes * 8 // bits
-    words = -(-count // per_word)
-    padded = np.zeros(words * word_bytes, np.uint8)
-    padded[: packed.size] = packed
-    bytes_WB = padded.reshape(words, word_bytes)
-    word_W = bytes_WB[:, 0].astype(np.uint32)
-    for byte in range(1, word_bytes):
-        word_W |= bytes_WB[:, byte].astype(np.uint32) << np.uint32(8 * byte)
-    values_WV = np.empty((words, per_word), np.uint8)
-    for place in range(per_word):
-        values_WV[:, place] = (word_W >> np.uint32(bits * place)) & np.uint32(2**bits - 1)
-    values = values_WV.reshape(-1)[:count]
-    if not signed:
-        return values
-    spare = 8 - bits
-    return (values << spare).view(np.int8) >> spare
 
 
 def as_values(stored: NDArray[np.uint8], tensor: TensorType) -> NDArray[Any]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from turbopocket.ground.bits import unpack_bits
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.coreml.file import constexpr
-from turbopocket.runtimes.coreml.file.dtypes import DTYPES, TensorType, unpack_bits
+from turbopocket.runtimes.coreml.file.dtypes import DTYPES, TensorType
 from turbopocket.runtimes.coreml.file.program import Program
 
 from .conftest import MODEL_PATH, WEIGHTS_PATH, Written, coremltools_module, pack_bits, weights, written_sum
