@@ -44,8 +44,8 @@ class OnnxRuntime(
             OrtSession.SessionOptions().use { options ->
                 options.setCPUArenaAllocator(false)
                 options.setMemoryPatternOptimization(false)
-                // ALL_OPT ends the process in 1.29.0, in its FuseFp16InitializerToFp32NodeTransformer, at our UNets.
-                options.setOptimizationLevel(OrtSession.SessionOptions.OptLevel.EXTENDED_OPT)
+                // which ends the process in ONNX Runtime 1.29.0 at UNets with weights in fp16
+                options.addConfigEntry(DISABLED, "FuseFp16InitializerToFp32NodeTransformer")
                 options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
                 threads?.let(options::setIntraOpNumThreads)
                 operators?.let { options.registerCustomOpLibrary(it.path) }
@@ -64,6 +64,9 @@ class OnnxRuntime(
         return OnnxSession(environment, component, spec, session)
     }
 }
+
+/** The session's setting of graph optimizations that are left out. */
+private const val DISABLED = "optimization.disable_specified_optimizers"
 
 private val types = mapOf(
     OnnxJavaType.FLOAT to "float32",
