@@ -48,7 +48,7 @@ from .journal import Journal, RunFolder, Stage, opened
 from .lowered import lower_component
 from .manifest import final_manifest, folder_bytes, require_budget
 from .outcome import Built
-from .planning import planned
+from .planning import planned, refuse_impossible
 from .probe import make_probe
 
 PROBE_PROMPTS = 3
@@ -130,6 +130,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         journal = run.journal(bench.model)
         bench = bench.made_from(journal.model)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
+        refuse_impossible(bench, artifact)
         session = parity_session(bench, artifact)
         to_diffusers = _compare_with_diffusers(bench, session, journal)
         stats = calibrated(bench, session, journal)

@@ -12,7 +12,10 @@ from ...quant.finetune import stand_ins
 from ...quant.observe import LayerStats
 from ...quant.plan import LayerChoices, Plan, plan, refuse_over_budget, smallest_total_bytes
 from ...quant.scheme import Scheme
+from ...quant.sensitivity import estimate_from_shapes
+from ..families.components import shapes_of
 from .bench import Workbench, traced, with_ranges
+from .candidates import resolved, with_schemes
 from .manifest import expected_manifest_bytes, folder_bytes
 
 PASSES = 3
@@ -31,6 +34,18 @@ def planned(
     with decompressed(bench.modules, stand_ins(bench.modules)):
         graphs = traced(bench.target, bench.components, bench.progress, "trace for fine-tuning")
         return _plan_for(with_ranges(replace(bench, traced=graphs), stats), choices, artifact)
+
+
+def refuse_impossible(bench: Workbench, artifact: Path) -> None:
+    """Raises OverBudget when not even the smallest schemes fit: bytes need no losses, so before anything is drawn.
+
+    Where scales of activations come from calibration, nothing is told yet: which layers have them is part of the bytes.
+    """
+    shapes = shapes_of(bench.layers)
+    whole = resolved(bench.target, shapes, bench.candidates)
+    if bench.recipe.compress.budget_bytes is None or any(each.is_static for own in whole.values() for each in own):
+        return
+    _plan_for(bench, with_schemes(estimate_from_shapes(shapes, bench.formats), whole), artifact)
 
 
 def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path) -> Plan:

@@ -195,7 +195,7 @@ def test_report_without_its_measurements_is_one_clear_error(turbopocket: Run, ar
     ("arguments", "message"),
     [
         (["build", "nowhere", "--out", "x"], "'nowhere' is neither a bundled model"),
-        (["build", "pocket", "--out", "x", "--target", "tflite"], "target.name = 'tflite'"),
+        (["build", "pocket", "--out", "x", "--target", "tflite"], "`tflite` is not a target: known are onnx"),
         (["build", "pocket", "--out", "x", "--formats", "int5"], "`int5` is not a weight format: known are"),
         (["build", "pocket", "--out", "x", "--budget", "8 elephants"], "budget '8 elephants' is not a number with"),
         (["build", "pocket", "--out", "x", "--pin", "unet.conv_out"], "--pin 'unet.conv_out' is not GLOB=FORMAT"),
@@ -243,7 +243,7 @@ def test_occupied_output_is_refused_before_any_work(turbopocket: Run, tiny_sdxl:
     assert "hint: give another folder, or --overwrite" in ran.err
 
 
-def test_budget_too_small_for_a_build_ends_with_2_and_writes_nothing(
+def test_budget_too_small_for_a_build_ends_with_2_before_anything_is_drawn_or_written(
     turbopocket: Run, tiny_sdxl: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "short.toml"
@@ -253,6 +253,8 @@ def test_budget_too_small_for_a_build_ends_with_2_and_writes_nothing(
     )
     assert ran.code == 2
     assert "smallest plan is " in ran.err
+    assert "trace " in ran.err
+    assert "reference" not in ran.err
     assert [path.name for path in tmp_path.iterdir()] == ["short.toml"]
 
 

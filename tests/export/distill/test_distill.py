@@ -310,7 +310,7 @@ def test_odd_requests_are_refused_before_any_work(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "can not be read"), (b"\n \n", "holds no prompt"), (b"\x89PNG\xff\xfe", "is not UTF-8 text")],
+    [(None, "does not exist"), (b"\n \n", "holds no prompt"), (b"\x89PNG\xff\xfe", "is not UTF-8 text")],
 )
 def test_prompt_files_that_are_none_are_refused(
     content: bytes | None, message: str, tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any]
