@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from turbopocket.export.build import build as module
 from turbopocket.export.build import calibration, journal
+from turbopocket.export.build.bench import Workbench
 from turbopocket.export.build.build import build, make_stage
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import Recipe, make_recipe
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant import compress
+from turbopocket.quant.workers import Spread
 from turbopocket.runtimes.manifest import load_manifest
 
 KILLED_BUILDS = Path(__file__).with_name("killed_builds.py")
@@ -38,6 +41,27 @@ def values(recipe_values: dict[str, Any], tiny_sd: Path) -> dict[str, Any]:
 @pytest.fixture
 def recipe(values: dict[str, Any]) -> Recipe:
     return make_recipe(values, "test")
+
+
+@pytest.fixture(scope="module")
+def benches() -> dict[str, Workbench]:
+    """What builds of this file loaded and traced, by recipe: most of the time of so short ones, and never kept."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def traced_once(benches: dict[str, Workbench], monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = module.make_workbench
+
+    def make(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workbench:
+        unbounded = recipe.compress.model_copy(update={"budget": None})
+        key = recipe.model_copy(update={"compress": unbounded}).to_toml()
+        if key not in benches:
+            benches[key] = honest(recipe, progress, spread)
+        asked = benches[key].recipe.model_copy(update={"compress": recipe.compress})
+        return replace(benches[key], recipe=asked, progress=progress, spread=spread)
+
+    monkeypatch.setattr(module, "make_workbench", make)
 
 
 @pytest.fixture
@@ -165,7 +189,7 @@ def test_a_journal_that_was_moved_with_its_model_goes_on(
 
 
 def test_a_model_that_has_changed_is_measured_anew_and_said_once(
-    values: dict[str, Any], tiny_sd: Path, tmp_path: Path, done: Counter[str]
+    values: dict[str, Any], tiny_sd: Path, tmp_path: Path, done: Counter[str], benches: dict[str, Workbench]
 ) -> None:
     model = shutil.copytree(tiny_sd, tmp_path / "model")
     asked = make_recipe({**values, "model": {"source": str(model)}}, "test")
@@ -174,6 +198,7 @@ def test_a_model_that_has_changed_is_measured_anew_and_said_once(
     tensors = load_file(file)
     tensors["conv_in.weight"] *= 1.01
     save_file(tensors, file, metadata={"format": "pt"})
+    benches.clear()
     done.clear()
     said = Said()
     after = built(asked, tmp_path / "after", progress=said, run=tmp_path / "before.run", keep=True)
