@@ -54,7 +54,12 @@ class Journal:
         final = self.folder / f"{stage}-{self.key(stage, inputs)}"
         if not final.is_dir():
             partial = self._begun(final.with_name(f"{final.name}.partial"), stage, inputs)
-            make(partial)
+            try:
+                make(partial)
+            except BaseException:
+                if [each.name for each in partial.iterdir()] == [KEY_FILE]:  # nothing to go on from
+                    remove_journal(self.folder, partial)
+                raise
             partial.rename(final)
         return final
 

@@ -114,7 +114,7 @@ def _folder(path: Path) -> None:
     ("make", "says"),
     [
         (lambda path: None, "does not exist"),
-        (_folder, "can not be read: Is a directory"),
+        (_folder, "is not a plain file"),
         (_text, "is no picture of a kind that is read: PNG, JPEG, WEBP, TIFF, BMP, GIF"),
         (_script, "is no picture of a kind that is read"),
         (_cut_off, "can not be read: image file is truncated"),

@@ -113,7 +113,7 @@ def test_pickled_checkpoint_in_a_folder_is_named_with_the_command(tmp_path: Path
 
 
 def test_artifact_is_named_with_what_it_was_made_from(built: Any, tiny_sdxl: Path) -> None:
-    assert _refused(built.folder, "is an artifact that `build` made") == f"give what it was made from: {tiny_sdxl}"
+    assert _refused(built.folder, "is an artifact that `build` made") == f"give what it was made from: {tiny_sdxl.name}"
 
 
 # A pipeline whose component has weights under other names.

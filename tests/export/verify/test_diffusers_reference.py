@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -25,7 +25,7 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.runtimes.drawing.text_to_image import draw, seeded_noise
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 from turbopocket.runtimes.manifest import ComponentSpec, Manifest, TensorSpec, load_manifest
-from turbopocket.runtimes.scheduler_classes import SamplerKind
+from turbopocket.runtimes.scheduler_classes import SAMPLER_KINDS
 
 PROMPT, NEGATIVE = "a red circle on the blue square", "green triangle"
 
@@ -97,7 +97,7 @@ def test_the_reference_is_the_picture_of_the_folders_own_pipeline(
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["model", *get_args(SamplerKind)])
+@pytest.mark.parametrize("kind", ["model", *SAMPLER_KINDS])
 @pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd"])
 def test_every_sampler_is_diffusers_scheduler_of_that_name(
     family: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -259,7 +259,9 @@ def test_a_wrong_loop_ends_a_build_before_it_calibrates_and_leaves_nothing(
     tiny_sdxl: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _spoil_the_decoder(monkeypatch)
-    monkeypatch.setattr("turbopocket.export.build.bench.calibrate", lambda *_: pytest.fail("hours would be spent here"))
+    monkeypatch.setattr(
+        "turbopocket.export.build.calibration.calibrate_to_files", lambda *_: pytest.fail("hours would be spent here")
+    )
     ran = turbopocket("build", tiny_sdxl, "--steps", 2, "--formats", "fp16", "--out", tmp_path / "art")
     assert ran.code == 3
     assert f"error: {WRONG}0.02 is over 0.0001 in input latent_sample of call 1 of vae_decoder\nhint: " in ran.err

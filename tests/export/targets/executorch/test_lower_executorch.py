@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.targets.executorch import integer as executorch_layers
 from turbopocket.export.targets.executorch import program as target
+from turbopocket.export.targets.executorch.form import FormOptions
 from turbopocket.export.targets.executorch.gate import require_constants
 from turbopocket.export.targets.executorch.integer import GROUP_SCALE_DIGITS
 from turbopocket.export.targets.executorch.stores import form_of_weight
@@ -123,7 +124,7 @@ def runner(lowered: Lowered, folder: Path | None = None, spec: ComponentSpec | N
 
 
 def test_what_it_is_compared_with_has_the_biases_that_the_module_has_then(lowered: Lowered) -> None:
-    as_run, sample = target.as_run(lowered.component, lowered.weights, {}).module, torch.ones(1, 4, 8, 8)
+    as_run, sample = target.as_run(lowered.component, lowered.weights, FormOptions()).module, torch.ones(1, 4, 8, 8)
     with torch.no_grad():
         before = as_run(sample)
         for name in ("part.conv.bias", "part.value.bias", "part.out.bias", "part.norm.weight"):
@@ -137,7 +138,7 @@ def test_the_program_computes_what_pytorch_does_with_the_same_values_and_roundin
     lowered: Lowered, sample: dict[str, Any]
 ) -> None:
     found = runner(lowered).run("part", sample)["row"]
-    as_run = torch_runner([target.as_run(lowered.component, lowered.weights, {})]).run("part", sample)["row"]
+    as_run = torch_runner([target.as_run(lowered.component, lowered.weights, FormOptions())]).run("part", sample)["row"]
     floats = torch_runner([lowered.component]).run("part", sample)["row"]
     assert relative_error(found, as_run) < 1e-5
     assert relative_error(found, floats) > 1e-2, "4 bits cost nothing: are they in the program?"
@@ -145,7 +146,9 @@ def test_the_program_computes_what_pytorch_does_with_the_same_values_and_roundin
 
 def test_layers_show_their_outputs_in_order_of_execution(lowered: Lowered, sample: dict[str, Any]) -> None:
     layers = list(FORMATS)
-    expected = torch_runner([target.as_run(lowered.component, lowered.weights, {})]).run_layers("part", sample, layers)
+    expected = torch_runner([target.as_run(lowered.component, lowered.weights, FormOptions())]).run_layers(
+        "part", sample, layers
+    )
     found = runner(lowered).run_layers("part", sample, layers)
     assert list(found)[:3] == ["conv", "strided", "point"]
     assert set(found) == set(layers)
@@ -165,7 +168,7 @@ def test_a_wrong_weight_in_the_file_is_found_and_its_layer_named(
     at = program.index(stored)
     program[at : at + 200] = bytes(byte ^ 0x44 for byte in program[at : at + 200])
     path.write_bytes(program)
-    reference = torch_runner([target.as_run(lowered.component, lowered.weights, {})])
+    reference = torch_runner([target.as_run(lowered.component, lowered.weights, FormOptions())])
     call = Call("part", sample, reference.run("part", sample))
     damaged = runner(lowered, tmp_path)
     assert relative_error(damaged.run("part", sample)["row"], call.outputs["row"]) > 1e-3
@@ -180,7 +183,7 @@ def test_a_wrong_weight_in_the_file_is_found_and_its_layer_named(
 
 
 def test_layer_by_layer_the_program_is_pytorchs_whatever_comes_before(lowered: Lowered, sample: dict[str, Any]) -> None:
-    reference = torch_runner([target.as_run(lowered.component, lowered.weights, {})])
+    reference = torch_runner([target.as_run(lowered.component, lowered.weights, FormOptions())])
     elsewhere = {"sample": sample["sample"] * np.float32(1.001)}
     call = Call("part", sample, reference.run("part", sample))
     row, first = compare_by_layer(reference, runner(lowered), call, runner(lowered).run("part", sample), 0, BY_LAYER)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.target_options import Codebooks, ExecuTorchOptions
 from turbopocket.export.targets.executorch import program as target
+from turbopocket.export.targets.executorch.form import FormOptions
 from turbopocket.export.targets.executorch.gate import require_constants
 from turbopocket.export.verify.gaps import torch_runner
 from turbopocket.ground.errors import TurbopocketError
@@ -177,7 +178,7 @@ def test_layers_that_round_are_compared_one_by_one_between_those_of_codebooks(
 ) -> None:
     part = build("portable", query="int8-row", strided="int8-row")
     limits = Limits(max_relative_error=1e-4, by_layer=True)
-    reference = torch_runner([target.as_run(part.component, part.weights, {})])
+    reference = torch_runner([target.as_run(part.component, part.weights, FormOptions())])
     call = Call("part", sample, reference.run("part", sample))
     runner = part.runner()
     found = runner.run("part", sample)
@@ -185,7 +186,7 @@ def test_layers_that_round_are_compared_one_by_one_between_those_of_codebooks(
     assert row.passed
     assert first is None
     changed = part.weights | {"part.conv": altered(part.weights["part.conv"], "scale")}
-    elsewhere = torch_runner([target.as_run(part.component, changed, {})])
+    elsewhere = torch_runner([target.as_run(part.component, changed, FormOptions())])
     assert not compare_by_layer(elsewhere, runner, call, found, 0, limits)[0].passed
 
 
