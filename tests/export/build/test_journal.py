@@ -30,7 +30,7 @@ from turbopocket.quant.workers import Spread
 from turbopocket.runtimes.manifest import load_manifest
 
 KILLED_BUILDS = Path(__file__).with_name("killed_builds.py")
-KILLS = 10
+KILLS = 4
 
 
 @pytest.fixture
