@@ -30,8 +30,9 @@ Role = Literal["text encoder", "denoiser", "decoder", "encoder"]
 
 
 _BLOCK = re.compile(
-    r"(.+?\.(transformer_blocks|resnets|layers|block)\.\d+)\."  # of UNets and transformers, CLIP and TAESD, T5
-    r"|(.+?\.attentions\.\d+)\.(group_norm|to_[qkv]|to_out)\b"  # of a VAE; a UNet's hold transformer blocks
+    r"(.+?\.(?:transformer_blocks|resnets|layers)\.\d+"  # of UNets and transformers, CLIP and TAESD
+    r"|.+?\.block\.\d+\.layer\.0"  # of T5 the attention, as its graph calls no more than that as one module
+    r"|.+?\.attentions\.\d+(?=\.(?:group_norm|to_[qkv]|to_out)\b))\."  # of a VAE; a UNet's hold transformer blocks
 )
 
 
@@ -42,7 +43,7 @@ def block_name(layer: str) -> str:
     are; a layer outside all of them is its own block.
     """
     found = _BLOCK.match(layer)
-    return (found[1] or found[3]) if found else layer
+    return found[1] if found else layer
 
 
 class ComponentModule(nn.Module):

@@ -30,7 +30,7 @@ print(json.dumps(found))
 
 
 def test_the_factorisation_takes_little_more_than_one_float64_matrix() -> None:
-    run = subprocess.run([sys.executable, "-c", METER, "3000", "4000"], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", METER, "4000", "5000"], capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)
     assert min(found) > 0.9, "the peak is read"
     assert max(found) < 1.3, found

@@ -44,7 +44,7 @@ def test_layers_are_grouped_by_component_and_block(layer: str, group: str) -> No
         ("unet.up_blocks.1.resnets.10.conv_shortcut", "unet.up_blocks.1.resnets.10"),
         ("unet.up_blocks.1.upsamplers.0.conv", None),
         ("text_encoder_2.text_model.encoder.layers.11.mlp.fc1", "text_encoder_2.text_model.encoder.layers.11"),
-        ("text_encoder.encoder.block.3.layer.0.SelfAttention.q", "text_encoder.encoder.block.3"),
+        ("text_encoder.encoder.block.3.layer.0.SelfAttention.q", "text_encoder.encoder.block.3.layer.0"),
         ("transformer.transformer_blocks.7.attn1.to_q", "transformer.transformer_blocks.7"),
         ("vae_decoder.decoder.mid_block.attentions.0.to_q", "vae_decoder.decoder.mid_block.attentions.0"),
         ("vae_decoder.decoder.layers.4.conv.2", "vae_decoder.decoder.layers.4"),

@@ -28,7 +28,7 @@ def report(error: float) -> ParityReport:
 @pytest.mark.parametrize("runtime", ["onnxruntime+kernels", "arm64:cortex-a76", "executorch"])
 def test_every_column_is_whole_in_80(runtime: str) -> None:
     to_diffusers = ToDiffusers((Difference("the finished picture", 1.5e-7),))
-    gaps = Gaps(to_diffusers, report(0.012), {runtime: report(3.21e-7)}, report(0.1), Pictures((), (), ()), {})
+    gaps = Gaps(to_diffusers, report(0.012), {runtime: report(3.21e-7)}, report(0.1), Pictures((), (), ()), {}, {})
     console = Console(file=io.StringIO(), width=80)
     console.print(parity_table(gaps))
     header, row = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
