@@ -144,12 +144,10 @@ class _Losses:
         self.measured = [name for name, formats in candidates.items() if len(formats) > 1]
         self.losses = {name: [0.0] * len(formats) for name, formats in candidates.items()}
         self.products: dict[tuple[str, int], Tensor] = {}
-        self.reached: set[str] = set()
 
     def add(self, call: LayerCall, rows: int) -> None:
         """Inner products of one call; those of all calls of a layer are summed before they are squared."""
         layer = self.layers[call.layer]
-        self.reached.add(call.layer)
         weight = weight_of(call.layer, layer).detach().to(torch.float32)
         # A layer may see several vectors a row, one row after the other, or one for all rows, which is one sample then.
         samples = rows if len(call.x) % rows == 0 else 1
@@ -172,11 +170,6 @@ class _Losses:
 
     def choices(self, energy: float) -> dict[str, LayerChoices]:
         """The losses as shares of the output's energy."""
-        if unreached := [name for name in self.measured if name not in self.reached]:
-            raise TurbopocketError(
-                f"{len(unreached)} layers have no part in the model's output, {unreached[0]} first",
-                hint="pin them to one format, and please report the model's .json files",
-            )
         choices = {}
         for name, formats in self.candidates.items():
             shape = weight_shape(name, self.layers[name])

@@ -11,18 +11,15 @@ import random
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from turbopocket.export.build import build as module
-from turbopocket.export.build.bench import make_workbench
 from turbopocket.export.output.staging import settle_output
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.quant.workers import in_turn
 from turbopocket.runtimes.manifest import MANIFEST_NAME, load_manifest
 
 
@@ -63,9 +60,6 @@ def main() -> None:
     draw, stage = random.Random(int(sys.argv[4])), folder / "stage"
     torch.set_num_threads(int(sys.argv[5]))
     folder.mkdir(parents=True)
-    # Once for all: what is loaded and traced is in memory only, and half of a short build's time.
-    bench = make_workbench(make_recipe(values, "test"), StageProgress(quiet=True), in_turn)
-    vars(module)["make_workbench"] = lambda recipe, progress, spread: replace(bench, progress=progress, spread=spread)
     start = time.monotonic()
     attempt(values, folder / "undisturbed", stage, 1e9)
     whole = time.monotonic() - start

@@ -48,8 +48,9 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name: target.lower(graph, {layer: weights[layer] for layer in graph.layers}, folder)
         for name, graph in traced.items()
     }
+    plan = {"schemes": {name: str(Scheme(weight.format)) for name, weight in weights.items()}}
     manifest = pipeline_manifest(model, recipe, specs, target.tools)
-    write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder)}))
+    write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder), "plan": plan}))
     report_folder(folder).mkdir()
     save_weights(report_folder(folder) / WEIGHTS_FILE, weights)
     save_ranges(report_folder(folder) / RANGES_FILE, {})
