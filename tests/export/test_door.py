@@ -74,7 +74,7 @@ def test_only_plain_files_are_read(tmp_path: Path) -> None:
         (tmp_path / "pipe", "is not a plain file"),
         (Path("/dev/zero"), "is not a plain file"),
         (tmp_path / "none", "does not exist"),
-        (Path("a\0b"), "does not exist"),
+        (Path("a\0b"), "is no path: it holds a NUL"),
     ):
         with pytest.raises(TurbopocketError, match=message):
             read_text(path)
