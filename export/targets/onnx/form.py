@@ -57,6 +57,10 @@ class Form(LayerForm):
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         """The initializers' values."""
 
+    def require_calibrated(self) -> None:
+        """Returns when everything is known that the nodes hold; else TurbopocketError."""
+        return
+
     def constants(self) -> list[TensorProto]:
         """Small initializers that stand in the graph itself, named by their values: equal ones are there once."""
         return []

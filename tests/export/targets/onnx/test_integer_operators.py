@@ -85,7 +85,7 @@ def optimized(folder: Path, file: str, **entries: str) -> Optimized:
     for key, value in entries.items():
         options.add_session_config_entry(key.replace("__", "."), value)
     ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
-    return Optimized(onnx.load(folder / "optimized.onnx"))
+    return Optimized(onnx.load(folder / "optimized.onnx", load_external_data=False))
 
 
 Lower = Callable[[str, str], Optimized]
