@@ -47,7 +47,7 @@ class GraphShare:
     """Bytes of a target's graphs beside the layers' weights: for plans that trace nothing.
 
     For each Linear, each Conv2d and each component, and for each value that is no layer's weight. Fitted to the traced
-    graphs of `pocket-turbo` (334 layers in `int8-row`), whose sum they meet within 3 %.
+    graphs of `pocket-turbo` (334 layers in `int8-row`), whose sum they meet within 3 %; `form_bytes` is extra.
     """
 
     linear: int
@@ -144,6 +144,10 @@ class Target(ABC):
     @abstractmethod
     def fixed_bytes(self, traced: Any, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         """Bytes of its files beside the layers' own, at most, when each layer gets one of its candidates."""
+
+    def form_bytes(self, layer: Layer, schemes: Iterable[Scheme]) -> int:
+        """Bytes beside the layer's weight in the wordiest of these schemes; 0 where `graph_share` has them."""
+        return 0
 
     @abstractmethod
     def lowered_bytes(self, traced: Any, schemes: Mapping[str, Scheme]) -> int:
