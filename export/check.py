@@ -134,7 +134,7 @@ def check(
     schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
     own_limit = target.lowering_limit(schemes)
     limit = recipe.parity.max_lowering_error or own_limit
-    asked_of = artifact, manifest, weights, limit
+    asked_of = artifact, manifest, weights, limit, schemes
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
     as_run = [target.as_run(component, weights, ranges, schemes) for component in components]
     with progress.stage("reference"):

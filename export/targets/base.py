@@ -202,12 +202,25 @@ class Target(ABC):
 
     @abstractmethod
     def runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
-        """One for each of `runtime_names`; `weights` are the stored ones, by which layers may be found again."""
+        """One for each of `runtime_names`; `weights` are the stored ones, by which layers may be found again.
+
+        `schemes` are as in `lower`.
+        """
 
     def kernel_runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
         """The same with the kernels of `make kernels`, for artifacts that have work for them.
 

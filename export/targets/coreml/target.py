@@ -118,7 +118,12 @@ class CoreML(Target):
         return coreml.package_files(spec)
 
     def runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
         return {
             name: Runtime(CoreMLRunner(folder, manifest, mode), Limits(max_relative_error=limit))

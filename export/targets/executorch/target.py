@@ -137,9 +137,14 @@ class ExecuTorch(Target):
         return [spec.file, *([spec.data] if spec.data else [])]
 
     def runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
-        limits = Limits(max_relative_error=max_lowering_error, by_layer=_rounds(self.schemes_of(weights)))
+        limits = Limits(max_relative_error=max_lowering_error, by_layer=_rounds(self.schemes_of(weights, schemes)))
         runner = ExecuTorchRunner(folder, manifest, executorch.layers_by_key(weights))
         return {self.runtime_names[0]: Runtime(runner, limits)}
 
