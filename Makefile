@@ -102,6 +102,7 @@ bench-quality: setup
 	$(RUN) build --recipe codebooks --out build/codebooks --overwrite
 	$(BIN)/python benchmarks/alignment.py build/int8 build/demo build/codebooks
 	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
+	$(BIN)/python benchmarks/apple_pipeline.py build/demo
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The same of ExecuTorch programs, with steps of activations found while they run and chosen by calibration: seven minutes.

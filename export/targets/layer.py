@@ -137,7 +137,7 @@ class Stores(Generic[Form]):
         format = scheme.weight
         form = self.forms.get((type(format), kind))
         if form is None:
-            return f"{self.target} has no compressed {kind} for {format}"
+            return f"turbopocket writes no {kind} for {self.target} in {format}"
         reason = format.fits(shape) or form.refusal(format, shape, options)
         return reason or form.rounding_refusal(self.resolved(scheme, kind, options))
 

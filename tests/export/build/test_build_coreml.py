@@ -140,10 +140,12 @@ def test_an_app_can_open_the_packages_by_the_manifest_alone(folder: str, request
     )
 
 
-def test_guidance_gives_the_unet_two_items(guided: Built) -> None:
-    sample = next(spec for spec in Program.open(guided.folder / "Unet.mlpackage").inputs if spec.name == "sample")
-    assert sample.shape[0] == 2
-    assert guided.gaps.failure is None
+@pytest.mark.parametrize("name", ["built", "guided"])
+def test_the_unet_takes_two_items_as_apples_pipelines_give(name: str, request: pytest.FixtureRequest) -> None:
+    made: Built = request.getfixturevalue(name)
+    for spec in Program.open(made.folder / "Unet.mlpackage").inputs:
+        assert spec.shape[0] == 2, spec.name
+    assert made.gaps.failure is None
 
 
 @pytest.fixture
