@@ -78,11 +78,8 @@ class Target(ABC):
 
     @classmethod
     @abstractmethod
-    def opened(cls, options: Any, guided: bool) -> Self:
-        """The target with these options, of its type in `TARGET_ENTRIES`.
-
-        `guided` says whether every step asks the denoiser with and without the prompt.
-        """
+    def opened(cls, options: Any) -> Self:
+        """The target with these options, of its type in `TARGET_ENTRIES`."""
 
     @property
     @abstractmethod

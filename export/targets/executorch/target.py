@@ -84,7 +84,7 @@ class ExecuTorch(Target):
         return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
     @classmethod
-    def opened(cls, options: ExecuTorchOptions, guided: bool) -> Self:
+    def opened(cls, options: ExecuTorchOptions) -> Self:
         return cls(options)
 
     def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> FormOptions:
