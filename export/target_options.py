@@ -39,11 +39,14 @@ class CoreMLOptions:
         deployment: the oldest system that reads them; iOS18 is the first with groups of scales, 4-bit integers and
             vectors in lookup tables.
         max_package: a UNet of more bytes becomes two packages, which are loaded one after the other.
+        batch: items that one call of the UNet takes. Apple's Swift pipelines always give two, with guidance and
+            without; an app with a loop of its own needs one where there is no guidance, and half the work.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     deployment: Deployment = "iOS18"
     max_package: str = "1GiB"
+    batch: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
         parse_bytes(self.max_package, "max_package")

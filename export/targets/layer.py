@@ -138,7 +138,7 @@ class Stores(Generic[Form]):
         """None when a layer of this kind and shape stays compressed and is run in that scheme, else the reason."""
         format = scheme.weight
         if (type(format), kind) not in self.forms:
-            return f"{self.target} has no compressed {kind} for {format}"
+            return f"turbopocket writes no {kind} for {self.target} in {format}"
         whole = self.resolved(scheme, kind, options)
         form = self._form_class(whole, kind)
         return format.fits(shape) or form.refusal(format, shape, options) or form.rounding_refusal(whole)

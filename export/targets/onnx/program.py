@@ -76,6 +76,7 @@ def component_spec(traced: TracedGraph) -> ComponentSpec:
     """What a manifest says of the component: its file, and the tensors that go in and come out."""
     return ComponentSpec(
         file=f"{traced.component}/{MODEL_FILE}",
+        data=f"{traced.component}/{DATA_FILE}",
         inputs=[_tensor_spec(value) for value in traced.skeleton.graph.input],
         outputs=[_tensor_spec(value) for value in traced.skeleton.graph.output],
     )

@@ -65,7 +65,7 @@ class Onnx(Target):
         return components_of(model, sizes, image_to_image=image_to_image)
 
     @classmethod
-    def opened(cls, options: OnnxOptions, guided: bool) -> Self:
+    def opened(cls, options: OnnxOptions) -> Self:
         return cls(options)
 
     def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> FormOptions:

@@ -289,7 +289,7 @@ class Toy(LayerFormat):
 def test_an_unknown_format_is_told_nothing_else(target: Target) -> None:
     for kind, shape in (("linear", (64, 64)), ("conv2d", (64, 64, 3, 3))):
         reason = target.storable(Scheme(Toy()), kind, shape)  # type: ignore[arg-type]
-        assert reason == f"{target.stores.target} has no compressed {kind} for toy"
+        assert reason == f"turbopocket writes no {kind} for {target.stores.target} in toy"
 
 
 class Sharing(nn.Module):
