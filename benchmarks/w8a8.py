@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from turbopocket.export.checkpoint.load import load
@@ -186,16 +187,16 @@ def quantized_by_onnxruntime(path: Path, feeds: Mapping[str, Any], folder: Path)
             return next(self.left, None)
 
     out = folder / "quantized.onnx"
-    types = QuantType.QUInt8, QuantType.QInt8
     quantize_static(
         *map(str, (path, out)),
         Reader(),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["MatMul", "Gemm", "Conv"],
         per_channel=True,
-        activation_type=types[0],
-        weight_type=types[1],
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
         use_external_data_format=True,
+        extra_options={"DefaultTensorType": TensorProto.FLOAT},  # its shape inference does not know MultiHeadAttention
     )
     return out
 
