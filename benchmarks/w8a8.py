@@ -133,9 +133,10 @@ EXECUTORCH_FORMS: dict[str, tuple[Target, str]] = {
 def one_item(component: Component, seed: int) -> dict[str, Tensor]:
     """Inputs of one call: normal numbers, 500 for a timestep."""
     random = torch.Generator().manual_seed(seed)
+    item = {name: value[:1] if value.ndim else value for name, value in component.example_inputs.items()}
     return {
-        name: torch.full_like(value[:1], 500) if name == "timestep" else torch.randn(value[:1].shape, generator=random)
-        for name, value in component.example_inputs.items()
+        name: torch.full_like(value, 500) if name == "timestep" else torch.randn(value.shape, generator=random)
+        for name, value in item.items()
     }
 
 
