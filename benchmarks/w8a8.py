@@ -179,6 +179,7 @@ def onnx_runs(files: Mapping[str, Path], feeds: Mapping[str, Any], threads: int)
 def quantized_by_onnxruntime(path: Path, feeds: Mapping[str, Any], folder: Path) -> Path:
     """`quantize_static` of the file, as its documentation recommends for CPUs with VNNI."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -187,9 +188,11 @@ def quantized_by_onnxruntime(path: Path, feeds: Mapping[str, Any], folder: Path)
         def get_next(self) -> Any:
             return next(self.left, None)
 
-    out = folder / "quantized.onnx"
+    out, ready = folder / "quantized.onnx", folder / "ready.onnx"
+    apart = {"save_as_external_data": True, "all_tensors_to_one_file": True, "external_data_location": "ready.data"}
+    quant_pre_process(str(path), str(ready), skip_symbolic_shape=True, **apart)
     quantize_static(
-        *map(str, (path, out)),
+        *map(str, (ready, out)),
         Reader(),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["MatMul", "Gemm", "Conv"],
