@@ -71,6 +71,6 @@ def test_every_layer_is_held_against_pytorch_that_rounds(built: Built) -> None:
 @pytest.mark.parametrize("cpu", ["arm64:cortex-a53", "arm64:cortex-a76", "arm64:i8mm"])
 def test_arm_computes_the_same(cpu: str, built: Built, emulator_cache: Path) -> None:
     checked = check(built.folder, StageProgress(quiet=True), [cpu], emulator_cache)
+    assert checked.failure is None
     found = checked.emulated[cpu]
     print(cpu, found.kernels, found.to_pytorch.worst_errors, found.to_native.worst_errors)
-    assert checked.failure is None
