@@ -273,9 +273,8 @@ def projected(results: Mapping[str, Any]) -> dict[str, Any]:
         counts = {name: block.counts[size] for name, block in BLOCKS.items() if size in block.counts}
         if not counts.keys() <= results.keys():
             continue
-        forms = [
-            form for form in results[next(iter(counts))]["ms"] if all(form in results[each]["ms"] for each in counts)
-        ]
+        own = [results[name]["ms"] for name in counts]
+        forms = [form for form in own[0] if all(form in each for each in own)]
         seconds = {form: sum(counts[name] * results[name]["ms"][form] for name in counts) / 1000 for form in forms}
         found[size] = {"seconds": seconds, "times_as_fast_as_fp32": dict(ratios(seconds)), "blocks": counts}
     return found
