@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -29,7 +30,7 @@ from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
 from ...runtimes.manifest import write_manifest
 from ...runtimes.memory import MemoryFigures
-from ..families.components import component_name, group_name, parameter_count
+from ..families.components import component_name, parameter_count
 from ..families.sizes import size_notes
 from ..output.kept import CHOICES_FILE, WEIGHTS_FILE
 from ..output.kept import keep as keep_measured
@@ -245,10 +246,18 @@ def _compress(
         if not bench.recipe.compress.sequential:
             folder = journal.store("compress", inputs)
             return compress_to_files(bench.layers, decided, fit, stats, folder, bench.spread, advance)
-        draw = calibration_drawing(bench, session, torch_runner(bench.components), bench.recipe.calibrate.pictures)
         folder = journal.store("sequential", {**inputs, "formats": _formats(decided)})
-        asked_of = bench.modules, bench.layers, decided, fit, stats, group_name, draw, folder
-        return compress_in_blocks(*asked_of, bench.spread)
+        asked = bench.modules, bench.blocks, bench.layers, decided, fit, stats
+        return compress_in_blocks(*asked, partial(_calls_of, bench, session), folder, bench.spread, advance)
+
+
+def _calls_of(bench: Workbench, session: Session, name: str) -> list[Callable[[], object]]:
+    """A component's calls while calibration pictures are drawn with what the modules hold now."""
+    recorder = Recorder(torch_runner(bench.components))
+    calibration_drawing(bench, session, recorder, bench.recipe.calibrate.pictures)()
+    component = next(each for each in bench.components if each.name == name)
+    own = [call for call in recorder.calls if call.component == name]
+    return [partial(component.module, *_tensors(call.inputs, component.example_inputs)) for call in own]
 
 
 def _formats(decided: Plan) -> dict[str, str]:
