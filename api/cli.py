@@ -200,6 +200,9 @@ def check(
         bool,
         typer.Option("--accept-limit", help="Take the limit of its recipe, even above the target's own."),
     ] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Only repeat the build's self-check, as a phone does; no model needed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
@@ -207,7 +210,7 @@ def check(
     from . import check as run_check
     from .export.output.staging import artifacts_in
 
-    asked = StageProgress(quiet=as_json), cpu or (), cache, accept_limit
+    asked = StageProgress(quiet=as_json), cpu or (), cache, accept_limit, self_test
     results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
     summaries = {path.name: result.summary() for path, result in results.items()}
 
