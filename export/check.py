@@ -110,6 +110,7 @@ def check(
     cpus: Sequence[str] = (),
     cache: Path | None = None,
     accept_limit: bool = False,
+    files_only: bool = False,
     self_test: bool = False,
 ) -> Checked:
     """Verifies every file against the manifest, then measures both gaps again, and once more on each emulated CPU.
@@ -122,8 +123,9 @@ def check(
     With `self_test` the build's self-check is run instead, which needs the artifact alone: what a phone does once.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
-    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, a
-    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in `cache` or not run.
+    model; without the former, or with `files_only`, only the files are checked. Raises TurbopocketError for files that
+    do not match, a manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in
+    `cache` or not run.
     """
     if self_test and cpus:
         raise TurbopocketError(f"the self-test runs here alone, {', '.join(cpus)} was asked with it")
@@ -140,7 +142,7 @@ def check(
     if self_test:
         return _self_tested(artifact, manifest, unverified, notes, progress)
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
-    if why_not := _why_no_parity(artifact, stored, cpus):
+    if why_not := _why_no_parity(artifact, stored, cpus, files_only):
         return Checked(manifest, None, why_not, unverified, notes)
     files = Checked(manifest, None, None, unverified, notes)
     return _compared(files, artifact, recipe, target, stored, emulators, accept_limit, progress)
@@ -168,7 +170,7 @@ def _compared(
     schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
     own_limit = target.lowering_limit(schemes)
     limit = recipe.parity.max_lowering_error or own_limit
-    asked_of = artifact, manifest, weights, limit
+    asked_of = artifact, manifest, weights, limit, schemes
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
     as_run = [target.as_run(component, weights, ranges, schemes) for component in components]
     with progress.stage("reference"):
@@ -176,14 +178,12 @@ def _compared(
     with progress.stage("compare", gap_steps(runtimes)) as advance:
         gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, to_diffusers, advance)
     here = next(iter(runtimes.values()))
-    emulated = {}
+    emulated: dict[str, Emulated] = {}
     for cpu, emulator in emulators:
         there = target.emulated(artifact, manifest, weights, cpu, emulator, schemes)
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
-            measured = measure_emulated(
-                components, as_run, kept, there, here, gaps.compression, session, evidence, advance
-            )
-        emulated[f"{PREFIX}{cpu.name}"] = measured
+            asked = components, as_run, kept, there, here, gaps.compression, session, evidence, advance
+            emulated[f"{PREFIX}{cpu.name}"] = measure_emulated(*asked)
     loosened = None if accept_limit else _loosened(limit, own_limit, target.name)
     notes = (*files.notes, *size_notes(model, manifest.sizes))
     return replace(files, gaps=gaps, notes=notes, emulated=emulated, loosened=loosened)
@@ -197,11 +197,14 @@ def _self_tested(
     return Checked(manifest, None, "only the self-test was asked for", unverified, notes, self_test=found)
 
 
-def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str]) -> str | None:
-    """Why only the files can be checked, if so. Raises TurbopocketError when more was asked for."""
-    if stored.is_file():
+def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str], files_only: bool) -> str | None:
+    """Why only the files are checked, if so. Raises TurbopocketError when more was asked for."""
+    if files_only:
+        why_not = "only the files were asked for"
+    elif stored.is_file():
         return None
-    why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
+    else:
+        why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
     if cpus:
         raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
     return why_not

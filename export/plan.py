@@ -136,7 +136,7 @@ def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
     else:
         known = _measured(Path(measured), target, shapes, asked)
     choices = list(known.values())
-    beside = fixed_bytes(target, model, components, sizes[0])
+    beside = fixed_bytes(target, model, components, sizes[0], asked)
     pins = recipe.compress.pin
     decided = least_loss(choices, recipe.compress.budget_bytes, beside.total, pins)
     accounted = account(decided.choices)

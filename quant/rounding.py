@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations as XNNPACK's int8 holds them: scale and zero point found while it runs, or constants of the program.
+"""Rounded activations in PyTorch: scale and zero point found while it runs, or by calibration.
 
-Written with PyTorch's `quantized_decomposed` operators, which round as XNNPACK does.
+Written with PyTorch's `quantized_decomposed` operators, which round as XNNPACK does, and which its partitioner knows.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the operators
 
-from ....quant.activations import QParams
-from ....quant.ranges import Ranges
+from .activations import QParams
+from .ranges import Ranges
 
 OPS = torch.ops.quantized_decomposed
 LOWEST, HIGHEST = -128, 127
@@ -23,7 +23,7 @@ at int8-row, 12 pictures: 39.3 dB from float with every layer static, 43.2 with 
 
 @dataclass(frozen=True)
 class StaticQParams:
-    """Of a layer's input and output, as constants of the program."""
+    """Of a layer's input and output, the same for all calls."""
 
     input: QParams
     output: QParams
@@ -34,8 +34,10 @@ class StaticQParams:
         return cls(QParams.over(*ranges.input), QParams.over(*ranges.output))
 
 
-def keeps_digits(ranges: Ranges) -> bool:
+def keeps_digits(ranges: Ranges, of_output: bool = True) -> bool:
     """Whether one scale for all inputs of a layer, and one for all its outputs, loses little enough.
+
+    `of_output` says whether outputs are rounded at all.
 
     Rounding with a scale of s costs s² / 12 of a tensor's power. Below `MIN_SNR_DB` of the input a few values are so
     much larger than the others that these keep hardly any digits: in SDXL's layout the hidden states of a prompt,
@@ -44,21 +46,21 @@ def keeps_digits(ranges: Ranges) -> bool:
     """
     found = StaticQParams.of(ranges)
     least = 10 ** (MIN_SNR_DB / 10) / 12
-    kept = ranges.input_power, ranges.quietest_output_power
-    return all(
-        power >= least * qparams.scale**2 for power, qparams in zip(kept, (found.input, found.output), strict=True)
-    )
+    kept = [(ranges.input_power, found.input)]
+    if of_output:
+        kept.append((ranges.quietest_output_power, found.output))
+    return all(power >= least * qparams.scale**2 for power, qparams in kept)
 
 
 def rounded(x: Tensor, qparams: QParams) -> Tensor:
-    """x as int8 holds it; what lies outside the range becomes its end."""
+    """x as integers of the qparams' bits hold it; what lies outside the range becomes its end."""
     limits = qparams.scale, qparams.zero_point, qparams.lowest, qparams.highest, torch.int8
     found: Tensor = OPS.dequantize_per_tensor(OPS.quantize_per_tensor(x, *limits), *limits)
     return found
 
 
 def rounded_by_row(x: Tensor) -> Tensor:
-    """x as XNNPACK's int8 holds it: a scale and zero point for each row of the last dimension, 0 exact."""
+    """x as int8 holds it: a scale and zero point for each row of the last dimension, 0 exact."""
     scale, zero_point = OPS.choose_qparams_per_token_asymmetric(x, torch.int8)
     codes = OPS.quantize_per_token(x, scale, zero_point, LOWEST, HIGHEST, torch.int8)
     found: Tensor = OPS.dequantize_per_token(codes, scale, zero_point, LOWEST, HIGHEST, torch.int8, torch.float32)
@@ -66,7 +68,7 @@ def rounded_by_row(x: Tensor) -> Tensor:
 
 
 def rounded_by_picture(x: Tensor) -> Tensor:
-    """x [1, I, H, W] as XNNPACK's int8 holds it, one scale and zero point for all of it."""
+    """x [1, I, H, W] as int8 holds it, one scale and zero point for all of it."""
     scale, zero_point = OPS.choose_qparams.tensor(x, LOWEST, HIGHEST, _SMALLEST_SCALE, torch.int8)
     codes = OPS.quantize_per_tensor.tensor(x, scale, zero_point, LOWEST, HIGHEST, torch.int8)
     found: Tensor = OPS.dequantize_per_tensor.tensor(codes, scale, zero_point, LOWEST, HIGHEST, torch.int8)
