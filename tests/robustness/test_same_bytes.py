@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SHORT = ("--formats", "int8-g32,int4-g32,fp16", "--budget", "600kB", "--steps", "2", "--guidance", "1")
+SHORT = ("--formats", "int8-g32,int4-g32,fp16", "--budget", "1000kB", "--steps", "2", "--guidance", "1")
 SET = ("--set", "calibrate.pictures=1", "--set", "parity.pictures=1")
 COMMAND = "import os, sys; os.umask(int(sys.argv.pop(1), 8)); from turbopocket.cli import main; main()"
 

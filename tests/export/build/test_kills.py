@@ -14,7 +14,7 @@ import torch
 KILLED_BUILDS = Path(__file__).with_name("killed_builds.py")
 TUNED = {
     "compress": {"formats": ["int4-g32", "fp16"], "sequential": True},
-    "finetune": {"iterations": 2, "pictures": 1},
+    "finetune": {"iterations": 2, "pictures": 2},
 }
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "onnx": (100, {}),
