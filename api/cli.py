@@ -240,13 +240,16 @@ def check(
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Stop after the files' hashes: all that an artifact alone can tell.")
     ] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Only repeat the build's self-check, as a phone does; no model needed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Verifies an artifact's files, and its outputs by PyTorch."""
     from . import check as run_check
     from .export.output.staging import artifacts_in
 
-    asked = talk(as_json), cpu or (), cache, accept_limit, files_only
+    asked = talk(as_json), cpu or (), cache, accept_limit, files_only, self_test
     results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
     summaries = {path.name: result.summary() for path, result in results.items()}
 
@@ -259,7 +262,7 @@ def check(
         if result.failure is not None:
             raise ParityFailed(f"{path}: {result.failure}")
     for path, result in results.items():
-        if result.gaps is None and not files_only:
+        if result.gaps is None and not (files_only or self_test):
             raise TurbopocketError(
                 f"{path}: files are right, parity was not measured: {result.why_not}",
                 hint="--files-only asks for no more than the files",

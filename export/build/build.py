@@ -28,7 +28,7 @@ from ...quant.sequential import compress_in_blocks
 from ...quant.store import load_weights, save_weights
 from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
-from ...runtimes.manifest import write_manifest
+from ...runtimes.manifest import Manifest, write_manifest
 from ...runtimes.memory import MemoryFigures
 from ..families.components import component_name, parameter_count
 from ..families.sizes import size_notes
@@ -51,6 +51,7 @@ from .manifest import final_manifest, folder_bytes, require_budget
 from .outcome import Built
 from .planning import planned, refuse_impossible
 from .probe import make_probe
+from .self_check import record_self_check, with_self_check
 
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
@@ -131,8 +132,9 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         journal = run.journal(bench.model)
         bench = bench.made_from(journal.model)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
-        refuse_impossible(bench, artifact)
         session = parity_session(bench, artifact)
+        bench = with_self_check(bench, session, artifact)
+        refuse_impossible(bench, artifact)
         to_diffusers = _compare_with_diffusers(bench, session, journal)
         stats = calibrated(bench, session, journal)
         reached("calibrate")
@@ -146,13 +148,12 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         made_from = _tuning_inputs(bench, session, decided, journal)
         bench, costs = _lowered(bench, stats, decided, stored, artifact, made_from, journal)
         reached("lower")
-        gaps = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
-        manifest = final_manifest(bench.draft, artifact, decided, gaps)
+        gaps, draft = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
+        manifest = final_manifest(draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
         notes = (*manifest.notes, *bench.target.notes(artifact, manifest), *size_notes(bench.model, manifest.sizes))
-        built_bytes = folder_bytes(artifact)
-        require_budget(built_bytes, decided, bench.target.not_in_plan)
+        built_bytes = require_budget(folder_bytes(artifact), decided, bench.target.not_in_plan)
         keep_measured(report, choices, ranges_of(stats), stored, recipe.with_whole_paths().to_toml())
         data = ReportData(
             manifest=manifest,
@@ -369,8 +370,11 @@ def _compare(
     ranges: Mapping[str, Ranges],
     to_diffusers: ToDiffusers,
     artifact: Path,
-) -> Gaps:
-    """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
+) -> tuple[Gaps, Manifest]:
+    """Both gaps, measured, and the draft with its self-check.
+
+    Raises ParityFailed when the artifact does not compute what PyTorch computes.
+    """
     weights, schemes = {name: stored[name] for name in bench.layers}, decided.schemes
     limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(schemes)
     runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit, schemes)
@@ -379,7 +383,8 @@ def _compare(
         gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, to_diffusers, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")
-    return gaps
+    with bench.progress.stage("self-check"), decompressed(bench.modules, stored):
+        return gaps, record_self_check(bench.draft, session, torch_runner(as_run), runtimes, artifact)
 
 
 def _memory(bench: Workbench, artifact: Path) -> dict[str, MemoryFigures]:

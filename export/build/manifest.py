@@ -86,9 +86,10 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def require_budget(built_bytes: int, decided: Plan, not_in_plan: str | None) -> None:
-    """Raises OverBudget when the files came out larger than planned for: the budget holds on disk too.
+def require_budget(built_bytes: int, decided: Plan, not_in_plan: str | None) -> int:
+    """Returns the bytes that were built: the budget holds on disk too.
 
+    Raises OverBudget when the files came out larger than planned for.
     `not_in_plan` is what a target knows of bytes that its plans leave out.
     """
     if decided.budget_bytes is not None and built_bytes > decided.budget_bytes:
@@ -97,3 +98,4 @@ def require_budget(built_bytes: int, decided: Plan, not_in_plan: str | None) -> 
             f"{decided.budget_bytes:,} bytes; planned were {decided.total_bytes:,}",
             hint=not_in_plan,
         )
+    return built_bytes
