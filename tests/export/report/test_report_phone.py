@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report tells a mobile engineer beside bytes and parity: times, tensors, what is misread, what earned no place."""
+"""What a report tells a mobile engineer beside bytes and parity: times, tensors, misread prompts, idle formats."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_what_the_judge_misreads_stands_under_its_picture(tmp_path: Path) -> Non
 def test_times_are_of_a_step_and_of_a_picture_and_name_the_machine(tmp_path: Path) -> None:
     data = _data()
     assert page_view(data).seconds is None
-    assert "no phone&#39;s runtime" in _page(tmp_path, data) or "no phone's runtime" in _page(tmp_path, data)
+    assert "none was taken in a runtime that phones have" in _page(tmp_path, data)
     names = {*data.manifest.pipeline.text_encoders, "unet", data.manifest.pipeline.decoder.component}
     timed = _with(data, call_seconds=dict.fromkeys(names, 0.25), machine="A CPU, 3 cores", zipped_bytes=1_500_000)
     found = page_view(timed).seconds
