@@ -43,7 +43,9 @@ INT8_KERNELS_NEED = "asimddp"
 ROUNDED_INPUT_ERROR = 5e-3
 ROUNDED_OUTPUT_ERROR = 1.5e-2
 ROUNDED_WHOLE_ERROR = 4e-2
-NO_KERNELS = "codebook layers run through the file's own graph, not the C++ kernels: `make kernels` was not run here"
+NO_KERNELS = (
+    "codebook layers run through the file's own graph, not the C++ kernels, which `make kernels` builds in a checkout"
+)
 
 
 @dataclass(frozen=True)
