@@ -372,7 +372,9 @@ def recipe_show(
     else:
         shown = load_recipe(name) if name else Recipe()
     shown = with_values(shown, {}, assigned or ())
-    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
+    unset = shown.keys_without_value()
+    also = f"# without a value unless one is given: {', '.join(unset)}\n" if unset else ""
+    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml() + also, end=""))
 
 
 def _with_common_options(command: Any, options: list[Any]) -> None:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,6 +144,20 @@ def test_a_shipped_recipe_is_found_beside_a_folder_of_its_name(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert 'budget = "8MB"' in turbopocket("recipe", "show", "demo").out
+
+
+@pytest.mark.parametrize("options", [(), ("--distill",)])
+def test_a_shown_recipe_names_every_key_and_reads_back(
+    turbopocket: Run, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    file = tmp_path / "shown.toml"
+    file.write_text(turbopocket("recipe", "show", *options).out)
+    values = json.loads(turbopocket("recipe", "show", *options, "--json").out)
+    text = file.read_text()
+    for name, section in values.items():
+        for key in section if isinstance(section, dict) else (name,):
+            assert re.search(rf"^{key} = |\.{key}[,\]\n]", text, flags=re.MULTILINE), key
+    assert json.loads(turbopocket("recipe", "show", file, *options, "--json").out) == values
 
 
 def test_every_file_of_a_build_is_as_readable_as_the_users_others(artifact: Path) -> None:
