@@ -209,6 +209,7 @@ REQUIREMENTS = (
         ("torchao", "pip install 'torchao<0.19,>=0.18'"),
         ("numpy", None),
         ("nonsense", None),
+        ("turbopocket.nothing", None),
     ],
 )
 def test_what_is_not_installed_is_named_with_the_command_that_brings_it(
