@@ -120,9 +120,6 @@ def build(
 
     What was compressed and lowered is compared with PyTorch; what differs from it more than it may is not written.
     """
-    from . import Workers, build_targets
-    from .export.build.outcome import show_built
-
     overrides = {
         "model.source": source,
         "model.config": config,
@@ -139,6 +136,9 @@ def build(
         "seed": seed,
     }
     asked = asked_recipe(recipe, overrides, assigned)
+    from . import Workers, build_targets
+    from .export.build.outcome import show_built
+
     made = build_targets(asked, out, overwrite, as_json or manner.quiet, Workers(workers, ray), keep, run)
     summaries = {built.folder.name: built.summary() for built in made}
 
@@ -213,9 +213,6 @@ def plan(
 
     Weights are not read, and need not be there.
     """
-    from . import plan as run_plan
-    from .export.plan import show_plan
-
     overrides = {
         "model.source": source,
         "model.config": config,
@@ -224,7 +221,11 @@ def plan(
         "compress.formats": formats and formats.split(","),
         "compress.pin": asked_pins(pin),
     }
-    planned = run_plan(asked_recipe(recipe, overrides, assigned), measured)
+    asked = asked_recipe(recipe, overrides, assigned)
+    from . import plan as run_plan
+    from .export.plan import show_plan
+
+    planned = run_plan(asked, measured)
     emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
 
 
@@ -374,7 +375,9 @@ def recipe_show(
     else:
         shown = load_recipe(name) if name else Recipe()
     shown = with_values(shown, {}, assigned or ())
-    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
+    unset = shown.keys_without_value()
+    also = f"# without a value unless one is given: {', '.join(unset)}\n" if unset else ""
+    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml() + also, end=""))
 
 
 def _with_common_options(command: Any, options: list[Any]) -> None:
