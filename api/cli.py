@@ -31,6 +31,7 @@ from .options import (
     EmulatedCpus,
     Formats,
     Loras,
+    MaxRam,
     OptionalSource,
     PictureFile,
     Pins,
@@ -111,6 +112,7 @@ def build(
     workers: WorkerCount = 1,
     ray: Ray = None,
     run: RunFolder = None,
+    max_ram: MaxRam = None,
     keep: Annotated[
         bool | None, typer.Option(help="Whether intermediate results stay; default: when they are not over 1 GiB.")
     ] = None,
@@ -136,6 +138,7 @@ def build(
         "sampler.steps": steps,
         "image.sizes": size or None,
         "sampler.guidance": guidance,
+        "machine.max_ram": max_ram,
         "seed": seed,
     }
     asked = asked_recipe(recipe, overrides, assigned)
@@ -207,6 +210,7 @@ def plan(
     formats: Formats = None,
     pin: Pins = None,
     measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
+    max_ram: MaxRam = None,
     as_json: AsJson = False,
 ) -> None:
     """Says in seconds what fits a budget, from a model's configs.
@@ -223,6 +227,7 @@ def plan(
         "compress.budget": budget,
         "compress.formats": formats and formats.split(","),
         "compress.pin": asked_pins(pin),
+        "machine.max_ram": max_ram,
     }
     planned = run_plan(asked_recipe(recipe, overrides, assigned), measured)
     emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
