@@ -30,11 +30,14 @@ from .options import (
     DistillRecipeFile,
     EmulatedCpus,
     Formats,
+    Guidance,
+    Keep,
     Loras,
     MaxRam,
     OptionalSource,
     PictureFile,
     Pins,
+    Prompts,
     Ray,
     RecipeFile,
     RunFolder,
@@ -104,27 +107,20 @@ def build(
     fit: Annotated[str | None, typer.Option(help=f"How values are chosen: {FIT_NAMES}.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     size: Sizes = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance the artifact ships with; 1 or less: none.")
-    ] = None,
+    guidance: Guidance = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is not empty.")] = False,
     workers: WorkerCount = 1,
     ray: Ray = None,
     run: RunFolder = None,
     max_ram: MaxRam = None,
-    keep: Annotated[
-        bool | None, typer.Option(help="Whether intermediate results stay; default: when they are not over 1 GiB.")
-    ] = None,
+    keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:
     """Compresses a model to a budget, lowers it, checks and reports.
 
     What was compressed and lowered is compared with PyTorch; what differs from it more than it may is not written.
     """
-    from . import Workers, build_targets
-    from .export.build.outcome import show_built
-
     overrides = {
         "model.source": source,
         "model.config": config,
@@ -142,6 +138,9 @@ def build(
         "seed": seed,
     }
     asked = asked_recipe(recipe, overrides, assigned)
+    from . import Workers, build_targets
+    from .export.build.outcome import show_built
+
     made = build_targets(asked, out, overwrite, as_json or manner.quiet, Workers(workers, ray), keep, run)
     summaries = {built.folder.name: built.summary() for built in made}
 
@@ -164,9 +163,7 @@ def distill(
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="Student updates.")] = None,
     guidance: Annotated[float | None, typer.Option(help="The teacher's guidance; default: what it ships with.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line; default: the model's own.")
-    ] = None,
+    prompts: Prompts = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a student.")] = False,
     as_json: AsJson = False,
@@ -217,9 +214,6 @@ def plan(
 
     Weights are not read, and need not be there.
     """
-    from . import plan as run_plan
-    from .export.plan import show_plan
-
     overrides = {
         "model.source": source,
         "model.config": config,
@@ -229,7 +223,11 @@ def plan(
         "compress.pin": asked_pins(pin),
         "machine.max_ram": max_ram,
     }
-    planned = run_plan(asked_recipe(recipe, overrides, assigned), measured)
+    asked = asked_recipe(recipe, overrides, assigned)
+    from . import plan as run_plan
+    from .export.plan import show_plan
+
+    planned = run_plan(asked, measured)
     emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
 
 
@@ -379,7 +377,9 @@ def recipe_show(
     else:
         shown = load_recipe(name) if name else Recipe()
     shown = with_values(shown, {}, assigned or ())
-    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
+    unset = shown.keys_without_value()
+    also = f"# without a value unless one is given: {', '.join(unset)}\n" if unset else ""
+    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml() + also, end=""))
 
 
 def _with_common_options(command: Any, options: list[Any]) -> None:

@@ -52,9 +52,6 @@ def _add(stage: "Stage") -> None:
         max_ram: MaxRam = None,
         as_json: AsJson = False,
     ) -> None:
-        from . import Workers
-        from .export.build.build import make_stage
-
         overrides = {
             "model.source": source,
             "model.config": config,
@@ -64,6 +61,9 @@ def _add(stage: "Stage") -> None:
             "machine.max_ram": max_ram,
         }
         asked = asked_recipe(recipe, overrides, assigned)
+        from . import Workers
+        from .export.build.build import make_stage
+
         path = make_stage(asked, out, stage, talk(as_json), Workers(workers, ray), run)
         emit({"run": str(path)}, as_json, lambda console: console.print(f"results   {path}", soft_wrap=True))
 

@@ -29,8 +29,7 @@ from ...quant.store import load_weights, save_weights
 from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
 from ...runtimes.manifest import Manifest, write_manifest
-from ...runtimes.memory import MemoryFigures
-from ..families.components import component_name, parameter_count
+from ..families.components import component_name
 from ..families.sizes import size_notes
 from ..output.kept import CHOICES_FILE, WEIGHTS_FILE
 from ..output.kept import keep as keep_measured
@@ -39,7 +38,7 @@ from ..output.staging import Claim, claimed, output_path, report_folder, run_fol
 from ..progress import StageProgress
 from ..recipe import Recipe
 from ..report.collect import drawn_pictures, tradeoff_points
-from ..report.page import HeldOutLoss, LoweringCost, Measurements, ReportData, write_report
+from ..report.page import HeldOutLoss, LoweringCost, ReportData, write_report
 from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
@@ -49,6 +48,7 @@ from .forecast import foreseen
 from .journal import Journal, RunFolder, Stage, opened
 from .lowered import lower_component
 from .manifest import final_manifest, folder_bytes, require_budget
+from .measured import measurements
 from .outcome import Built
 from .planning import planned, refuse_impossible
 from .probe import PROBE_PROMPTS, PROBE_STEPS, make_probe
@@ -158,19 +158,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
             plan=decided,
             tradeoff=tradeoff_points(curve(list(choices.values()), decided.fixed_bytes, recipe.compress.pin)),
             parity=gaps.lowering,
-            measurements=Measurements(
-                artifact_bytes=built_bytes,
-                parameters=sum(parameter_count(component) for component in bench.components),
-                layer_snr_db=gaps.layer_snr_db,
-                fine_tuning=tuned,
-                compression=gaps.compression,
-                total=gaps.total,
-                alignment=gaps.alignment,
-                to_diffusers=to_diffusers.largest_error,
-                memory=_memory(bench, artifact),
-                stage_seconds=run.progress.stage_seconds,
-                lowering=costs,
-            ),
+            measurements=measurements(bench, artifact, gaps, tuned, costs),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
         data.save(report)
@@ -383,12 +371,3 @@ def _compare(
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")
     with bench.progress.stage("self-check"), decompressed(bench.modules, stored):
         return gaps, record_self_check(bench.draft, session, torch_runner(as_run), runtimes, artifact)
-
-
-def _memory(bench: Workbench, artifact: Path) -> dict[str, MemoryFigures]:
-    with bench.progress.stage("memory", len(bench.traced)) as advance:
-        figures = {}
-        for name in bench.traced:
-            figures[name] = bench.target.memory(artifact, name)
-            advance()
-    return {name: each for name, each in figures.items() if each is not None}

@@ -45,7 +45,9 @@ ROUNDED_INPUT_ERROR, ROUNDED_OUTPUT_ERROR = 5e-3, 1.5e-2
 step. The limits of ExecuTorch's layers, which round alike; that target says what was found there."""
 ROUNDED_WHOLE_ERROR = 4e-2
 """Of a whole component that rounds, between two CPUs, and never more than compression itself changed it; as there."""
-NO_KERNELS = "codebook layers run through the file's own graph, not the C++ kernels: `make kernels` was not run here"
+NO_KERNELS = (
+    "codebook layers run through the file's own graph, not the C++ kernels, which `make kernels` builds in a checkout"
+)
 
 
 @dataclass(frozen=True)
