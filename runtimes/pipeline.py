@@ -181,3 +181,15 @@ class SamplerTable(Record):
     init_scale: float
     bound: float | None = None
     rows: list[SamplerRow] = Field(min_length=1)
+
+
+class RewriteSpec(Record):
+    """A change of the denoiser that was made before it was lowered, and computes the same.
+
+    It holds constants of `text_encoders`, each with the hash of its weights and config: with another one the denoiser
+    would draw something else. `facts` are for people.
+    """
+
+    name: Name
+    text_encoders: dict[Name, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    facts: dict[str, float]
