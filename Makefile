@@ -5,7 +5,7 @@ RUN := $(BIN)/turbopocket
 
 .PHONY: setup search fuzz-search demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality \
 	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains synthetic-sdxl train-pocket distill-pocket \
-	distill-baseline test-optimum kernels kernels-arm64 fuzz-kernels clean
+	distill-baseline test-optimum test-clients kernels kernels-arm64 fuzz-kernels clean
 
 setup: .venv/.installed
 	@$(MAKE) --no-print-directory search || echo "without it VQDM searches in PyTorch" >&2
@@ -102,6 +102,7 @@ bench-quality: setup
 	$(RUN) build --recipe codebooks --out build/codebooks --overwrite
 	$(BIN)/python benchmarks/alignment.py build/int8 build/demo build/codebooks
 	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
+	$(BIN)/python benchmarks/apple_pipeline.py build/demo
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The same of ExecuTorch programs, with steps of activations found while they run and chosen by calibration: seven minutes.
@@ -118,6 +119,16 @@ test-optimum: setup
 	.venv-optimum/bin/python -m pip install --quiet torch==2.13.0 'optimum-onnx==0.1.*' 'transformers<4.58' diffusers onnxruntime
 	test -d build/demo || $(MAKE) demo
 	.venv-optimum/bin/python tests/compat/optimum_draws.py build/demo
+
+# onnxruntime-node, and onnxruntime-web in Node and in headless Chromium where that is installed, by the examples of docs.
+CLIENTS := build/clients
+test-clients: setup
+	@command -v npm >/dev/null || { echo "make test-clients needs Node with npm" >&2; exit 1; }
+	mkdir -p $(CLIENTS)
+	cd $(CLIENTS) && npm install --ignore-scripts --no-audit --no-fund --no-save onnxruntime-node@1.30.0 onnxruntime-web@1.30.0
+	test -d build/demo || $(MAKE) demo
+	test -d build/codebooks || OMP_NUM_THREADS=1 $(RUN) build --recipe codebooks --out build/codebooks
+	$(BIN)/python tests/compat/clients_draw.py $(CLIENTS)/node_modules build/demo build/codebooks
 
 # ONNX and ExecuTorch artifacts on every emulated ARM CPU.
 ARM64 := $(RUN) build pocket --steps 4 --overwrite

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `turbopocket` command: parses, calls one verb, prints. Data goes to stdout, talk to stderr."""
 
-import io
+import copy
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from . import ParityFailed, TurbopocketError
-from .door import run_command, show_tracebacks
+from .door import emit, manner, run_command
 from .options import (
+    DISTILL_RECIPES,
+    FIT_NAMES,
+    RECIPE_HELP,
     SOURCE_HELP,
     ArtifactFolder,
     ArtifactFolders,
@@ -23,9 +27,12 @@ from .options import (
     Budget,
     Cache,
     Config,
+    DistillRecipeFile,
+    EmulatedCpus,
     Formats,
     Loras,
     OptionalSource,
+    PictureFile,
     Pins,
     Ray,
     RecipeFile,
@@ -37,13 +44,15 @@ from .options import (
     WorkerCount,
     asked_pins,
     asked_recipe,
-    emit,
+    talk,
 )
 from .stage_commands import stages_app
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Makes SDXL-Turbo-class text-to-image models run on phones: compress, lower, check, report.",
+    epilog="Exit codes: 0 fine, 1 the request was wrong, 2 over budget, 3 parity failed, 70 a bug, 128 + N signal N.",
 )  # fmt: skip
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: what a build asks for.")
 app.add_typer(recipe_app, name="recipe")
@@ -52,11 +61,31 @@ app.add_typer(arm64_app, name="arm64")
 app.add_typer(stages_app)
 
 
+def _verbose(asked: bool) -> None:
+    manner.tracebacks |= asked
+
+
+def _quiet(asked: bool) -> None:
+    manner.quiet |= asked
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"turbopocket {version('turbopocket')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of a bug.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", callback=_verbose, help="Show the traceback of a bug.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="Show no progress.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
 ) -> None:
-    show_tracebacks(verbose)
+    """Options of every command, which it takes before its name or behind."""
 
 
 @app.command()
@@ -71,7 +100,7 @@ def build(
     formats: Formats = None,
     pin: Pins = None,
     lora: Loras = None,
-    fit: Annotated[str | None, typer.Option(help="How values are chosen: absmax, mse, gptq or vqdm.")] = None,
+    fit: Annotated[str | None, typer.Option(help=f"How values are chosen: {FIT_NAMES}.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     size: Sizes = None,
     guidance: Annotated[
@@ -87,7 +116,10 @@ def build(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compresses a model to a byte budget, lowers it, checks it against PyTorch and writes a report."""
+    """Compresses a model to a budget, lowers it, checks and reports.
+
+    What was compressed and lowered is compared with PyTorch; what differs from it more than it may is not written.
+    """
     from . import Workers, build_targets
     from .export.build.outcome import show_built
 
@@ -106,9 +138,8 @@ def build(
         "sampler.guidance": guidance,
         "seed": seed,
     }
-    made = build_targets(
-        asked_recipe(recipe, overrides, assigned), out, overwrite, as_json, Workers(workers, ray), keep, run
-    )
+    asked = asked_recipe(recipe, overrides, assigned)
+    made = build_targets(asked, out, overwrite, as_json or manner.quiet, Workers(workers, ray), keep, run)
     summaries = {built.folder.name: built.summary() for built in made}
 
     def show(console: Console) -> None:
@@ -123,7 +154,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="The model folder to make; checkpoints and logs go to OUT.run.")],
     source: Annotated[str | None, typer.Argument(help=f"{SOURCE_HELP} Default: the recipe's, else pocket.")] = None,
     config: Config = None,
-    recipe: RecipeFile = None,
+    recipe: DistillRecipeFile = None,
     assigned: AssignedToDistill = None,
     steps: Annotated[
         int | None, typer.Option(help="Most steps of the student, 1 to 8; it also learns all fewer ones.")
@@ -137,8 +168,11 @@ def distill(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a student.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Distils a model to a few steps; prompts only, no pictures. Goes on where a killed run of the same request was."""
-    from . import DistillRecipe, StageProgress, load_distill_recipe
+    """Distils a model to a few steps, from prompts alone.
+
+    A run that was killed goes on when the same is asked for again.
+    """
+    from . import DistillRecipe, load_distill_recipe
     from . import distill as run_distill
     from .export.settings import with_values
     from .export.verify.table import show_remarks
@@ -153,7 +187,7 @@ def distill(
         "seed": seed,
     }
     asked = with_values(load_distill_recipe(recipe) if recipe else DistillRecipe(), overrides, assigned or ())
-    made = run_distill(asked, out, overwrite, StageProgress(quiet=as_json))
+    made = run_distill(asked, out, overwrite, talk(as_json))
 
     def show(console: Console) -> None:
         show_remarks((), made.notes, console)
@@ -175,7 +209,10 @@ def plan(
     measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Says in seconds what fits a budget, from the model's configs alone: no weights are read."""
+    """Says in seconds what fits a budget, from a model's configs.
+
+    Weights are not read, and need not be there.
+    """
     from . import plan as run_plan
     from .export.plan import show_plan
 
@@ -194,20 +231,22 @@ def plan(
 @app.command()
 def check(
     artifact: ArtifactFolders,
-    cpu: Annotated[list[str] | None, typer.Option(help="Also on an emulated CPU, such as arm64:cortex-a76.")] = None,
+    cpu: EmulatedCpus = None,
     cache: Cache = None,
     accept_limit: Annotated[
         bool,
         typer.Option("--accept-limit", help="Take the limit of its recipe, even above the target's own."),
     ] = False,
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Stop after the files' hashes: all that an artifact alone can tell.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Verifies an artifact's files against its manifest, and its outputs against PyTorch."""
-    from . import StageProgress
+    """Verifies an artifact's files, and its outputs by PyTorch."""
     from . import check as run_check
     from .export.output.staging import artifacts_in
 
-    asked = StageProgress(quiet=as_json), cpu or (), cache, accept_limit
+    asked = talk(as_json), cpu or (), cache, accept_limit, files_only
     results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
     summaries = {path.name: result.summary() for path, result in results.items()}
 
@@ -219,13 +258,19 @@ def check(
     for path, result in results.items():
         if result.failure is not None:
             raise ParityFailed(f"{path}: {result.failure}")
+    for path, result in results.items():
+        if result.gaps is None and not files_only:
+            raise TurbopocketError(
+                f"{path}: files are right, parity was not measured: {result.why_not}",
+                hint="--files-only asks for no more than the files",
+            )
 
 
 @app.command()
 def generate(
     artifact: ArtifactFolder,
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("out.png"),
+    out: PictureFile = Path("out.png"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first noise.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: what the artifact ships.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance.")] = None,
@@ -233,14 +278,16 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="What guidance is to steer away from.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to begin with, cut to the artifact's size.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of it changes, up to 1; default 0.6.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the PNG when it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the picture when it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draws a picture from the artifact alone; PyTorch is not used."""
+    """Draws a picture from an artifact alone."""
     from . import Artifact
     from .export.artifact import DEFAULT_STRENGTH
     from .export.output.staging import refuse_file, write_atomically
+    from .export.picture_file import file_bytes, kind_of
 
+    kind = kind_of(out)
     refuse_file(out, overwrite)
     if artifact.resolve() in out.resolve().parents:
         raise TurbopocketError(f"output {out} is in the artifact, which would not match its manifest any more")
@@ -250,9 +297,7 @@ def generate(
         warnings.simplefilter("always")
         picture = opened.generate(prompt, seed, steps, guidance, negative, size, image, strength)
     seconds = time.monotonic() - start
-    data = io.BytesIO()
-    picture.save(data, format="PNG")
-    write_atomically(out, data.getvalue(), overwrite)
+    write_atomically(out, file_bytes(picture, kind), overwrite)
     cautions = list(dict.fromkeys(str(warning.message) for warning in caught))
     sampler = opened.manifest.sampler
     result = {
@@ -284,7 +329,7 @@ def report(artifact: ArtifactFolder, as_json: AsJson = False) -> None:
 
 @app.command()
 def formats(as_json: AsJson = False) -> None:
-    """Lists formats × targets, with the reason beside every no."""
+    """Lists formats by target, with the reason beside every no."""
     from .export.listings import format_rows, show_formats
 
     rows = format_rows()
@@ -293,7 +338,7 @@ def formats(as_json: AsJson = False) -> None:
 
 @app.command()
 def models(as_json: AsJson = False) -> None:
-    """Lists the bundled models and the pipeline classes that load."""
+    """Lists the bundled models, and the pipelines that load."""
     from .export.listings import model_rows, show_models
 
     rows = model_rows()
@@ -302,17 +347,16 @@ def models(as_json: AsJson = False) -> None:
 
 @arm64_app.command("setup")
 def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
-    """Fetches the emulator, ARM libraries and a cross compiler (about 175 MB) into a cache folder; once."""
+    """Fetches emulator, ARM libraries, compiler: once, 175 MB."""
     from .runtimes.arm64.setup import default_cache, prepare
 
-    talk = Console(stderr=True, quiet=as_json, markup=False)
-    found = prepare(cache or default_cache(), lambda text: talk.print(text, highlight=False, soft_wrap=True))
+    found = prepare(cache or default_cache(), talk(as_json).remark)
     emit(found, as_json, lambda console: console.print(f"cache     {found['cache']}", soft_wrap=True))
 
 
 @recipe_app.command("show")
 def recipe_show(
-    name: Annotated[str | None, typer.Argument(help="A .toml file or a shipped recipe's name.")] = None,
+    name: Annotated[str | None, typer.Argument(help=f"{RECIPE_HELP} Of `distill`: {DISTILL_RECIPES}.")] = None,
     assigned: Assigned = None,
     of_distill: Annotated[bool, typer.Option("--distill", help="A recipe of `distill`, not of `build`.")] = False,
     as_json: AsJson = False,
@@ -330,6 +374,19 @@ def recipe_show(
     emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
 
 
+def _with_common_options(command: Any, options: list[Any]) -> None:
+    for each in getattr(command, "commands", {}).values():
+        if hasattr(each, "commands"):
+            _with_common_options(each, options)
+        else:
+            each.params += options
+
+
 def main() -> None:
     """Runs the command."""
-    run_command(lambda: app(standalone_mode=False))
+    root: Any = typer.main.get_command(app)
+    common = [copy.copy(option) for option in root.params if option.name in ("verbose", "quiet")]
+    for option in common:
+        option.expose_value = False
+    _with_common_options(root, common)
+    run_command(lambda: root(prog_name="turbopocket", standalone_mode=False))

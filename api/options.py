@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that several commands have, and what they are turned into."""
 
-import json
-from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from . import TurbopocketError
+from .door import manner
 from .export.target_options import TARGET_ENTRIES, with_several_sizes
+from .runtimes.arm64.cpus import CPUS, PREFIX
 
 if TYPE_CHECKING:
-    from . import Recipe
+    from . import Recipe, StageProgress
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, a single-file checkpoint, or a hub id."
@@ -28,7 +28,24 @@ TargetNames = Annotated[list[str] | None, typer.Option("--target", help=f"{TARGE
 ArtifactFolder = Annotated[Path, typer.Argument(help="A folder that `build` made.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of the emulated CPU; default: in the user's cache folder.")]
 ArtifactFolders = Annotated[Path, typer.Argument(help="An artifact, or a folder of artifacts, that `build` made.")]
-RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A .toml file or a shipped recipe's name.")]
+
+
+def _shipped(folder: str) -> str:
+    files = (resources.files("turbopocket.export.recipes") / folder).iterdir()
+    return ", ".join(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
+
+
+RECIPE_HELP = f"A .toml file, or a shipped recipe: {_shipped('.')}."
+DISTILL_RECIPES = _shipped("distill")
+RecipeFile = Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP)]
+DistillRecipeFile = Annotated[
+    str | None, typer.Option("--recipe", help=f"A .toml file, or a shipped recipe: {DISTILL_RECIPES}.")
+]
+FIT_NAMES = "absmax, mse, gptq, vqdm"
+"""Those of `quant.fit`, which needs PyTorch."""
+CPU_HELP = f"Also on an emulated CPU: {', '.join(PREFIX + cpu.name for cpu in CPUS)}. May be repeated."
+EmulatedCpus = Annotated[list[str] | None, typer.Option("--cpu", help=CPU_HELP)]
+PictureFile = Annotated[Path, typer.Option("--out", "-o", help="The picture to write: .png, .jpg or .webp.")]
 SET_HELP = "Any other key of the recipe, such as target.coreml.deployment=iOS17; see `recipe show`. May be repeated."
 Assigned = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
 SET_DISTILL_HELP = "Any other key, such as distill.method=mse; see `recipe show --distill`. May be repeated."
@@ -52,12 +69,11 @@ RUN_HELP = "Folder of intermediate results, from which a killed build goes on; d
 RunFolder = Annotated[Path | None, typer.Option("--run", help=RUN_HELP)]
 
 
-def emit(value: Any, as_json: bool, show: Callable[[Console], None]) -> None:
-    """Prints `value` as JSON, or lets `show` print it for a person; brackets in names and paths are no markup."""
-    if as_json:
-        print(json.dumps(value))
-    else:
-        show(Console(markup=False))
+def talk(as_json: bool) -> "StageProgress":
+    """Returns what tells of progress on stderr: silent for programs, and for people who ask for silence."""
+    from . import StageProgress
+
+    return StageProgress(quiet=as_json or manner.quiet)
 
 
 def asked_recipe(name: str | None, overrides: dict[str, Any], assigned: list[str] | None) -> "Recipe":

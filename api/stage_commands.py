@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .door import emit
 from .options import (
     AsJson,
     Assigned,
@@ -19,7 +20,7 @@ from .options import (
     TargetName,
     WorkerCount,
     asked_recipe,
-    emit,
+    talk,
 )
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 stages_app = typer.Typer()
 DOCS: "dict[Stage, str]" = {
-    "calibrate": "Makes what a build needs of what each layer sees while the model draws, and stops.",
-    "measure": "Calibrates, measures what each layer loses in each format, and stops.",
-    "compress": "Calibrates, measures, plans, makes the stored weights, and stops.",
-    "lower": "Makes everything up to the files of the target, and stops before they are checked.",
+    "calibrate": "Makes what a build needs of what each layer sees, and stops.",
+    "measure": "Makes that, and what layers lose in each format, and stops.",
+    "compress": "Makes that, the plan and the stored weights, and stops.",
+    "lower": "Makes that and the target's files, and stops unchecked.",
 }
 
 
@@ -49,7 +50,7 @@ def _add(stage: "Stage") -> None:
         run: RunFolder = None,
         as_json: AsJson = False,
     ) -> None:
-        from . import StageProgress, Workers
+        from . import Workers
         from .export.build.build import make_stage
 
         overrides = {
@@ -60,7 +61,7 @@ def _add(stage: "Stage") -> None:
             "compress.formats": formats and formats.split(","),
         }
         asked = asked_recipe(recipe, overrides, assigned)
-        path = make_stage(asked, out, stage, StageProgress(quiet=as_json), Workers(workers, ray), run)
+        path = make_stage(asked, out, stage, talk(as_json), Workers(workers, ray), run)
         emit({"run": str(path)}, as_json, lambda console: console.print(f"results   {path}", soft_wrap=True))
 
     stages_app.command(stage, help=DOCS[stage])(command)
@@ -76,7 +77,10 @@ def clean(
     run: RunFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Removes the intermediate results of builds of OUT; the artifact and its report stay."""
+    """Removes what builds of OUT left to go on from.
+
+    The artifact and its report stay.
+    """
     from .export.build.journal import clean as clean_run
     from .export.units import format_bytes
 

@@ -50,10 +50,10 @@ from turbopocket.quant.calibrate import calibrate, ranges_of
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import ABSMAX
 from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.layer_rounding import Rounding, activations_name
 from turbopocket.quant.layers import compressible_layers, weight_of, weight_shape
 from turbopocket.quant.observe import Extremes, InputPower, QuietestOutput
 from turbopocket.quant.plan import Candidate, LayerChoices, Plan, plan
-from turbopocket.quant.rounding import Rounding, activations_name
 from turbopocket.quant.scheme import parse_scheme
 from turbopocket.quant.sensitivity import RowwiseOutput, measure
 from turbopocket.quant.split import SHARES, content_of, different, split_plan

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/distillation.md", "docs/codebooks.md", "docs/gains.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/distillation.md", "docs/codebooks.md", "docs/gains.md", "docs/kernels.md", "docs/coreml.md")
 GAINS_FORMATS = ("int8-row", "int4-row", "vq8-d4")
 
 
@@ -167,6 +167,15 @@ def gains() -> str:
     return _table(["", "seconds", *(f"`{text}`" for text in GAINS_FORMATS), "log10 of the ratio"], rows)
 
 
+def apple_pipeline() -> str:
+    """Pictures by the schedulers of Apple's package, beside our own loop's."""
+    rows = []
+    for name, row in _load("apple_pipeline")["rows"].items():
+        psnr = f"{row['median_psnr_db_to_own']:.1f} dB" if "median_psnr_db_to_own" in row else ""
+        rows.append([name, _percent(row), psnr])
+    return _table(["4 steps, 32 test prompts", "alignment", "median PSNR to our own loop"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "results_executorch": lambda: results("alignment_executorch"),
@@ -178,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codebooks": codebooks,
     "executorch_codebooks": executorch_codebooks,
     "gains": gains,
+    "apple_pipeline": apple_pipeline,
 }
 
 

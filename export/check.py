@@ -101,6 +101,7 @@ def check(
     cpus: Sequence[str] = (),
     cache: Path | None = None,
     accept_limit: bool = False,
+    files_only: bool = False,
 ) -> Checked:
     """Verifies every file against the manifest, then measures both gaps again, and once more on each emulated CPU.
 
@@ -110,8 +111,9 @@ def check(
     changed the artifact may have written it.
 
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
-    model; without the former only the files are checked. Raises TurbopocketError for files that do not match, a
-    manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in `cache` or not run.
+    model; without the former, or with `files_only`, only the files are checked. Raises TurbopocketError for files that
+    do not match, a manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in
+    `cache` or not run.
     """
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
@@ -124,7 +126,7 @@ def check(
         unverified = target.inspect(artifact, manifest)
         notes = (*manifest.notes, *target.notes(artifact, manifest))
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
-    if why_not := _why_no_parity(artifact, stored, cpus):
+    if why_not := _why_no_parity(artifact, stored, cpus, files_only):
         return Checked(manifest, None, why_not, unverified, notes)
     with progress.stage("load"):
         model = _model(artifact, manifest, recipe)
@@ -137,7 +139,7 @@ def check(
     schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
     own_limit = target.lowering_limit(schemes)
     limit = recipe.parity.max_lowering_error or own_limit
-    asked_of = artifact, manifest, weights, limit
+    asked_of = artifact, manifest, weights, limit, schemes
     runtimes = target.runtimes(*asked_of) | target.kernel_runtimes(*asked_of)
     as_run = [target.as_run(component, weights, ranges, schemes) for component in components]
     with progress.stage("reference"):
@@ -145,23 +147,24 @@ def check(
     with progress.stage("compare", gap_steps(runtimes)) as advance:
         gaps = measure_gaps(components, as_run, kept, runtimes, session, evidence, to_diffusers, advance)
     here = next(iter(runtimes.values()))
-    emulated = {}
+    emulated: dict[str, Emulated] = {}
     for cpu, emulator in emulators:
         there = target.emulated(artifact, manifest, weights, cpu, emulator, schemes)
         with progress.stage(cpu.name, 2) as advance, closing(there.runner):
-            measured = measure_emulated(
-                components, as_run, kept, there, here, gaps.compression, session, evidence, advance
-            )
-        emulated[f"{PREFIX}{cpu.name}"] = measured
+            asked = components, as_run, kept, there, here, gaps.compression, session, evidence, advance
+            emulated[f"{PREFIX}{cpu.name}"] = measure_emulated(*asked)
     loosened = None if accept_limit else _loosened(limit, own_limit, target.name)
     return Checked(manifest, gaps, None, unverified, notes, emulated, loosened)
 
 
-def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str]) -> str | None:
-    """Why only the files can be checked, if so. Raises TurbopocketError when more was asked for."""
-    if stored.is_file():
+def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str], files_only: bool) -> str | None:
+    """Why only the files are checked, if so. Raises TurbopocketError when more was asked for."""
+    if files_only:
+        why_not = "only the files were asked for"
+    elif stored.is_file():
         return None
-    why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
+    else:
+        why_not = f"{stored} is not there; it is made by `build`, beside the artifact"
     if cpus:
         raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
     return why_not

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's picture file as pixels: any size, any of the usual kinds, one clear sentence for all others."""
+"""A user's picture file as pixels: any size, any of the usual kinds, one clear sentence for all others; and files of
+pictures that were drawn."""
 
+import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,29 @@ NO_PIXELS = ("I", "F", "LAB")
 """Pillow's modes whose numbers have no agreed range, or no way to red, green and blue."""
 SEVERAL_VIEWS = "MPO"
 """What cameras write: a JPEG of the picture, and more behind it."""
+WRITTEN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+"""Suffix of a file to its kind and how Pillow is to write it: JPEG loses something, the others nothing."""
+
+
+def kind_of(path: Path) -> str:
+    """Returns the suffix that says what kind of file is to be written. Raises TurbopocketError for any other."""
+    suffix = path.suffix.lower()
+    if suffix not in WRITTEN:
+        raise TurbopocketError(f"output {path} is of no kind that is written: known are {', '.join(WRITTEN)}")
+    return suffix
+
+
+def file_bytes(image: Image.Image, kind: str) -> bytes:
+    """Returns the file of a picture; `kind` is what `kind_of` gives."""
+    name, options = WRITTEN[kind]
+    data = io.BytesIO()
+    image.save(data, format=name, **options)
+    return data.getvalue()
 
 
 def read_picture(path: Path, size: ImageSize) -> NDArray[np.uint8]:

@@ -139,7 +139,7 @@ def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
     else:
         known = _measured(Path(measured), target, shapes, asked)
     choices = list(known.values())
-    beside = fixed_bytes(target, model, components, sizes[0])
+    beside = fixed_bytes(target, model, components, sizes[0], asked)
     pins, budget = recipe.compress.pin, recipe.compress.budget_bytes
     if recipe.compress.average_bits is not None:
         budget = beside.total + bytes_at(choices, recipe.compress.average_bits)

@@ -48,14 +48,13 @@ def read_settings(source: str | Path, kind: type[Section]) -> tuple[str, str]:
     Raises TurbopocketError when there is none, or it can not be read; the message lists the shipped ones.
     """
     path = Path(source)
+    if str(source) in shipped_recipes(kind):  # whatever lies here under that name: ./NAME is that
+        return (_shipped(kind) / f"{source}.toml").read_text(), str(source)
     if path.suffix != ".toml" and not path.exists():
-        shipped = _shipped(kind) / f"{source}.toml"
-        if not shipped.is_file():
-            raise TurbopocketError(
-                f"recipe {str(source)!r} is neither a .toml file nor a shipped recipe; "
-                f"shipped are {', '.join(shipped_recipes(kind))}"
-            )
-        return shipped.read_text(), str(source)
+        raise TurbopocketError(
+            f"recipe {str(source)!r} is neither a .toml file nor a shipped recipe; "
+            f"shipped are {', '.join(shipped_recipes(kind))}"
+        )
     try:
         return read_text(path), str(path)
     except TurbopocketError as error:

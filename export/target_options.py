@@ -18,12 +18,16 @@ class OnnxOptions:
 
     Attributes:
         accuracy_level: of MatMulNBits: 1 multiplies in fp32, 4 quantizes activations to int8 (faster on ARM).
+        activations: how layers in `int8-row` round what they are given, so that integers are multiplied: not at all,
+            with scales found while it runs, or by calibration. A layer whose inputs static scales would ruin has
+            dynamic ones. A Conv2d has static scales wherever activations are rounded, or fp32's product.
         prepacked: save weights in the layout of this machine's CPU kernels: less memory, but twice the file, and only
             for the same kind of CPU.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     accuracy_level: Literal[0, 1, 4] = 1
+    activations: Literal["float", "dynamic", "static"] = "float"
     prepacked: bool = False
 
 
@@ -35,11 +39,14 @@ class CoreMLOptions:
         deployment: the oldest system that reads them; iOS18 is the first with groups of scales, 4-bit integers and
             vectors in lookup tables.
         max_package: a UNet of more bytes becomes two packages, which are loaded one after the other.
+        batch: items that one call of the UNet takes. Apple's Swift pipelines always give two, with guidance and
+            without; an app with a loop of its own needs one where there is no guidance, and half the work.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     deployment: Deployment = "iOS18"
     max_package: str = "1GiB"
+    batch: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
         parse_bytes(self.max_package, "max_package")

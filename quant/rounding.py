@@ -1,105 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rounding a layer's input and output changes in what it gives, in PyTorch.
+"""Rounded activations in PyTorch: scale and zero point found while it runs, or by calibration.
 
-N rows or pictures, C channels, h w sides of a picture.
+Written with PyTorch's `quantized_decomposed` operators, which round as XNNPACK does, and which its partitioner knows.
 """
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the operators
 
-from ..ground.errors import TurbopocketError
-from .activations import ActivationFormat, QParams
-from .layers import output_without_bias
+from .activations import QParams
 from .ranges import Ranges
-from .scheme import Scheme
 
+OPS = torch.ops.quantized_decomposed
+LOWEST, HIGHEST = -128, 127
 _SMALLEST_SCALE = torch.finfo(torch.float32).eps
+MIN_SNR_DB = 30.0
+"""Chosen on an earlier student of `pocket`: 51 of 334 layers had inputs below, at 20.0 to 29.8 dB, the next 32.6. All
+at int8-row, 12 pictures: 39.3 dB from float with every layer static, 43.2 with these 51 dynamic, 48.0 all dynamic."""
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """How one layer rounds: formats of its input and output, None leaves either as it is, and what it saw, where scales
-    are static."""
+class StaticQParams:
+    """Of a layer's input and output, the same for all calls."""
 
-    input: ActivationFormat | None
-    output: ActivationFormat | None
-    ranges: Ranges | None = None
+    input: QParams
+    output: QParams
 
     @classmethod
-    def of(cls, layer: str, scheme: Scheme, ranges: Mapping[str, Ranges]) -> "Rounding":
-        """That of a scheme. Raises TurbopocketError for static scales of a layer that was not calibrated."""
-        if scheme.is_static and layer not in ranges:
-            raise TurbopocketError(f"{layer}: {scheme} needs the ranges that calibration saw")
-        return cls(scheme.input, scheme.output, ranges.get(layer))
-
-    @property
-    def is_none(self) -> bool:
-        """Whether nothing is rounded."""
-        return self.input is None and self.output is None
-
-    def of_input(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The layer's input as it is rounded."""
-        return x if self.input is None else _rounded(layer, self.input, x, self.ranges.input if self.ranges else None)
-
-    def of_output(self, layer: nn.Module, y: Tensor) -> Tensor:
-        """The layer's output, bias and all, as it is rounded."""
-        return (
-            y if self.output is None else _rounded(layer, self.output, y, self.ranges.output if self.ranges else None)
-        )
-
-    def changed(self, layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-        """What it alone changes in the output for input x: the weight is not rounded."""
-        change = output_without_bias(layer, weight, self.of_input(layer, x) - x)
-        if self.output is None:
-            return change
-        y = output_without_bias(layer, weight, x)
-        bias = layer.bias
-        if isinstance(bias, Tensor):
-            y = y + (bias[:, None, None] if isinstance(layer, nn.Conv2d) else bias)
-        return self.of_output(layer, y + change) - y
+    def of(cls, ranges: Ranges) -> "StaticQParams":
+        """Of a layer that saw these ranges."""
+        return cls(QParams.over(*ranges.input), QParams.over(*ranges.output))
 
 
-def roundings_of(
-    candidates: Mapping[str, Sequence[Scheme]], ranges: Mapping[str, Ranges]
-) -> dict[str, dict[str, Rounding]]:
-    """Every way in which a layer's candidates round, by `activations_name`; layers with none are left out."""
-    found = {
-        name: {activations_name(each): Rounding.of(name, each, ranges) for each in own if not each.is_weight_only}
-        for name, own in candidates.items()
-    }
-    return {name: own for name, own in found.items() if own}
+def keeps_digits(ranges: Ranges, of_output: bool = True) -> bool:
+    """Whether one scale for all inputs of a layer, and one for all its outputs, loses little enough.
 
+    `of_output` says whether outputs are rounded at all.
 
-def activations_name(scheme: Scheme) -> str:
-    """What a scheme's name has behind the weight format: `a8-static`; nothing where activations stay as they are."""
-    return str(scheme).partition("+")[2]
+    Rounding with a scale of s costs s² / 12 of a tensor's power. Below `MIN_SNR_DB` of the input a few values are so
+    much larger than the others that these keep hardly any digits: in SDXL's layout the hidden states of a prompt,
+    whose first token stands out (MixDQ, arXiv 2405.17873, section 3.2), and the products inside a GEGLU. Below it
+    of the output in its quietest call, there are timesteps at which hardly anything is left of it.
+    """
+    found = StaticQParams.of(ranges)
+    least = 10 ** (MIN_SNR_DB / 10) / 12
+    kept = [(ranges.input_power, found.input)]
+    if of_output:
+        kept.append((ranges.quietest_output_power, found.output))
+    return all(power >= least * qparams.scale**2 for power, qparams in kept)
 
 
 def rounded(x: Tensor, qparams: QParams) -> Tensor:
-    """x as its integers hold it; what lies outside the range becomes its end."""
-    limits = qparams.scale, qparams.zero_point, qparams.lowest, qparams.highest
-    return torch.fake_quantize_per_tensor_affine(x, *limits)
+    """x as integers of the qparams' bits hold it; what lies outside the range becomes its end."""
+    limits = qparams.scale, qparams.zero_point, qparams.lowest, qparams.highest, torch.int8
+    found: Tensor = OPS.dequantize_per_tensor(OPS.quantize_per_tensor(x, *limits), *limits)
+    return found
 
 
-def _rounded(layer: nn.Module, format: ActivationFormat, x: Tensor, seen: tuple[float, float] | None) -> Tensor:
-    if format.scales == "dynamic":
-        return _rounded_dynamically(layer, format.bits, x)
-    assert seen is not None
-    return rounded(x, QParams.over(*seen, format.bits))
+def rounded_by_row(x: Tensor) -> Tensor:
+    """x as int8 holds it: a scale and zero point for each row of the last dimension, 0 exact."""
+    scale, zero_point = OPS.choose_qparams_per_token_asymmetric(x, torch.int8)
+    codes = OPS.quantize_per_token(x, scale, zero_point, LOWEST, HIGHEST, torch.int8)
+    found: Tensor = OPS.dequantize_per_token(codes, scale, zero_point, LOWEST, HIGHEST, torch.int8, torch.float32)
+    return found
 
 
-def _rounded_dynamically(layer: nn.Module, bits: int, x: Tensor) -> Tensor:
-    """Scale and zero point of each row (Linear), pixel (Conv2d of one tap) or picture (any other), 0 exact."""
-    dimensions: tuple[int, ...] = (-1,)
-    if isinstance(layer, nn.Conv2d):
-        dimensions = (1,) if math.prod(layer.kernel_size) == 1 else (1, 2, 3)
-    least, greatest = x.amin(dimensions, keepdim=True).clamp(max=0), x.amax(dimensions, keepdim=True).clamp(min=0)
-    scale = ((greatest - least) / (2**bits - 1)).clamp(min=_SMALLEST_SCALE)
-    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    zero_point = lowest - torch.round(least / scale)
-    codes = (torch.round(x / scale) + zero_point).clamp(lowest, highest)
-    return (codes - zero_point) * scale
+def rounded_by_picture(x: Tensor) -> Tensor:
+    """x [1, I, H, W] as int8 holds it, one scale and zero point for all of it."""
+    scale, zero_point = OPS.choose_qparams.tensor(x, LOWEST, HIGHEST, _SMALLEST_SCALE, torch.int8)
+    codes = OPS.quantize_per_tensor.tensor(x, scale, zero_point, LOWEST, HIGHEST, torch.int8)
+    found: Tensor = OPS.dequantize_per_tensor.tensor(codes, scale, zero_point, LOWEST, HIGHEST, torch.int8)
+    return found

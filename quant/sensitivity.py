@@ -19,11 +19,11 @@ from ..ground.errors import TurbopocketError, of_layer
 from ..ground.records import load_record, save_record
 from .fit import Fit
 from .formats import CompressedTensor, LayerFormat, matrix_view
+from .layer_rounding import Rounding
 from .layers import output_without_bias, weight_of, weight_shape
 from .observe import LayerStats, hessian_for
 from .output_gradients import BlockTape, LayerCall
 from .plan import Candidate, LayerChoices, with_scheme
-from .rounding import Rounding
 from .store import CandidateStore, save_weights
 from .workers import Spread, in_turn
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from ..ground.errors import TurbopocketError
+from ..ground.extras import install_hint
 
 JOBS_AHEAD = 2
 """Jobs of each worker that are taken before they are done: one that it does, and one that it then finds."""
@@ -189,7 +190,7 @@ def _ray_pool(count: int, address: str) -> Iterator[Any]:
         import ray
         from ray.util.multiprocessing import Pool
     except ImportError as error:
-        raise TurbopocketError("ray is not installed", hint="pip install 'turbopocket[ray]'") from error
+        raise TurbopocketError("ray is not installed", hint=install_hint("ray")) from error
     if address not in ("auto", "local"):
         _require_listener(address)
     try:

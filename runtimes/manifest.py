@@ -103,7 +103,8 @@ class LoopSpec(Record):
 class ComponentSpec(Record):
     """One graph the phone runs: its main file, and the tensors that its files have, in the graph's order.
 
-    `data` is an ExecuTorch program's .ptd file, which a program whose weights lie apart must be opened with. `packages`
+    `data` is the file of its weights, which lies beside it and is opened with it: ONNX's external data (artifacts from
+    before name none, and have it as `file` with .data behind), an ExecuTorch program's .ptd file. `packages`
     are Core ML's, to be run one after the other: each is given, by name, what it asks for of the inputs and of what
     those before it gave. `loop` is there when the loop's tensors are not the files' own.
     """

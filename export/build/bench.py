@@ -12,9 +12,9 @@ from ...quant.calibrate import ranges_of
 from ...quant.fit import VQDM, Fit
 from ...quant.fit.native import search_notes
 from ...quant.formats import Additive, LayerFormat
+from ...quant.layer_rounding import Rounding, roundings_of
 from ...quant.observe import LayerStats
 from ...quant.ranges import Ranges
-from ...quant.rounding import Rounding, roundings_of
 from ...quant.scheme import Scheme
 from ...quant.split import content_of
 from ...quant.workers import Spread
@@ -28,7 +28,7 @@ from ..families.graphs import Component
 from ..families.sizes import drawn_sizes
 from ..progress import StageProgress
 from ..recipe import Recipe
-from ..sampling.spec import asks_twice, sampler_spec, with_sampling
+from ..sampling.spec import with_sampling
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
 from ..verify.gaps import Session
@@ -91,7 +91,7 @@ def make_workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> W
         # From the configs, so that what nobody can tell is asked for before gigabytes are fetched and read.
         recipe, assumed = with_sampling(recipe, load_shapes(recipe.model.source, recipe.model.config))
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
-        target = open_target(recipe.target, asks_twice(model, sampler_spec(model, recipe.sampler)))
+        target = open_target(recipe.target)
         components = target.components(
             model, drawn_sizes(model, recipe.image.image_sizes), recipe.sampler.image_to_image
         )

@@ -322,7 +322,7 @@ def _compare(
     """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
     weights, schemes = {name: stored[name] for name in bench.layers}, decided.schemes
     limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(schemes)
-    runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit)
+    runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit, schemes)
     with bench.progress.stage("compare", gap_steps(runtimes)) as advance:
         as_run = [bench.target.as_run(component, weights, ranges, schemes) for component in bench.components]
         gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, to_diffusers, advance)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from ...ground.errors import TurbopocketError
+from ...quant.layer_rounding import activations_name
 from ...quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
 from ...quant.ranges import Ranges
-from ...quant.rounding import activations_name
 from ...quant.scheme import Scheme, parse_scheme
 from ..targets.base import NO_RANGES, Target
 from ..targets.layer import kind_of

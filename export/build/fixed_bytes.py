@@ -3,17 +3,19 @@
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...quant.scheme import Scheme
 from ...runtimes.image_size import ImageSize
 from ..checkpoint.tokenizer import has_vocabulary
 from ..families.base import LoadedModel
 from ..families.components import layers_of, parameter_count, shapes_of
 from ..families.graphs import Component
 from ..targets.base import Target
+from ..targets.layer import Layer, kind_of
 from ..units import format_bytes
 
 MANIFEST_BYTES = 6_000
@@ -47,9 +49,16 @@ class FixedBytes:
         return self.counted + sum(each.bytes for each in self.estimates)
 
 
-def fixed_bytes(target: Target, model: LoadedModel, components: Sequence[Component], size: ImageSize) -> FixedBytes:
+def fixed_bytes(
+    target: Target,
+    model: LoadedModel,
+    components: Sequence[Component],
+    size: ImageSize,
+    candidates: Mapping[str, Iterable[Scheme]],
+) -> FixedBytes:
     """Returns about how many bytes ship that are not a layer's weight; `size` is the pictures' default.
 
+    `candidates` are the schemes that each layer may get, by its full name: what is planned is the wordiest.
     Tensors that are no layer's weight count as the target stores them, configs and tokenizers as it would write them.
     Raises TurbopocketError for files that the target cannot do without.
     """
@@ -58,14 +67,17 @@ def fixed_bytes(target: Target, model: LoadedModel, components: Sequence[Compone
     share = target.graph_share
     graphs = share.linear * (layer_count - convolutions) + share.conv2d * convolutions
     graphs += share.component * len(components)
+    layers = [Layer(name, kind_of(shape), tuple(shape)) for name, shape in shapes.items()]
+    forms = sum(target.form_bytes(layer, candidates[layer.name]) for layer in layers)
+    why = (
+        f"{share.linear:,} bytes for each of {layer_count - convolutions:,} Linear, {share.conv2d:,} for each of "
+        f"{convolutions:,} Conv2d and {share.component:,} for each of {len(components)} components, as in built "
+        "artifacts"
+    )
+    if forms:
+        why += f"; {forms:,} for what the layers' schemes take"
     estimates = [
-        Estimate(
-            "graphs",
-            graphs,
-            f"{share.linear:,} bytes for each of {layer_count - convolutions:,} Linear, {share.conv2d:,} for each of "
-            f"{convolutions:,} Conv2d and {share.component:,} for each of {len(components)} components, as in built "
-            "artifacts",
-        ),
+        Estimate("graphs", graphs + forms, why),
         Estimate(
             "manifest",
             MANIFEST_BYTES + MANIFEST_BYTES_PER_LAYER * layer_count,

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
+from ...ground.extras import install_hint
 from ...quant.distill import trainer
 from ...quant.distill.denoiser import Conditions
 from ...quant.distill.steps import FixedIntervals
@@ -198,7 +199,7 @@ def _require_writer() -> None:
     if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
         raise TurbopocketError(
             "distillation logs for TensorBoard, and no writer of its files is installed",
-            hint="pip install 'turbopocket[train]'",
+            hint=install_hint("tensorboardX"),
         )
 
 

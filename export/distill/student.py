@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from ...quant.distill.denoiser import BIAS, Denoiser
+from ...quant.store import save_tensors
 from ..families.base import LoadedModel
 from ..families.student import STEP_BIASES_FILE
 from .recipe import DistillRecipe
@@ -36,10 +35,10 @@ def write_student(folder: Path, model: LoadedModel, student: Denoiser, recipe: D
         unet.unload_lora()
     unet.get_submodule(BIAS.rpartition(".")[0]).bias.data.copy_(biases[asked.steps])
     unet.half().save_pretrained(folder / "unet")
-    save_file(
-        {str(count): biases[count].half().contiguous() for count in range(1, asked.steps + 1)},
-        folder / "unet" / STEP_BIASES_FILE,
-    )
+    kept = {str(count): biases[count].half() for count in range(1, asked.steps + 1)}
+    save_tensors(folder / "unet" / STEP_BIASES_FILE, kept)
+    for file in folder.rglob("*.safetensors"):  # safetensors makes files for the user alone
+        file.chmod((folder / "unet" / "config.json").stat().st_mode)
     spec = noise_schedule(model)
     scheduler = {
         "_class_name": "DDIMScheduler",

@@ -43,11 +43,6 @@ def scheduler_config(model: LoadedModel, kind: str) -> dict[str, Any]:
     return config | dict(model.family.scheduler_settings)
 
 
-def asks_twice(model: LoadedModel, sampler: SamplerSpec) -> bool:
-    """Whether every step asks the denoiser with and without the prompt, to steer away from the latter."""
-    return sampler.guidance_scale > 1 and model.denoiser.config.get("time_cond_proj_dim") is None
-
-
 def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:
     """Returns what a picture of that size is made from."""
     latents = latent_size(model, size)

@@ -47,7 +47,7 @@ class GraphShare:
     """Bytes of a target's graphs beside the layers' weights: for plans that trace nothing.
 
     For each Linear, each Conv2d and each component, and for each value that is no layer's weight. Fitted to the traced
-    graphs of `pocket-turbo` (334 layers in `int8-row`), whose sum they meet within 3 %.
+    graphs of `pocket-turbo` (334 layers in `int8-row`), whose sum they meet within 3 %; `form_bytes` is extra.
     """
 
     linear: int
@@ -78,11 +78,8 @@ class Target(ABC):
 
     @classmethod
     @abstractmethod
-    def opened(cls, options: Any, guided: bool) -> Self:
-        """The target with these options, of its type in `TARGET_ENTRIES`.
-
-        `guided` says whether every step asks the denoiser with and without the prompt.
-        """
+    def opened(cls, options: Any) -> Self:
+        """The target with these options, of its type in `TARGET_ENTRIES`."""
 
     @property
     @abstractmethod
@@ -145,6 +142,10 @@ class Target(ABC):
     def fixed_bytes(self, traced: Any, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         """Bytes of its files beside the layers' own, at most, when each layer gets one of its candidates."""
 
+    def form_bytes(self, layer: Layer, schemes: Iterable[Scheme]) -> int:
+        """Bytes beside the layer's weight in the wordiest of these schemes; 0 where `graph_share` has them."""
+        return 0
+
     @abstractmethod
     def lowered_bytes(self, traced: Any, schemes: Mapping[str, Scheme]) -> int:
         """Bytes of its files with the layers in these schemes; never less than they come to."""
@@ -198,12 +199,25 @@ class Target(ABC):
 
     @abstractmethod
     def runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
-        """One for each of `runtime_names`; `weights` are the stored ones, by which layers may be found again."""
+        """One for each of `runtime_names`; `weights` are the stored ones, by which layers may be found again.
+
+        `schemes` are as in `lower`.
+        """
 
     def kernel_runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
         """The same with the kernels of `make kernels`, for artifacts that have work for them.
 

@@ -7,7 +7,7 @@ O outputs, I inputs, kh kw kernel height and width.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -116,11 +116,13 @@ Form = TypeVar("Form", bound=LayerForm)
 class Stores(Generic[Form]):
     """What a target stores natively: `forms` by class of formats and kind of layer; `target` is its name in messages.
 
-    A format that is not in `forms` has no compressed form there.
+    A format that is not in `forms` has no compressed form there. `rounding` are the forms of layers whose activations
+    are rounded, where other operators run these; elsewhere it is `forms` too.
     """
 
     target: str
     forms: Mapping[tuple[type[LayerFormat], Kind], type[Form]]
+    rounding: Mapping[tuple[type[LayerFormat], Kind], type[Form]] = field(default_factory=dict)
 
     def resolved(self, scheme: Scheme, kind: Kind, options: Any, layer: str | None = None) -> Scheme:
         """A weight format that says nothing of activations, in the scheme in which the target runs it; others as is.
@@ -135,15 +137,16 @@ class Stores(Generic[Form]):
     def storable(self, scheme: Scheme, kind: Kind, shape: tuple[int, ...], options: Any) -> str | None:
         """None when a layer of this kind and shape stays compressed and is run in that scheme, else the reason."""
         format = scheme.weight
-        form = self.forms.get((type(format), kind))
-        if form is None:
-            return f"{self.target} has no compressed {kind} for {format}"
-        reason = format.fits(shape) or form.refusal(format, shape, options)
-        return reason or form.rounding_refusal(self.resolved(scheme, kind, options))
+        if (type(format), kind) not in self.forms:
+            return f"turbopocket writes no {kind} for {self.target} in {format}"
+        whole = self.resolved(scheme, kind, options)
+        form = self._form_class(whole, kind)
+        return format.fits(shape) or form.refusal(format, shape, options) or form.rounding_refusal(whole)
 
     def stored_as(self, scheme: Scheme, kind: Kind, options: Any) -> str:
         """The operators that read a weight, and round activations, in a storable scheme."""
-        return self.forms[type(scheme.weight), kind].stored_as(self.resolved(scheme, kind, options))
+        whole = self.resolved(scheme, kind, options)
+        return self._form_class(whole, kind).stored_as(whole)
 
     def form_of(self, layer: Layer, scheme: Scheme, options: Any) -> Form:
         """The layer's form in that scheme. Raises TurbopocketError with `storable`'s reason when there is none."""
@@ -151,7 +154,13 @@ class Stores(Generic[Form]):
         if reason is not None:
             raise TurbopocketError(f"{layer.name}: {reason}")
         whole = self.resolved(scheme, layer.kind, options, layer.name)
-        return self.forms[type(scheme.weight), layer.kind](layer, whole, options)
+        return self._form_class(whole, layer.kind)(layer, whole, options)
+
+    def _form_class(self, whole: Scheme, kind: Kind) -> type[Form]:
+        """Of a resolved scheme."""
+        key = type(whole.weight), kind
+        form = None if whole.is_weight_only else self.rounding.get(key)
+        return form or self.forms[key]
 
     def storable_forms(self, layer: Layer, schemes: Iterable[Scheme], options: Any) -> list[Form]:
         """The layer's forms in those of the schemes that it can be stored in."""

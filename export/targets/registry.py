@@ -12,11 +12,11 @@ TARGETS: dict[str, type[Target]] = {each.name: each for each in (Onnx, CoreML, E
 """Every target by its name."""
 
 
-def open_target(section: TargetSection, guided: bool = False) -> Target:
-    """Returns the target that a recipe asks for; `guided` says whether classifier-free guidance is on."""
-    return TARGETS[section.name].opened(section.options, guided)
+def open_target(section: TargetSection) -> Target:
+    """Returns the target that a recipe asks for."""
+    return TARGETS[section.name].opened(section.options)
 
 
 def default_targets() -> tuple[Target, ...]:
     """Returns every target, with its default options."""
-    return tuple(target.opened(TARGET_ENTRIES[name].options(), guided=False) for name, target in TARGETS.items())
+    return tuple(target.opened(TARGET_ENTRIES[name].options()) for name, target in TARGETS.items())

@@ -67,24 +67,35 @@ class InputView:
         if self.kernel is None:
             x_NK = x.reshape(-1, self.columns)
             return x_NK.square().sum(0, dtype=torch.float64), len(x_NK)
-        patches_BYXhwI = self._patches(x if x.ndim == 4 else x.unsqueeze(0), self.kernel)
-        taps = [  # a tap is a strided picture: nothing is unfolded
-            patches_BYXhwI[:, :, :, row, column].square().sum((0, 1, 2), dtype=torch.float64)
-            for row in range(self.kernel[0])
-            for column in range(self.kernel[1])
-        ]
-        return torch.cat(taps), patches_BYXhwI[..., 0, 0, 0].numel()
+        power_BIHW = self._padded(x if x.ndim == 4 else x.unsqueeze(0)).square()
+        out_y, out_x = self._output_size(power_BIHW, self.kernel)
+        (kh, kw), (stride_y, stride_x), (step_y, step_x) = self.kernel, self.stride, self.dilation
+        taps: list[list[Tensor]] = [[] for _ in range(kh)]
+        for column in range(kw):  # nothing is unfolded: taps of one column read the same pixels of each line
+            pixels_BIHX = power_BIHW[..., column * step_x :: stride_x][..., :out_x]
+            lines_BIH = pixels_BIHX.sum(-1).double()  # a line is short enough for float32
+            for row in range(kh):
+                taps[row].append(lines_BIH[..., row * step_y :: stride_y][..., :out_y].sum((0, 2)))
+        return torch.cat([tap_I for row in taps for tap_I in row]), len(power_BIHW) * out_y * out_x
 
     def _patches(self, x_BIHW: Tensor, kernel: tuple[int, int]) -> Tensor:
         """A view [B, Y, X, kh, kw, I] of the padded input: nothing is unfolded before it is copied."""
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        x_BHWI = nn.functional.pad(x_BIHW, self.padding, mode=mode).permute(0, 2, 3, 1).contiguous()
-        batch, height, width, channels = x_BHWI.shape
-        (kh, kw), (stride_y, stride_x), (step_y, step_x) = kernel, self.stride, self.dilation
-        out_y = convolved_size(height, kh, stride_y, 0, step_y)
-        out_x = convolved_size(width, kw, stride_x, 0, step_x)
+        padded_BIHW = self._padded(x_BIHW)
+        x_BHWI = padded_BIHW.permute(0, 2, 3, 1).contiguous()
+        (stride_y, stride_x), (step_y, step_x) = self.stride, self.dilation
         image, line, pixel, _ = x_BHWI.stride()
         return x_BHWI.as_strided(
-            (batch, out_y, out_x, kh, kw, channels),
+            (len(x_BHWI), *self._output_size(padded_BIHW, kernel), *kernel, x_BHWI.shape[-1]),
             (image, line * stride_y, pixel * stride_x, line * step_y, pixel * step_x, 1),
         )
+
+    def _padded(self, x_BIHW: Tensor) -> Tensor:
+        return nn.functional.pad(
+            x_BIHW, self.padding, mode="constant" if self.padding_mode == "zeros" else self.padding_mode
+        )
+
+    def _output_size(self, padded_BIHW: Tensor, kernel: tuple[int, int]) -> tuple[int, int]:
+        """Y and X."""
+        sizes = zip(padded_BIHW.shape[2:], kernel, self.stride, self.dilation, strict=True)
+        y, x = (convolved_size(size, taps, stride, 0, step) for size, taps, stride, step in sizes)
+        return y, x

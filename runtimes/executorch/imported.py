@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from ...ground.errors import TurbopocketError
+from ...ground.extras import install_hint
 
 
 def executorch_module(name: str) -> Any:
@@ -18,8 +19,6 @@ def executorch_module(name: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(f"executorch.{name}")
     except ImportError as error:
-        raise TurbopocketError(
-            f"ExecuTorch is not installed: {error}", hint="pip install 'turbopocket[executorch]'"
-        ) from error
+        raise TurbopocketError(f"ExecuTorch is not installed: {error}", hint=install_hint("executorch")) from error
     finally:
         logging.disable(level)

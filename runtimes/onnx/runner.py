@@ -14,7 +14,7 @@ from ...ground.reading import one_sentence
 from ..manifest import ComponentSpec, Manifest, TensorSpec
 from ..runner import check_inputs, component_spec
 from .bounds import require_bounded
-from .session import open_session
+from .session import open_session, run_session
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -54,7 +54,7 @@ class OnnxRunner:
         names = [output.name for output in spec.outputs]
         session = self._session(component, spec)
         with one_sentence(f"{component}: ONNX Runtime can not run {self.folder / spec.file}"):
-            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+            return dict(zip(names, run_session(session, names, inputs), strict=True))
 
     def run_layers(self, component: str, inputs: Mapping[str, NDArray[Any]], layers: Sequence[str]) -> Arrays:
         """Outputs of the layers that the graph has nodes for, in execution order.
@@ -69,7 +69,7 @@ class OnnxRunner:
         if not values:
             return {}
         session = self._open(component, model, weights=str(path.parent))
-        return dict(zip(values, session.run(list(values.values()), dict(inputs)), strict=True))
+        return dict(zip(values, run_session(session, list(values.values()), inputs), strict=True))
 
     def _session(self, component: str, spec: ComponentSpec) -> ort.InferenceSession:
         if component not in self._sessions:

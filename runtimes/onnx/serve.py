@@ -14,7 +14,7 @@ import onnxruntime as ort
 from ..kernels.library import onnx_operators
 from ..served import wire
 from ..served.serve import serve
-from .session import open_session
+from .session import open_session, run_session
 
 _KERNELS_IN = "onnxruntime_pybind11_state"
 
@@ -34,7 +34,7 @@ class Server:
                 return {}
             case wire.RUN:
                 inputs, outputs = wire.read_tensors(pipe), wire.read_texts(pipe)
-                return dict(zip(outputs, self.sessions[key].run(outputs, inputs), strict=True))
+                return dict(zip(outputs, run_session(self.sessions[key], outputs, inputs), strict=True))
             case wire.CLOSE:
                 del self.sessions[key]
                 return {}

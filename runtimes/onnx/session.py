@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sessions of ONNX Runtime that stay small. Also runs on the emulated CPU: needs nothing but ONNX Runtime."""
 
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
+from numpy.typing import NDArray
+
+from .. import limits
 
 _ERRORS_ONLY = 3
 
@@ -34,4 +40,24 @@ def open_session(
         options.register_custom_ops_library(str(operators))
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    with limits.bounded(lambda: options.set_load_cancellation_flag(True)) as late:
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise _told(error, late) from error
+
+
+def run_session(session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[Any]:
+    """The session's outputs in this order, in bounded memory and time."""
+    options = ort.RunOptions()
+    with limits.bounded(lambda: setattr(options, "terminate", True)) as late:
+        try:
+            found: list[Any] = session.run(list(outputs), dict(inputs), options)
+        except Exception as error:
+            raise _told(error, late) from error
+    return found
+
+
+def _told(error: Exception, late: threading.Event) -> Exception:
+    """What ONNX Runtime raised, or that it was stopped."""
+    return TimeoutError(f"it was stopped after {limits.MOST_SECONDS} s without an end") if late.is_set() else error

@@ -14,12 +14,12 @@ from typing import IO, Any, Self
 from numpy.typing import NDArray
 
 from ...ground.errors import TurbopocketError
+from ..limits import MOST_SECONDS
 from . import wire
 
 Arrays = dict[str, NDArray[Any]]
 MOST_LETTERS = 300
 """Of what a process said last."""
-_ANSWER_SECONDS = 3600
 _END_SECONDS = 20
 
 
@@ -95,7 +95,7 @@ class ServedProcess:
         if self._requests.closed:
             raise TurbopocketError(f"{self.label} was closed, {key} can not be run on it any more")
         requests, replies = self._requests, self._replies
-        watchdog = threading.Timer(_ANSWER_SECONDS, self._process.kill)
+        watchdog = threading.Timer(MOST_SECONDS, self._process.kill)
         watchdog.start()
         try:
             requests.write(bytes([verb]))
@@ -121,5 +121,5 @@ class ServedProcess:
         self._stderr.seek(0)
         said = self._stderr.read().decode(errors="replace").strip().splitlines() or ["nothing on stderr"]
         how = f"with {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
-        late = f" after {_ANSWER_SECONDS} s without an answer" if code == -signal.SIGKILL else ""
+        late = f" after {MOST_SECONDS} s without an answer" if code == -signal.SIGKILL else ""
         return f"the process ended {how}{late}: {said[-1][:MOST_LETTERS]}"

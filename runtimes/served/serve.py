@@ -5,11 +5,11 @@ Also runs on the emulated CPU, so it needs nothing but numpy.
 """
 
 import os
-import resource
 import sys
 from collections.abc import Callable
 from typing import IO
 
+from ..limits import limit_memory
 from . import wire
 
 Answer = Callable[[int, str, IO[bytes]], wire.Arrays]
@@ -19,11 +19,11 @@ Answer = Callable[[int, str, IO[bytes]], wire.Arrays]
 def serve(answer: Answer) -> None:
     """Serves; what libraries print goes to stderr, so that it does not fall between tensors.
 
-    A model that asks for more memory than the machine has gets an error of its own, and nobody else's is taken.
+    A model that asks for more memory than is available gets an error of its own, and nobody else's is taken.
     """
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    _limit_memory()
+    limit_memory()
     requests = sys.stdin.buffer
     while verb := requests.read(1):
         key = wire.read_text(requests)
@@ -38,11 +38,3 @@ def serve(answer: Answer) -> None:
             replies.write(bytes([wire.DONE]))
             wire.write_tensors(replies, found)
         replies.flush()
-
-
-def _limit_memory() -> None:
-    if hasattr(resource, "RLIMIT_DATA") and "SC_PHYS_PAGES" in os.sysconf_names:
-        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = machine_bytes if hard == resource.RLIM_INFINITY else min(machine_bytes, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

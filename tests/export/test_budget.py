@@ -122,8 +122,9 @@ def test_small_files_that_are_there_are_counted_to_the_byte(target: str, tiny_sd
     names = {component.name: component for component in components}
     opened.write_side_files(model, names, model.image_size, tmp_path / "out")
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
-    found = fixed_bytes(opened, model, components, model.image_size)
-    weights = sum(math.prod(shape) for shape in shapes_of(layers_of(components)).values())
+    shapes = shapes_of(layers_of(components))
+    found = fixed_bytes(opened, model, components, model.image_size, dict.fromkeys(shapes, ()))
+    weights = sum(math.prod(shape) for shape in shapes.values())
     tensors = opened.graph_share.value * (sum(map(parameter_count, components)) - weights)
     assert found.counted == tensors + written
     assert {each.what for each in found.estimates} == {"graphs", "manifest"}

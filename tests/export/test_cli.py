@@ -86,7 +86,7 @@ def test_a_picture_takes_the_place_of_another_with_overwrite_only(
         ran = turbopocket("generate", artifact, "a red circle", "-o", out)
         assert f"output {out} exists" in one_error(ran, 1)
         assert "hint: give another file, or --overwrite" in ran.err
-        ran = turbopocket("generate", artifact, "a red circle", "-o", artifact / "unet" / "model.onnx", "--overwrite")
+        ran = turbopocket("generate", artifact, "a red circle", "-o", artifact / "unet" / "a.png")
         assert "is in the artifact, which would not match its manifest any more" in one_error(ran, 1)
     assert out.read_text() == "precious"
     assert turbopocket("generate", artifact, "a red circle", "-o", out, "--overwrite").code == 0
@@ -132,9 +132,15 @@ def test_check_passes_on_what_was_built(turbopocket: Run, artifact: Path) -> Non
 
 def test_check_without_the_report_folder_says_what_it_could_not_do(turbopocket: Run, artifact: Path) -> None:
     shutil.rmtree(artifact.with_name("art.report"))
-    found = json.loads(turbopocket("check", artifact, "--json").out)
-    assert found["parity"] is None
-    assert "weights.safetensors is not there" in found["parity_not_measured"]
+    ran = turbopocket("check", artifact, "--json")
+    assert ran.code == 1
+    assert json.loads(ran.out)["parity"] is None
+    assert "files are right, parity was not measured" in ran.err
+    assert "weights.safetensors is not there" in ran.err
+    assert "hint: --files-only" in ran.err
+    ran = turbopocket("check", artifact, "--files-only", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["parity_not_measured"] == "only the files were asked for"
 
 
 @pytest.mark.parametrize("verb", ["check", "generate"])

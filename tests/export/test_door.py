@@ -42,7 +42,6 @@ def test_a_bug_has_its_traceback_for_who_asks_for_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.argv", ["turbopocket", "-v", "formats"])
     with pytest.raises(ZeroDivisionError):
         main()
-    door.show_tracebacks(False)
 
 
 def test_brackets_in_a_path_are_no_markup(turbopocket: Run, artifact: Path, tmp_path: Path) -> None:

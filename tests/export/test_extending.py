@@ -105,7 +105,7 @@ class Toy(Onnx):
     runtime_names = ("toy runtime",)
 
     @classmethod
-    def opened(cls, options: ToyOptions, guided: bool) -> Self:
+    def opened(cls, options: ToyOptions) -> Self:
         return cls(toy=options)
 
     def memory(self, folder: Path, component: str) -> None:

@@ -16,10 +16,10 @@ from turbopocket.quant.calibrate import calibrate, ranges_of
 from turbopocket.quant.compress import compress, decompressed
 from turbopocket.quant.fit import ABSMAX, MSE, Fit
 from turbopocket.quant.formats import LayerFormat, parse_format
+from turbopocket.quant.layer_rounding import roundings_of
 from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.observe import LayerStats
 from turbopocket.quant.plan import LayerChoices, plan
-from turbopocket.quant.rounding import roundings_of
 from turbopocket.quant.scheme import parse_scheme
 from turbopocket.quant.sensitivity import (
     RowwiseOutput,

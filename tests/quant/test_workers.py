@@ -105,7 +105,7 @@ def test_absent_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
         Workers(1, "auto").open(),
     ):
         pass
-    assert raised.value.hint == "pip install 'turbopocket[ray]'"
+    assert str(raised.value.hint).startswith("pip install ray==")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,27 @@ WEIGHT_FOLDER = "com.apple.CoreML/weights"
 PACKAGE_PATHS = ("Manifest.json", f"Data/{MODEL_FILE}", f"Data/{WEIGHT_FOLDER}/weight.bin")
 """All files of a package, by their path in it."""
 
+DESCRIPTION = "{package} of a text-to-image diffusion pipeline; manifest.json beside it says how it is used"
+FEATURES = {
+    "input_ids": "ids of the prompt's tokens, padded to this length",
+    "hidden_embeds": "states before the last layer, one a token",
+    "last_hidden_state": "states of the last layer, one a token",
+    "pooled_outputs": "the whole prompt's state, projected where the model does so",
+    "sample": "noisy latents, one item for each time the denoiser is asked",
+    "timestep": "timestep of the noise, the same for each item",
+    "encoder_hidden_states": "text states as [items, width, 1, tokens]",
+    "time_ids": "height, width, top, left, height, width of the picture in pixels",
+    "text_embeds": "the second text encoder's pooled_outputs",
+    "timestep_cond": "sines and cosines of the guidance scale",
+    "noise_pred": "the predicted noise, or what else the scheduler's prediction_type says",
+    "z": "clean latents over the scaling factor",
+    "x": "a picture in -1..1, red, green and blue planes",
+    "image": "the picture in -1..1, red, green and blue planes",
+    "latent": "means, then logarithms of variances of the latents",
+    "latent_sample": "latents, without their variance",
+}
+"""What a person who opens a package is told of its tensors."""
+CROSSING = "what the next package of the component takes"
 _CROSSING = ("FLOAT16", "FLOAT32", "INT32")
 """INT8 takes iOS26."""
 _IDENTIFIERS = uuid.UUID("5f2a4b0e-6f0d-5c39-9d6b-3b1c1d0a7c55")
@@ -74,9 +95,11 @@ def package_content(
     for value in values:
         value.offset = offset_of[value.offset]
     model = coremltools_module("proto.Model_pb2").Model(specificationVersion=SPEC_VERSIONS[deployment])
+    model.description.metadata.shortDescription = DESCRIPTION.format(package=Path(file).stem)
     for features, ends in ((model.description.input, inputs), (model.description.output, outputs)):
         for name, tensor in ends.items():
-            array = features.add(name=name).type.multiArrayType
+            feature = features.add(name=name, shortDescription=FEATURES.get(name, CROSSING))
+            array = feature.type.multiArrayType
             array.dataType = ARRAY_TYPES[tensor.dtype.name]
             array.shape.extend(tensor.shape)
     model.mlProgram.CopyFrom(program)

@@ -47,12 +47,11 @@ DEFAULTS = CoreMLOptions()
 def trace(
     component: Component,
     options: CoreMLOptions = DEFAULTS,
-    unet_batch: int = 1,
     largest: Mapping[str, float] = MappingProxyType({}),
 ) -> TracedProgram:
     """Runs PyTorch's tracer and coremltools once. Layer weights are neither copied nor looked at.
 
-    `unet_batch` is 1 without guidance, 2 with: the Swift package always gives two. `largest` holds the largest
+    `largest` holds the largest
     magnitude that calibration saw in the output of a layer, by the layer's full name: what fp16 can not hold is
     computed in fp32.
 
@@ -64,7 +63,7 @@ def trace(
     from .precision import Fp32Region
 
     component = component.without_weights()
-    package = wrapped(component, unet_batch)
+    package = wrapped(component, options.batch)
     region = Fp32Region(component.name, package.outputs, largest)
     with converted(package, compressible_paths(component), options.deployment, region) as (model, constants):
         function = model.mlProgram.functions["main"]

@@ -47,7 +47,6 @@ class CoreML(Target):
     """Core ML on an Apple device."""
 
     options: CoreMLOptions = coreml.DEFAULTS
-    guided: bool = False
 
     name = "coreml"
     stores = STORES
@@ -70,8 +69,8 @@ class CoreML(Target):
         return components
 
     @classmethod
-    def opened(cls, options: CoreMLOptions, guided: bool) -> Self:
-        return cls(options, guided)
+    def opened(cls, options: CoreMLOptions) -> Self:
+        return cls(options)
 
     def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> Deployment:
         return self.options.deployment
@@ -89,7 +88,7 @@ class CoreML(Target):
         return self._traced(component, largest)
 
     def _traced(self, component: Component, largest: Mapping[str, float]) -> coreml.TracedProgram:
-        return coreml.trace(component, self.options, 2 if self.guided else 1, largest)
+        return coreml.trace(component, self.options, largest)
 
     def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
         return coreml.component_spec(traced)
@@ -118,7 +117,12 @@ class CoreML(Target):
         return coreml.package_files(spec)
 
     def runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
         return {
             name: Runtime(CoreMLRunner(folder, manifest, mode), Limits(max_relative_error=limit))

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ....ground.errors import TurbopocketError
 from ....quant.activations import A8_DYNAMIC, A8_STATIC
 from ....quant.formats import Affine, CompressedTensor, PartSpec, from_matrix_view
-from ....quant.scheme import Scheme, with_activations
-from .activations import (
+from ....quant.rounding import (
     HIGHEST,
     LOWEST,
     OPS,
@@ -28,6 +27,7 @@ from .activations import (
     rounded_by_picture,
     rounded_by_row,
 )
+from ....quant.scheme import Scheme, with_activations
 from .form import FormOptions, ProgramForm, constant
 from .size import (
     LAYER_BYTES,

@@ -35,7 +35,7 @@ from ..layer import (
     schemes_of,
     with_references,
 )
-from .form import DEFAULTS, FormOptions, ProgramForm
+from .form import DEFAULTS, FormOptions
 from .gate import constant_key, refuse_weight_only, require_constants
 from .partition import partitioner
 from .rewrite import Rewritten
@@ -177,9 +177,14 @@ def fixed_bytes(traced: TracedProgram, candidates: Mapping[str, Iterable[Scheme]
 
     Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
     """
-    options = traced.options
-    kept = [STORES.storable_forms(layer, candidates[name], options) for name, layer in traced.layers.items()]
-    return _base_bytes(traced) + sum(max(map(_overhead_bytes, each), default=0) for each in kept)
+    layers = traced.layers.items()
+    return _base_bytes(traced) + sum(form_bytes(layer, candidates[name], traced.options) for name, layer in layers)
+
+
+def form_bytes(layer: Layer, schemes: Iterable[Scheme], options: FormOptions) -> int:
+    """Bytes of the layer beside its `nbytes`, in the wordiest of these schemes that it can be stored in."""
+    forms = STORES.storable_forms(layer, schemes, options)
+    return max((form.own_bytes() - int(form.format.nbytes(layer.shape)) for form in forms), default=0)
 
 
 def lowered_bytes(traced: TracedProgram, schemes: Mapping[str, Scheme]) -> int:
@@ -193,10 +198,6 @@ def _base_bytes(traced: TracedProgram) -> int:
     """Of all that is no layer."""
     data_file = DATA_FILE_BYTES if traced.asked.weights_apart else 0
     return PROGRAM_BYTES + OPERATOR_BYTES * traced.operators + constants_bytes(traced.rest_bytes) + data_file
-
-
-def _overhead_bytes(form: ProgramForm) -> int:
-    return form.own_bytes() - int(form.format.nbytes(form.layer.shape))
 
 
 def _exported(component: Component) -> torch.export.ExportedProgram:

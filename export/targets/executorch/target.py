@@ -25,7 +25,7 @@ from ...target_options import ExecuTorchOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
 from ..base import NO_RANGES, GraphShare, Target
-from ..layer import NO_SCHEMES
+from ..layer import NO_SCHEMES, Layer
 from ..side_files import write_tokenizers
 from . import program as executorch
 from .form import DEFAULTS, FormOptions
@@ -75,7 +75,7 @@ class ExecuTorch(Target):
     tools = ("executorch",)
     max_lowering_error = LAYER_ERROR
     runtime_names = ("executorch",)
-    graph_share = GraphShare(linear=2150, conv2d=3300, component=9_700, value=4)
+    graph_share = GraphShare(linear=1285, conv2d=1285, component=4_100, value=4)
     group_scale_digits = GROUP_SCALE_DIGITS
 
     def components(
@@ -84,7 +84,7 @@ class ExecuTorch(Target):
         return components_of(model, sizes, all_states=False, image_to_image=image_to_image)
 
     @classmethod
-    def opened(cls, options: ExecuTorchOptions, guided: bool) -> Self:
+    def opened(cls, options: ExecuTorchOptions) -> Self:
         return cls(options)
 
     def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> FormOptions:
@@ -103,6 +103,9 @@ class ExecuTorch(Target):
 
     def fixed_bytes(self, traced: executorch.TracedProgram, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         return executorch.fixed_bytes(traced, candidates)
+
+    def form_bytes(self, layer: Layer, schemes: Iterable[Scheme]) -> int:
+        return executorch.form_bytes(layer, schemes, self.form_options())
 
     def lowered_bytes(self, traced: executorch.TracedProgram, schemes: Mapping[str, Scheme]) -> int:
         return executorch.lowered_bytes(traced, schemes)
@@ -134,9 +137,14 @@ class ExecuTorch(Target):
         return [spec.file, *([spec.data] if spec.data else [])]
 
     def runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
-        limits = Limits(max_relative_error=max_lowering_error, by_layer=_rounds(self.schemes_of(weights)))
+        limits = Limits(max_relative_error=max_lowering_error, by_layer=_rounds(self.schemes_of(weights, schemes)))
         runner = ExecuTorchRunner(folder, manifest, executorch.layers_by_key(weights))
         return {self.runtime_names[0]: Runtime(runner, limits)}
 

@@ -21,7 +21,7 @@ from ....quant.formats import CompressedTensor
 from ..codebook import CodebookForm
 from .data import StoredTensor
 from .form import Array, Form, cast_to_fp32
-from .trace import DOMAIN, OPSET
+from .names import DOMAIN, OPSET
 
 _GEOMETRY = ("strides", "pads", "dilations")
 _BIASED = "biased"

@@ -5,16 +5,15 @@ import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor, Dense
-from ...target_options import OnnxOptions
 from .data import StoredTensor
-from .form import Array, Form, cast_to_fp32, conv_of
+from .form import Array, Form, FormOptions, cast_to_fp32, conv_of
 
 
 class _DenseForm(Form):
     """Weights as floating-point numbers. fp16 becomes fp32 at every use and is marked so that it is not folded."""
 
     @classmethod
-    def refusal(cls, format: Dense, shape: tuple[int, ...], options: OnnxOptions) -> str | None:
+    def refusal(cls, format: Dense, shape: tuple[int, ...], options: FormOptions) -> str | None:
         return None
 
     def overridable_inputs(self) -> list[ValueInfoProto]:

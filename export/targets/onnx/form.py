@@ -7,13 +7,15 @@ DequantizeLinear (kept by ONNX Runtime for its quantised patterns), and initiali
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
 from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor
+from ....quant.ranges import Ranges
 from ...target_options import OnnxOptions
 from ..layer import LayerForm
 from .data import StoredTensor, data_bytes, external_initializers
@@ -24,14 +26,28 @@ _LARGE_OFFSET = 10**9
 """Has as many digits as any offset in a file that a phone can hold."""
 
 
+MICROSOFT = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
 DEFAULTS = OnnxOptions()
+
+
+@dataclass(frozen=True)
+class FormOptions:
+    """What the layers of one component have in common: what was asked of the target, and what calibration saw.
+
+    `ranges` are by full layer name; static scales are made of them.
+    """
+
+    asked: OnnxOptions = DEFAULTS
+    ranges: Mapping[str, Ranges] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Form(LayerForm):
     """One layer in one scheme, as initializers and nodes."""
 
-    options: OnnxOptions
+    options: FormOptions
 
     @abstractmethod
     def tensors(self) -> list[StoredTensor]:
@@ -40,6 +56,10 @@ class Form(LayerForm):
     @abstractmethod
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         """The initializers' values."""
+
+    def constants(self) -> list[TensorProto]:
+        """Small initializers that stand in the graph itself, named by their values: equal ones are there once."""
+        return []
 
     @abstractmethod
     def prepare(self) -> list[NodeProto]:
@@ -65,7 +85,7 @@ class Form(LayerForm):
         tensors = [tensor for at, tensor in enumerate(self.tensors()) if at not in self.shared()]
         graph = GraphProto(
             node=[*self.prepare(), *self.apply(node)],
-            initializer=external_initializers(tensors, offset=_LARGE_OFFSET),
+            initializer=[*external_initializers(tensors, offset=_LARGE_OFFSET), *self.constants()],
             input=self.overridable_inputs(),
         )
         return graph.ByteSize() + data_bytes(tensors) - self.format.nbytes(self.layer.shape)

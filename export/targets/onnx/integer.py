@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer weights in ONNX: Linear by MatMulNBits, Conv2d by DequantizeLinear and Conv.
+"""Integer weights beside floats in ONNX: Linear by MatMulNBits, Conv2d by DequantizeLinear and Conv.
 
 O outputs, I inputs, K = kh kw I columns of the matrix view, G scales per row.
 """
@@ -8,14 +8,13 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
+from ....quant.activations import A8_DYNAMIC, A8_STATIC
 from ....quant.formats import Affine, CompressedTensor
 from ....quant.formats.bits import pack
-from ...target_options import OnnxOptions
+from ....quant.rounding import keeps_digits
+from ....quant.scheme import Scheme, with_activations
 from .data import StoredTensor
-from .form import Array, Form, cast_to_fp32, conv_of
-
-MICROSOFT = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
+from .form import MICROSOFT, Array, Form, FormOptions, cast_to_fp32, conv_of
 
 _SMALLEST_BLOCK = 16
 _LARGEST_BLOCK = 256
@@ -28,7 +27,7 @@ class MatMulNBits(Form):
     summary = "MatMulNBits: codes stay packed in memory"
 
     @classmethod
-    def refusal(cls, format: Affine, shape: tuple[int, ...], options: OnnxOptions) -> str | None:
+    def refusal(cls, format: Affine, shape: tuple[int, ...], options: FormOptions) -> str | None:
         columns = shape[1]
         group = format.group or _power_of_two_factor(columns)
         if group >= _SMALLEST_BLOCK and group & (group - 1) == 0:
@@ -37,6 +36,15 @@ class MatMulNBits(Form):
         if format.group is None:
             return f"{blocks}: {columns} columns are a multiple of {group} only"
         return f"{blocks}, not {group}"
+
+    @classmethod
+    def resolved(cls, format: Affine, layer: str | None, options: FormOptions) -> Scheme:
+        """Rounded inputs where the options say so; with static scales if these leave digits enough."""
+        if not _may_round(format, options):
+            return Scheme(format)
+        ranges = options.ranges.get(layer or "")
+        static = options.asked.activations == "static" and (ranges is None or keeps_digits(ranges, of_output=False))
+        return Scheme(format, A8_STATIC if static else A8_DYNAMIC)
 
     @property
     def block(self) -> int:
@@ -103,7 +111,7 @@ class MatMulNBits(Form):
                 N=self.layer.shape[0],
                 bits=self.format.bits,
                 block_size=self.block,
-                accuracy_level=self.options.accuracy_level,
+                accuracy_level=self.options.asked.accuracy_level,
             )
         ]
 
@@ -114,8 +122,15 @@ class DequantizedConv2d(Form):
     summary = "DequantizeLinear, Conv: codes stay packed in memory, one layer at a time is dense"
 
     @classmethod
-    def refusal(cls, format: Affine, shape: tuple[int, ...], options: OnnxOptions) -> str | None:
+    def refusal(cls, format: Affine, shape: tuple[int, ...], options: FormOptions) -> str | None:
         return None
+
+    @classmethod
+    def resolved(cls, format: Affine, layer: str | None, options: FormOptions) -> Scheme:
+        """Static scales where the options say that activations are rounded at all, if these leave digits enough."""
+        ranges = options.ranges.get(layer or "")
+        static = _may_round(format, options) and (ranges is None or keeps_digits(ranges))
+        return with_activations(format, A8_STATIC) if static else Scheme(format)
 
     def _scale_shape(self) -> tuple[int, ...]:
         outputs, inputs, height, width = self.layer.shape
@@ -172,6 +187,11 @@ class DequantizedConv2d(Form):
 
     def apply(self, node: NodeProto) -> list[NodeProto]:
         return [conv_of(node, self._value("weight"))]
+
+
+def _may_round(format: Affine, options: FormOptions) -> bool:
+    """Whether the options ask for activations to be rounded beside such weights."""
+    return options.asked.activations != "float" and format.bits == 8 and format.symmetric and format.group is None
 
 
 def _power_of_two_factor(number: int) -> int:

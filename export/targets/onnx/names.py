@@ -13,6 +13,11 @@ from ..layer import Kind, Layer
 _KINDS: dict[str, Kind] = {"Linear": "linear", "Conv2d": "conv2d"}
 _WEIGHT = ".weight"
 
+DOMAIN = "turbopocket"
+"""Of operators of our own: those that stand for layers while a graph is traced, and those of finished files."""
+OPSET = 21
+"""The first with 4-bit integers and blocked DequantizeLinear."""
+
 
 def name_by_module(
     graph: GraphProto, component: str, parameters: Mapping[str, Tensor], free: Mapping[str, Mapping[int, str]]
@@ -53,6 +58,11 @@ def _strip(proto: GraphProto | NodeProto | ValueInfoProto) -> None:
     """Drops the exporter's notes, which weigh more than the graph: stack traces, the whole exported program."""
     proto.ClearField("doc_string")
     proto.ClearField("metadata_props")
+
+
+def is_layer(node: NodeProto) -> bool:
+    """Whether a node of a traced graph is a Linear or Conv2d that can be compressed."""
+    return node.domain == DOMAIN and node.op_type in _KINDS
 
 
 def layer_path(node: NodeProto) -> str:

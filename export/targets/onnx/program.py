@@ -18,16 +18,17 @@ from ...target_options import OnnxOptions
 from ..layer import NO_SCHEMES, require_equal_shares, schemes_of
 from .codebook import distinct
 from .data import DATA_FILE, MODEL_FILE, StoredTensor, data_bytes, external_initializers, write_data
-from .form import DEFAULTS, Array, Form
-from .integer import MICROSOFT
-from .names import layer_path
+from .form import DEFAULTS, MICROSOFT, Array, Form, FormOptions
+from .names import DOMAIN, OPSET, is_layer, layer_path
+from .norm import is_norm, norm_constants, norm_nodes
 from .prepack import prepack
 from .rest import RestParameter, looked_up, rest_parameters, widened
 from .stores import STORES
-from .trace import DOMAIN, OPSET, TracedGraph, trace
+from .trace import TracedGraph, trace
 
 __all__ = [
     "DEFAULTS",
+    "FormOptions",
     "OnnxOptions",
     "TracedGraph",
     "component_spec",
@@ -73,6 +74,7 @@ def component_spec(traced: TracedGraph) -> ComponentSpec:
     """What a manifest says of the component: its file, and the tensors that go in and come out."""
     return ComponentSpec(
         file=f"{traced.component}/{MODEL_FILE}",
+        data=f"{traced.component}/{DATA_FILE}",
         inputs=[_tensor_spec(value) for value in traced.skeleton.graph.input],
         outputs=[_tensor_spec(value) for value in traced.skeleton.graph.output],
     )
@@ -84,27 +86,32 @@ def lowered_bytes(traced: TracedGraph, schemes: Mapping[str, Scheme], options: O
     return graph.model().ByteSize() + data_bytes(graph.tensors())
 
 
-def fixed_bytes(traced: TracedGraph, candidates: Mapping[str, Iterable[Scheme]]) -> int:
+def fixed_bytes(
+    traced: TracedGraph, candidates: Mapping[str, Iterable[Scheme]], options: OnnxOptions = DEFAULTS
+) -> int:
     """Bytes of both files beside the layers' `nbytes`, at most, when every layer gets one of its candidates.
 
     Codebooks that all layers of a component share are counted by `lowered_bytes` alone, which knows whether any does.
     """
-    return graph_bytes(traced, candidates) + rest_bytes(traced)
+    return graph_bytes(traced, candidates, options) + rest_bytes(traced)
 
 
-def graph_bytes(traced: TracedGraph, candidates: Mapping[str, Iterable[Scheme]]) -> int:
+def graph_bytes(
+    traced: TracedGraph, candidates: Mapping[str, Iterable[Scheme]], options: OnnxOptions = DEFAULTS
+) -> int:
     """Bytes of `model.onnx` and of gaps in the data file, at most: each layer in its wordiest candidate.
 
     Candidates that a layer can not be stored in count for nothing; so does a layer without any.
     """
     skeleton_bytes = _Graph(traced, {}).model().ByteSize()
     by_path = {layer.path: layer for layer in traced.layers.values()}
-    uses = [node for node in traced.skeleton.graph.node if node.domain == DOMAIN]
+    uses = [node for node in traced.skeleton.graph.node if is_layer(node)]
     layers = [by_path[layer_path(node)] for node in uses]
-    kept = [STORES.storable_forms(layer, candidates[layer.name], DEFAULTS) for layer in layers]
+    of_forms = FormOptions(options, traced.ranges)
+    kept = [STORES.storable_forms(layer, candidates[layer.name], of_forms) for layer in layers]
     forms = list(zip(uses, kept, strict=True))
-    in_nodes = sum(max((form.overhead_bytes(node) for form in options), default=0) for node, options in forms)
-    bodies = distinct([body for node, options in forms for form in options for body in form.functions(node)])
+    in_nodes = sum(max((form.overhead_bytes(node) for form in possible), default=0) for node, possible in forms)
+    bodies = distinct([body for node, possible in forms for form in possible for body in form.functions(node)])
     return skeleton_bytes + in_nodes + _function_bytes(bodies)
 
 
@@ -155,6 +162,7 @@ class _Graph:
         model.graph.name = self.traced.component
         model.graph.node.extend(self._nodes())
         model.graph.initializer.extend(external_initializers(self.tensors()))
+        model.graph.initializer.extend(self._constants())
         for form in self.forms.values():
             model.graph.input.extend(form.overridable_inputs())
         model.functions.extend(distinct([function for use in self._uses() for function in use]))
@@ -162,9 +170,16 @@ class _Graph:
             model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
         return model
 
+    def _constants(self) -> list[TensorProto]:
+        norms = [
+            constant for node in self.traced.skeleton.graph.node if is_norm(node) for constant in norm_constants(node)
+        ]
+        layers = [constant for form in self.forms.values() for constant in form.constants()]
+        return list({constant.name: constant for constant in (*norms, *layers)}.values())
+
     def _uses(self) -> Iterator[list[FunctionProto]]:
         for node in self.traced.skeleton.graph.node:
-            if node.domain == DOMAIN and layer_path(node) in self.forms:
+            if is_layer(node) and layer_path(node) in self.forms:
                 yield self.forms[layer_path(node)].functions(node)
 
     def _nodes(self) -> list[NodeProto]:
@@ -178,9 +193,11 @@ class _Graph:
         for form in self.forms.values():
             nodes += form.prepare()
         for node in self.traced.skeleton.graph.node:
-            if node.domain == DOMAIN:
+            if is_layer(node):
                 form_here = self.forms.get(layer_path(node))
                 nodes += form_here.apply(node) if form_here is not None else []
+            elif is_norm(node):
+                nodes += norm_nodes(node)
             elif node.op_type == "Gather" and node.input[0] in half_tables:
                 nodes += looked_up(node)
             else:
@@ -194,7 +211,8 @@ def _rest(traced: TracedGraph) -> list[RestParameter]:
 
 def _forms(traced: TracedGraph, schemes: Mapping[str, Scheme], options: OnnxOptions) -> dict[str, Form]:
     """By module path."""
-    return {form.layer.path: form for form in STORES.forms_of(traced.layers, schemes, options).values()}
+    of_forms = FormOptions(options, traced.ranges)
+    return {form.layer.path: form for form in STORES.forms_of(traced.layers, schemes, of_forms).values()}
 
 
 def _tensor_spec(value: ValueInfoProto) -> TensorSpec:

@@ -7,6 +7,7 @@ from .codebook import CodebookConv2d, CodebookLinear
 from .dense import DenseConv2d, DenseLinear
 from .form import Form
 from .integer import DequantizedConv2d, MatMulNBits
+from .rounding import IntegerConv2d, IntegerLinear
 
 STORES: Stores[Form] = Stores(
     "ONNX",
@@ -20,4 +21,5 @@ STORES: Stores[Form] = Stores(
         (Additive, "linear"): CodebookLinear,
         (Additive, "conv2d"): CodebookConv2d,
     },
+    {(Affine, "linear"): IntegerLinear, (Affine, "conv2d"): IntegerConv2d},
 )

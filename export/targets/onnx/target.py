@@ -2,7 +2,7 @@
 """ONNX files for ONNX Runtime, as a target."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,17 +28,21 @@ from ...target_options import OnnxOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
 from ..base import NO_RANGES, GraphShare, Target
-from ..layer import NO_SCHEMES
+from ..layer import NO_SCHEMES, Layer, kind_of, with_references
 from ..side_files import TOKENIZER_FILES, write_side_files
 from . import program as onnx
+from .form import DEFAULTS, FormOptions
+from .names import DOMAIN
 from .stores import STORES
-from .trace import DOMAIN
 
 INT8_TO_PYTORCH, INT8_TO_NATIVE = 1e-2, 1.5e-2
 """At MatMulNBits' accuracy level 4, where each CPU's kernels round activations to int8 in their own way. Measured with
 int4-g32 and int8-g32: 5.6e-3 to PyTorch, which does not round, and 7.8e-3 between x86-64 and ARM. A CPU without dot
 product computes in fp32 all the same: 4e-7 to PyTorch."""
 INT8_KERNELS_NEED = "asimddp"
+ROUNDED_INPUT_ERROR = 5e-3
+ROUNDED_OUTPUT_ERROR = 1.5e-2
+ROUNDED_WHOLE_ERROR = 4e-2
 NO_KERNELS = "codebook layers run through the file's own graph, not the C++ kernels: `make kernels` was not run here"
 
 
@@ -46,7 +50,7 @@ NO_KERNELS = "codebook layers run through the file's own graph, not the C++ kern
 class Onnx(Target):
     """ONNX Runtime."""
 
-    options: OnnxOptions = onnx.DEFAULTS
+    options: OnnxOptions = DEFAULTS
     name = "onnx"
     stores = STORES
     tools = ("onnx", "onnxruntime")
@@ -61,20 +65,23 @@ class Onnx(Target):
         return components_of(model, sizes, image_to_image=image_to_image)
 
     @classmethod
-    def opened(cls, options: OnnxOptions, guided: bool) -> Self:
+    def opened(cls, options: OnnxOptions) -> Self:
         return cls(options)
 
-    def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> OnnxOptions:
-        return self.options
+    def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> FormOptions:
+        return FormOptions(self.options, ranges)
 
     def trace(self, component: Component) -> onnx.TracedGraph:
         return onnx.trace(component)
+
+    def fitted(self, traced: onnx.TracedGraph, component: Component, ranges: Mapping[str, Ranges]) -> onnx.TracedGraph:
+        return replace(traced, ranges={name: ranges[name] for name in traced.layers if name in ranges})
 
     def component_spec(self, traced: onnx.TracedGraph) -> ComponentSpec:
         return onnx.component_spec(traced)
 
     def fixed_bytes(self, traced: onnx.TracedGraph, candidates: Mapping[str, Iterable[Scheme]]) -> int:
-        return onnx.fixed_bytes(traced, candidates)
+        return onnx.fixed_bytes(traced, candidates, self.options)
 
     def lowered_bytes(self, traced: onnx.TracedGraph, schemes: Mapping[str, Scheme]) -> int:
         return onnx.lowered_bytes(traced, schemes, self.options)
@@ -88,6 +95,19 @@ class Onnx(Target):
     ) -> ComponentSpec:
         return onnx.lower(traced, weights, folder, self.options, schemes)
 
+    def as_run(
+        self,
+        component: Component,
+        weights: Mapping[str, CompressedTensor],
+        ranges: Mapping[str, Ranges],
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
+    ) -> Component:
+        own = {name: weight for name, weight in weights.items() if name.startswith(component.layer_prefix)}
+        whole = self.schemes_of(own, {name: schemes[name] for name in own if name in schemes}, ranges)
+        layers = {name: Layer(name, kind_of(own[name].shape), own[name].shape) for name in rounding_layers(whole)}
+        forms = self.stores.forms_of(layers, {name: whole[name] for name in layers}, self.form_options(ranges))
+        return with_references(component, forms, own) if forms else component
+
     def write_side_files(
         self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path
     ) -> None:
@@ -96,23 +116,45 @@ class Onnx(Target):
     def files(self, spec: ComponentSpec) -> list[str]:
         return [spec.file, f"{spec.file}.data"]
 
+    def lowering_limit(self, schemes: Mapping[str, Scheme]) -> float:
+        if not rounding_layers(schemes):
+            return self.max_lowering_error
+        rounds_outputs = any(scheme.output is not None for scheme in schemes.values())
+        return ROUNDED_OUTPUT_ERROR if rounds_outputs else ROUNDED_INPUT_ERROR
+
     def runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
         from ....runtimes.onnx.runner import OnnxRunner
 
-        limits = Limits(max_relative_error=max_lowering_error)
+        limits = self._limits(weights, max_lowering_error, schemes)
         return {self.runtime_names[0]: Runtime(OnnxRunner(folder, manifest), limits)}
 
+    def _limits(
+        self, weights: Mapping[str, CompressedTensor], max_lowering_error: float, schemes: Mapping[str, Scheme]
+    ) -> Limits:
+        rounds = bool(rounding_layers(self.schemes_of(weights, schemes)))
+        return Limits(max_relative_error=max_lowering_error, by_layer=rounds)
+
     def kernel_runtimes(
-        self, folder: Path, manifest: Manifest, weights: Mapping[str, CompressedTensor], max_lowering_error: float
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Mapping[str, CompressedTensor],
+        max_lowering_error: float,
+        schemes: Mapping[str, Scheme] = NO_SCHEMES,
     ) -> dict[str, Runtime]:
         operators = onnx_operators()
         if operators is None or not _any_uses_ours(folder, manifest):
             return {}
         from ....runtimes.onnx.runner import OnnxRunner
 
-        limits = Limits(max_relative_error=max_lowering_error)
+        limits = self._limits(weights, max_lowering_error, schemes)
         return {"onnxruntime+kernels": Runtime(OnnxRunner(folder, manifest, operators=operators), limits)}
 
     def notes(self, folder: Path, manifest: Manifest) -> tuple[str, ...]:
@@ -135,12 +177,19 @@ class Onnx(Target):
                 hint="build without target.onnx.prepacked",
             )
         runner = EmulatedOnnxRunner(folder, manifest, cpu, emulator)
-        to_pytorch, to_native = self.max_lowering_error, ORDER_OF_SUMS
+        schemes = self.schemes_of(weights, schemes)
+        rounds = bool(rounding_layers(schemes))
+        to_pytorch, to_native = self.lowering_limit(schemes), ROUNDED_WHOLE_ERROR if rounds else ORDER_OF_SUMS
         if self.options.accuracy_level == 4:
-            to_native = INT8_TO_NATIVE
+            to_native = max(to_native, INT8_TO_NATIVE)
             if INT8_KERNELS_NEED in cpu.features.split():
-                to_pytorch = INT8_TO_PYTORCH
-        return EmulatedRuntime(runner, Limits(max_relative_error=to_pytorch), Limits(max_relative_error=to_native))
+                to_pytorch = max(to_pytorch, INT8_TO_PYTORCH)
+        return EmulatedRuntime(
+            runner,
+            Limits(max_relative_error=to_pytorch, by_layer=rounds),
+            Limits(max_relative_error=to_native),
+            within_compression=rounds,
+        )
 
     @property
     def not_in_plan(self) -> str | None:
@@ -152,6 +201,11 @@ class Onnx(Target):
 
     def memory(self, folder: Path, component: str) -> MemoryFigures:
         return measure_memory(folder, component)
+
+
+def rounding_layers(schemes: Mapping[str, Scheme]) -> list[str]:
+    """Those whose activations are rounded."""
+    return [name for name, scheme in schemes.items() if not scheme.is_weight_only]
 
 
 def _any_uses_ours(folder: Path, manifest: Manifest) -> bool:

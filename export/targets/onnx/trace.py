@@ -2,33 +2,31 @@
 """From a PyTorch component to an ONNX graph without weights, in which every compressible layer is one node.
 
 Linear and Conv2d become nodes of a domain of our own (`Linear`, `Conv2d` with inputs x, weight, bias) while the
-exporter runs, so no pattern has to be found again afterwards, and no weight is ever transposed, folded or merged
-with an equal one. Parameters are inputs of the graph while it is simplified, for the same reason.
+exporter runs (see `translations`), so no pattern has to be found again afterwards, and no weight is ever transposed,
+folded or merged with an equal one. Parameters are inputs of the graph while it is simplified, for the same reason.
 """
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 from onnx import ModelProto
-from onnx.defs import OpSchema
-from onnxscript import opset21, optimizer
-from onnxscript.values import Op, Opset
+from onnxscript import optimizer
 from torch import Tensor, nn
 
+from ....quant.ranges import Ranges
 from ...families.graphs import Component
 from ..layer import Layer, require_own_weights
-from .names import name_by_module
+from .names import DOMAIN, OPSET, name_by_module
+from .translations import TRANSLATIONS
 
-DOMAIN = "turbopocket"
-OPSET = 21
-"""The first with 4-bit integers and blocked DequantizeLinear."""
+__all__ = ["DOMAIN", "OPSET", "TracedGraph", "trace"]
 
 _FOLDABLE_BYTES = 8192
 """Shape arithmetic is far smaller, a table that would be stored twice is larger."""
@@ -39,13 +37,15 @@ class TracedGraph:
     """A component's graph without weights; names of parameters and layers in it are module paths.
 
     `layers` are the compressible ones by their full name, in the order in which they run; `rest` holds all other
-    parameters that the graph uses, by their name in it.
+    parameters that the graph uses, by their name in it. `ranges` are what layers saw (by full name), for static scales;
+    without them, before calibration, layers of these are counted but can not be lowered.
     """
 
     component: str
     skeleton: ModelProto
     layers: dict[str, Layer]
     rest: dict[str, Tensor]
+    ranges: Mapping[str, Ranges] = field(default_factory=dict)
 
 
 def trace(component: Component) -> TracedGraph:
@@ -81,7 +81,7 @@ def _exported(component: Component) -> ir.Model:
             optimize=False,
             verbose=False,
             opset_version=OPSET,
-            custom_translation_table=_TRANSLATIONS,
+            custom_translation_table=TRANSLATIONS,
             input_names=list(component.example_inputs),
             output_names=list(component.output_names),
         )
@@ -116,83 +116,6 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         registration.setLevel(level)
-
-
-def _layer_op(name: str, **attributes: OpSchema.AttrType) -> Op:
-    tensor = OpSchema.FormalParameter
-    optional = OpSchema.FormalParameterOption.Optional
-    schema = OpSchema(
-        name,
-        DOMAIN,
-        1,
-        inputs=[tensor("x", "T"), tensor("weight", "T"), tensor("bias", "T", param_option=optional)],
-        outputs=[tensor("y", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[OpSchema.Attribute(attribute, kind) for attribute, kind in attributes.items()],
-    )
-    return Op(Opset(DOMAIN, 1), name, schema)
-
-
-_INTS = OpSchema.AttrType.INTS
-_LINEAR = _layer_op("Linear")
-_CONV2D = _layer_op("Conv2d", strides=_INTS, pads=_INTS, dilations=_INTS, group=OpSchema.AttrType.INT)
-
-
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    return _LINEAR(x, weight, bias)
-
-
-def _conv2d(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = (1, 1),
-    padding: Any = (0, 0),
-    dilation: Any = (1, 1),
-    groups: int = 1,
-) -> Any:
-    pads = [*padding, *padding]
-    return _CONV2D(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
-
-
-def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """softmax(Q Kᵀ · scale + mask) V with the scale as a number: the exporter's own form computes it from shapes."""
-    if is_causal or enable_gqa or dropout_p:
-        raise ValueError(f"attention with {is_causal=}, {enable_gqa=}, {dropout_p=} has no translation")
-    scale = scale if scale is not None else query.shape[-1] ** -0.5
-    factor = opset21.Constant(value_float=scale)
-    scores = opset21.MatMul(opset21.Mul(query, factor), opset21.Transpose(key, perm=[0, 1, 3, 2]))
-    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
-        attn_mask = opset21.Where(
-            attn_mask, opset21.Constant(value_float=0.0), opset21.Constant(value_float=float("-inf"))
-        )
-    if attn_mask is not None:
-        scores = opset21.Add(scores, attn_mask)
-    return opset21.MatMul(opset21.Softmax(scores, axis=-1), value)
-
-
-def _squeeze(x: Any, dim: int) -> Any:
-    """PyTorch leaves a dimension of another size than 1 as it is, ONNX refuses it."""
-    axes = opset21.Constant(value_ints=[dim])
-    return opset21.Squeeze(x, axes) if x.shape[dim] == 1 else opset21.Identity(x)
-
-
-_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.linear.default: _linear,
-    torch.ops.aten.conv2d.default: _conv2d,
-    torch.ops.aten.scaled_dot_product_attention.default: _attention,
-    torch.ops.aten.squeeze.dim: _squeeze,
-}
 
 
 def _detach_parameters(model: ir.Model, component: Component) -> dict[str, Tensor]:

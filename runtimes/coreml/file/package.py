@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ....ground.errors import TurbopocketError
+from ....ground.extras import install_hint
 from ....ground.reading import read_json
 
 _AUTHOR = "com.apple.CoreML"
@@ -62,7 +63,7 @@ def coremltools_module(name: str) -> Any:
     try:
         return importlib.import_module(whole)
     except ImportError as error:
-        raise TurbopocketError("Core ML packages need coremltools", hint="pip install 'turbopocket[coreml]'") from error
+        raise TurbopocketError("Core ML packages need coremltools", hint=install_hint("coremltools")) from error
     finally:
         logger.setLevel(level)
 

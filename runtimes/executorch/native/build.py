@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ....ground.errors import TurbopocketError
+from ....ground.extras import install_hint
 from ...arm64.emulator import Emulator
 from ...cache import cache_folder
 from ...command import run
@@ -36,7 +37,7 @@ def native_runner() -> Path:
     folders = list(found.submodule_search_locations or ()) if found else []
     package = next((Path(folder) for folder in folders if (Path(folder) / "lib").is_dir()), None)
     if package is None:
-        raise TurbopocketError("the package executorch is not installed", hint="pip install 'turbopocket[executorch]'")
+        raise TurbopocketError("the package executorch is not installed", hint=install_hint("executorch"))
     return _built(Toolchain(package, (), os.environ))
 
 

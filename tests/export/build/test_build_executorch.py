@@ -16,8 +16,8 @@ from turbopocket.export.build.outcome import Built
 from turbopocket.export.output.kept import CHOICES_FILE, RANGES_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.export.targets.executorch.activations import keeps_digits
 from turbopocket.quant.ranges import load_ranges
+from turbopocket.quant.rounding import keeps_digits
 from turbopocket.quant.sensitivity import load_choices
 from turbopocket.runtimes.drawing.text_to_image import generate, generate_batch
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers

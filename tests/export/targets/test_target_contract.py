@@ -46,6 +46,7 @@ NAMES = (
     *SAMPLE_SCHEMES,
     *("int8-row-asym", "int4-row-asym", "int4-g16"),
     *("int4-g32+a8-dynamic", "int4-g32+a8-static", "int8-row+a6-static", "int8-row+a8-static+float", "fp32+a8-static"),
+    *("int4-row+a8-dynamic", "int4-row+a8-static", "int4-row+a8-static+float", "int8-row-asym+a8-static"),
     *("lut3", "vq6-d2", "vq8-d4-r16", "avq3x8-d4", "avq2x8-d8-shared"),
 )
 LAYERS = ("linear", "conv", "point")
@@ -214,7 +215,7 @@ def test_each_layer_computes_what_its_reference_does(
     schemes = part.target.schemes_of(part.weights, part.schemes, part.ranges)
     limit = part.target.lowering_limit(schemes)
     manifest: Any = OneComponent({COMPONENT: part.spec})
-    runtimes = part.target.runtimes(part.folder, manifest, part.weights, limit)
+    runtimes = part.target.runtimes(part.folder, manifest, part.weights, limit, schemes)
     runner = runtimes[part.target.runtime_names[0]].runner
     random = torch.Generator().manual_seed(2)
     inputs = {"latent_sample": torch.randn(1, 256, 2, 2, generator=random).half().float().numpy()}
@@ -288,7 +289,7 @@ class Toy(LayerFormat):
 def test_an_unknown_format_is_told_nothing_else(target: Target) -> None:
     for kind, shape in (("linear", (64, 64)), ("conv2d", (64, 64, 3, 3))):
         reason = target.storable(Scheme(Toy()), kind, shape)  # type: ignore[arg-type]
-        assert reason == f"{target.stores.target} has no compressed {kind} for toy"
+        assert reason == f"turbopocket writes no {kind} for {target.stores.target} in toy"
 
 
 class Sharing(nn.Module):

@@ -72,7 +72,7 @@ def test_end_of_the_process_is_an_error_of_the_request(
 
 def test_process_without_an_answer_is_ended(server: ServedProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     server.run("model", X, ["y"])
-    monkeypatch.setattr(process, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(process, "MOST_SECONDS", 0.5)
     start = time.monotonic()
     with pytest.raises(TurbopocketError, match="by SIGKILL after 0.5 s without an answer"):
         server.run("hang", X, ["y"])

@@ -38,14 +38,15 @@ from .test_lower_coreml import (
 )
 
 
-def test_a_guided_unet_takes_two_items_and_three_are_two_calls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_unet_takes_as_many_items_as_are_asked_for_and_three_are_several_calls(batch: Any, tmp_path: Path) -> None:
     component = small_component("unet")
-    graph = target.trace(component, unet_batch=2)
+    graph = target.trace(component, target.CoreMLOptions(batch=batch))
     weights = compressed(component, graph, "int8-row")
     target.lower(graph, weights, tmp_path)
     program = Program.open(tmp_path / "Unet.mlpackage")
     assert {spec.name: spec.shape[0] for spec in program.inputs} == dict.fromkeys(
-        ("sample", "timestep", "encoder_hidden_states", "time_ids", "text_embeds"), 2
+        ("sample", "timestep", "encoder_hidden_states", "time_ids", "text_embeds"), batch
     )
     inputs = example(component, 3)
     with stored_weights(component, weights):

@@ -13,7 +13,6 @@ from turbopocket.export.families.graphs import Component
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch import program as lowering
-from turbopocket.export.targets.executorch.activations import MIN_SNR_DB, StaticQParams, keeps_digits, rounded
 from turbopocket.export.targets.executorch.stores import form_of_weight
 from turbopocket.export.targets.executorch.target import FLOAT_ERROR, LAYER_ERROR, STATIC_LAYER_ERROR, ExecuTorch
 from turbopocket.export.targets.registry import open_target
@@ -23,6 +22,7 @@ from turbopocket.quant.activations import QParams
 from turbopocket.quant.calibrate import calibrate, ranges_of
 from turbopocket.quant.formats import CompressedTensor
 from turbopocket.quant.ranges import Ranges
+from turbopocket.quant.rounding import MIN_SNR_DB, StaticQParams, keeps_digits, rounded
 from turbopocket.quant.scheme import Scheme, parse_scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.compare.replay import Call, compare_by_layer

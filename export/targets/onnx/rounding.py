@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that multiply integers by integers in ONNX Runtime: MatMulIntegerToFloat for Linear, QLinearConv for Conv2d.
+
+They are written as the operators that run, not as QuantizeLinear and DequantizeLinear for ONNX Runtime to find
+patterns in: a pattern that is missed runs in fp32, slower than without integers. Activations are unsigned and weights
+signed, which is what its kernels for x86-64 (VNNI) multiply; the other way round takes as long as fp32 or longer.
+A Linear hands on floats, a Conv2d integers, since QLinearConv has no other output.
+
+O outputs, I inputs.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from onnx import FunctionProto, NodeProto, TensorProto, helper
+from torch import Tensor, nn
+
+from ....ground.errors import TurbopocketError
+from ....quant.activations import A8_DYNAMIC, A8_STATIC, QParams
+from ....quant.formats import Affine, CompressedTensor
+from ....quant.formats.bits import pack
+from ....quant.ranges import Ranges
+from ....quant.rounding import StaticQParams, rounded, rounded_by_row
+from ....quant.scheme import Scheme, with_activations
+from .data import StoredTensor
+from .form import MICROSOFT, Array, Form, FormOptions, cast_to_fp32
+from .names import DOMAIN
+from .rows import COLUMN_SUMS, QUANTIZE_ROWS, SCALE_ROWS, overload, row_functions
+
+_UNKNOWN = Ranges((0.0, 1.0), (0.0, 1.0), 1.0, 1.0)
+"""Of a layer before calibration, whose bytes are the same with any."""
+_LARGEST_BIAS = 2.0**31 - 128
+"""The largest float32 that int32 holds."""
+
+
+class _IntegerForm(Form):
+    """Codes int8, or int4 that become int8 when the graph is loaded, and one scale a row."""
+
+    @classmethod
+    def refusal(cls, format: Affine, shape: tuple[int, ...], options: FormOptions) -> str | None:
+        if not format.symmetric:
+            return f"ONNX Runtime has no fast product of integers with a zero point in the weights, as {format} has"
+        if format.group is not None:
+            return f"ONNX Runtime's products of integers have one scale a row, not groups as {format}"
+        return None
+
+    def tensors(self) -> list[StoredTensor]:
+        code_type = TensorProto.INT4 if self.format.bits == 4 else TensorProto.INT8
+        return [
+            self._tensor("codes", code_type, self._stored_shape()),
+            self._tensor("scale", TensorProto.FLOAT16, self.layer.shape[:1]),
+        ]
+
+    def arrays(self, weight: CompressedTensor) -> list[Array]:
+        codes_OK, scale_O1, _ = self.format.unpack(weight)
+        flat = self._stored(codes_OK).flatten().view(torch.uint8)
+        return [(pack(flat[None], 4) if self.format.bits == 4 else flat).numpy(), scale_O1[:, 0].numpy()]
+
+    def _stored_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _stored(self, codes_OK: Tensor) -> Tensor:
+        """The codes in the order of `_stored_shape`."""
+        raise NotImplementedError
+
+    def prepare(self) -> list[NodeProto]:
+        nodes = [cast_to_fp32(self._value("scale"), self._value("scale32"))]
+        if self.format.bits == 4:
+            nodes.append(helper.make_node("Cast", [self._value("codes")], [self._codes], to=TensorProto.INT8))
+        return nodes
+
+    @property
+    def _codes(self) -> str:
+        return self._value("codes8" if self.format.bits == 4 else "codes")
+
+    @property
+    def _qparams(self) -> StaticQParams:
+        ranges = self.options.ranges
+        return StaticQParams.of(ranges.get(self.layer.name, _UNKNOWN))
+
+    def _known_qparams(self) -> StaticQParams:
+        if self.layer.name not in self.options.ranges:
+            raise TurbopocketError(f"{self.layer.name}: {self.scheme} needs the ranges that calibration saw")
+        return self._qparams
+
+
+class IntegerLinear(_IntegerForm):
+    """Linear by MatMulIntegerToFloat, its weight [I, O]."""
+
+    summary = "MatMulIntegerToFloat: uint8 inputs, int8 weights, floats come out"
+
+    @classmethod
+    def rounding_refusal(cls, scheme: Scheme) -> str | None:
+        weight = scheme.weight
+        if scheme in (with_activations(weight, A8_DYNAMIC), with_activations(weight, A8_STATIC), static_input(weight)):
+            return None
+        return "ONNX Runtime rounds a Linear's input to 8 bits, and its output where both scales are static"
+
+    @classmethod
+    def stored_as(cls, scheme: Scheme) -> str:
+        if scheme.input == A8_DYNAMIC:
+            return "MatMulIntegerToFloat: inputs are rounded to uint8 row by row while it runs, weights are int8"
+        return cls.summary if scheme.output is None else f"{cls.summary}, and are rounded to uint8"
+
+    def _stored_shape(self) -> tuple[int, ...]:
+        return (self.layer.shape[1], self.layer.shape[0])
+
+    def _stored(self, codes_OK: Tensor) -> Tensor:
+        return codes_OK.T.contiguous()
+
+    @property
+    def _by_row(self) -> bool:
+        return self.scheme.input == A8_DYNAMIC
+
+    def constants(self) -> list[TensorProto]:
+        if self._by_row:
+            return [_scale(1.0), _zero_point(0)]
+        qparams = self._qparams
+        outputs = [] if self.scheme.output is None else constants_of(qparams.output)
+        return [*constants_of(qparams.input), *outputs]
+
+    def apply(self, node: NodeProto) -> list[NodeProto]:
+        return self._apply_by_row(node) if self._by_row else self._apply_static(node)
+
+    def _apply_static(self, node: NodeProto) -> list[NodeProto]:
+        y, qparams = node.output[0], self._qparams
+        codes, scales = f"{y}/codes", constant_names(qparams.input)
+        bias = ["", node.input[2]] if len(node.input) > 2 else []
+        product = y if self.scheme.output is None else f"{y}/product"
+        nodes = [
+            helper.make_node("QuantizeLinear", [node.input[0], *scales], [codes], name=codes),
+            self._product(codes, scales, product, bias, node.name if product == y else f"{node.name}/product"),
+        ]
+        return nodes if product == y else [*nodes, *rounded_nodes(product, node, qparams.output)]
+
+    def _apply_by_row(self, node: NodeProto) -> list[NodeProto]:
+        y = node.output[0]
+        codes, scale, zero, sums, product = (f"{y}/{each}" for each in ("codes", "scale", "zero", "sums", "product"))
+        one = _scale(1.0).name, _zero_point(0).name
+        bias = node.input[2:]
+        kind = overload(biased=bool(bias))
+        weight = [self._codes, self._value("scale32"), *bias]
+        return [
+            helper.make_node(COLUMN_SUMS, weight, [sums], name=sums, domain=DOMAIN, overload=kind),
+            helper.make_node(QUANTIZE_ROWS, node.input[:1], [codes, scale, zero], name=codes, domain=DOMAIN),
+            self._product(codes, one, product, [], product),
+            helper.make_node(
+                SCALE_ROWS, [product, scale, zero, sums], [y], name=node.name, domain=DOMAIN, overload=kind
+            ),
+        ]
+
+    def _product(self, codes: str, scales: Sequence[str], product: str, bias: Sequence[str], name: str) -> NodeProto:
+        """Of codes with this scale and zero point, by the weight."""
+        scale, zero_point = scales
+        inputs = [codes, self._codes, scale, self._value("scale32"), zero_point, *bias]
+        return helper.make_node("MatMulIntegerToFloat", inputs, [product], name=name, domain=MICROSOFT)
+
+    def functions(self, node: NodeProto) -> list[FunctionProto]:
+        return row_functions(biased=len(node.input) > 2) if self._by_row else []
+
+    def reference(self, module: nn.Module, weight: CompressedTensor) -> nn.Module:
+        if self._by_row:
+            return rounding(super().reference(module, weight), rounded_by_row, None)
+        return _static(super().reference(module, weight), self._known_qparams(), self.scheme.output is not None)
+
+
+class IntegerConv2d(_IntegerForm):
+    """Conv2d by QLinearConv."""
+
+    summary = "QLinearConv: uint8 inputs and outputs, int8 weights"
+
+    @classmethod
+    def rounding_refusal(cls, scheme: Scheme) -> str | None:
+        if scheme == with_activations(scheme.weight, A8_STATIC):
+            return None
+        if scheme.input == A8_DYNAMIC:
+            return "ONNX Runtime's convolution with scales found while it runs takes several times as long as fp32"
+        return "ONNX Runtime's convolution of integers rounds inputs and outputs to 8 bits, with static scales"
+
+    def _stored_shape(self) -> tuple[int, ...]:
+        return self.layer.shape
+
+    def _stored(self, codes_OK: Tensor) -> Tensor:
+        outputs, _, height, width = self.layer.shape
+        return codes_OK.reshape(outputs, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+    def constants(self) -> list[TensorProto]:
+        qparams = self._qparams
+        return [*constants_of(qparams.input), *constants_of(qparams.output), _WEIGHT_ZERO_POINT]
+
+    def apply(self, node: NodeProto) -> list[NodeProto]:
+        y, qparams = node.output[0], self._qparams
+        codes, product, bias = f"{y}/codes", f"{y}/product", f"{y}/bias"
+        scales = constant_names(qparams.input)
+        weight = [self._codes, self._value("scale32"), _WEIGHT_ZERO_POINT.name]
+        biased = len(node.input) > 2
+        inputs = [codes, *scales, *weight, *constant_names(qparams.output), *([bias] if biased else [])]
+        conv = helper.make_node("QLinearConv", inputs, [product], name=product)
+        conv.attribute.extend(node.attribute)
+        return [
+            *(self._rounded_bias(node, bias, scales[0]) if biased else []),
+            helper.make_node("QuantizeLinear", [node.input[0], *scales], [codes], name=codes),
+            conv,
+            helper.make_node("DequantizeLinear", [product, *constant_names(qparams.output)], [y], name=node.name),
+        ]
+
+    def _rounded_bias(self, node: NodeProto, bias: str, scale: str) -> list[NodeProto]:
+        """int32 multiples of a product's scale, made when the graph is loaded."""
+        step, steps, whole, fitting = (f"{bias}/{part}" for part in ("step", "steps", "whole", "fitting"))
+        ends = [f"{bias}/least", f"{bias}/most"]
+        return [
+            helper.make_node("Mul", [self._value("scale32"), scale], [step], name=step),
+            helper.make_node("Div", [node.input[2], step], [steps], name=steps),
+            helper.make_node("Round", [steps], [whole], name=whole),
+            helper.make_node("Constant", [], ends[:1], value_float=-_LARGEST_BIAS),
+            helper.make_node("Constant", [], ends[1:], value_float=_LARGEST_BIAS),
+            helper.make_node("Clip", [whole, *ends], [fitting], name=fitting),
+            helper.make_node("Cast", [fitting], [bias], name=bias, to=TensorProto.INT32),
+        ]
+
+    def reference(self, module: nn.Module, weight: CompressedTensor) -> nn.Module:
+        qparams, found = self._known_qparams(), super().reference(module, weight)
+        bias = found.bias
+        if isinstance(bias, Tensor):
+            step = weight.parts["scale"][:, 0].float() * qparams.input.scale
+            found.bias = nn.Parameter(torch.round(bias.detach() / step) * step, requires_grad=False)
+        return _static(found, qparams, with_output=True)
+
+
+def static_input(weight: Any) -> Scheme:
+    """Its inputs are rounded in a scale from calibration, and floats come out."""
+    return Scheme(weight, A8_STATIC)
+
+
+def rounded_nodes(value: str, node: NodeProto, qparams: QParams) -> list[NodeProto]:
+    """From a value to the output of the traced node, which is that value in steps."""
+    codes, scales = f"{node.output[0]}/rounded", constant_names(qparams)
+    return [
+        helper.make_node("QuantizeLinear", [value, *scales], [codes], name=codes),
+        helper.make_node("DequantizeLinear", [codes, *scales], node.output, name=node.name),
+    ]
+
+
+def constants_of(qparams: QParams) -> list[TensorProto]:
+    """Scale and unsigned zero point of a tensor."""
+    return [_scale(qparams.scale), _zero_point(qparams.zero_point - qparams.lowest)]
+
+
+def constant_names(qparams: QParams) -> list[str]:
+    """Of `constants_of`."""
+    return [each.name for each in constants_of(qparams)]
+
+
+def _scale(scale: float) -> TensorProto:
+    """Named by its value: equal ones are one initializer, so that equal roundings of one tensor become one."""
+    raw = struct.pack("<f", scale)
+    return TensorProto(name=f"scale.{raw[::-1].hex()}", data_type=TensorProto.FLOAT, raw_data=raw)
+
+
+def _zero_point(zero_point: int) -> TensorProto:
+    raw = bytes([zero_point])
+    return TensorProto(name=f"zero_point.{raw.hex()}", data_type=TensorProto.UINT8, raw_data=raw)
+
+
+_WEIGHT_ZERO_POINT = TensorProto(name="zero_point.int8", data_type=TensorProto.INT8, raw_data=bytes(1))
+
+
+def _static(layer: nn.Module, qparams: StaticQParams, with_output: bool) -> nn.Module:
+    return rounding(
+        layer, lambda x: rounded(x, qparams.input), (lambda y: rounded(y, qparams.output)) if with_output else None
+    )
+
+
+def rounding(layer: nn.Module, of_input: Any, of_output: Any) -> nn.Module:
+    """The layer itself, which from now on rounds what it is given, and what it gives, by these functions."""
+    layer.register_forward_pre_hook(lambda module, arguments: (of_input(arguments[0]), *arguments[1:]))
+    if of_output is not None:
+        layer.register_forward_hook(lambda module, arguments, y: of_output(y))
+    return layer
