@@ -107,7 +107,7 @@ class CompressSection(Section):
     """In the place of a budget: so many stored bits for each weight of all layers, scales and codebooks counted."""
     content: tuple[str, ...] = ()
     """Globs over layer names, such as ("*.ff.*", "*.attn2.*"): these are judged by 1 - SSIM of the picture, the others
-    by the denoiser's output; several divisions of the budget between both are drawn with, and the best is taken."""
+    by the denoiser's output; plans of several divisions of the budget are drawn with, and the best is taken."""
     exempt: float = Field(default=0.0, ge=0, lt=1)
     """Share of the layers, those whose rounded activations lose most, that keep floats where a target can: 0.01."""
     rewrites: tuple[str, ...] = ()

@@ -33,7 +33,8 @@ def proposals(
     """The plan for graphs as they are; before fine-tuning, for graphs whose norms and biases all differ, since a graph
     keeps equal ones once, and tuned ones are not equal.
 
-    Several where `content` are other losses of some layers: one for each division of the budget.
+    More where `content` are other losses of some layers: one for each division of the budget, after that of least loss
+    of quality alone.
     """
     if not bench.recipe.finetune.iterations:
         return _plans_for(bench, choices, content, artifact)
@@ -81,10 +82,11 @@ def _plans_for(
     shares = SHARES if content else ()
     if compression.average_bits is not None:
         allowed = bytes_at(layers, compression.average_bits)
-        of_layers = [divided(share)(allowed, 0) for share in shares] or [plan(layers, allowed, 0, pins)]
+        of_layers = [plan(layers, allowed, 0, pins), *(divided(share)(allowed, 0) for share in shares)]
         return [_with_exact_bytes(each, file_bytes) for each in different(of_layers)]
+    of_quality = best_fitting(layers, budget, pins, first, file_bytes)
     divisions = [best_fitting(layers, budget, pins, first, file_bytes, divided(share)) for share in shares]
-    return different(divisions) or [best_fitting(layers, budget, pins, first, file_bytes)]
+    return different([of_quality, *divisions])
 
 
 def _with_exact_bytes(proposed: Plan, file_bytes: Callable[[Mapping[str, Scheme]], int]) -> Plan:

@@ -56,8 +56,8 @@ def selected(
     scores = json.loads((journal.product("select", inputs, make) / SCORES_FILE).read_text(encoding="utf-8"))
     best = int(np.argmin(scores))
     bench.progress.remark(
-        f"note: of {len(plans)} divisions of the budget number {best + 1} is taken: its pictures of selection prompts "
-        f"have a mean squared error of {scores[best]:.3g}, the others {min(_others(scores, best)):.3g} or more"
+        f"note: of {len(plans)} plans, the first of least loss of quality, number {best + 1} is taken: its pictures of "
+        f"selection prompts have a mean squared error of {scores[best]:.3g}, others {_next(scores, best):.3g} or more"
     )
     return plans[best]
 
@@ -81,5 +81,6 @@ def _scores(
     return scores
 
 
-def _others(scores: Sequence[float], best: int) -> list[float]:
-    return [score for index, score in enumerate(scores) if index != best]
+def _next(scores: Sequence[float], best: int) -> float:
+    """The least of the others."""
+    return min(score for index, score in enumerate(scores) if index != best)

@@ -39,7 +39,7 @@ def test_shipped_recipe_loads(name: str) -> None:
         ({"compress": {"pin": {"*": "fp32+a9-static"}}}, "`a9-static` is no format of activations"),
         (
             {"compress": {"budget": "1MB", "average_bits": 5}},
-            "budget = 1MB and average_bits = 5: one of them is enough",
+            "budget = 1MB and average_bits = 5: one is enough",
         ),
         ({"compress": {"rewrites": ["bos"]}}, "bos is no rewrite, known are bos-aware"),
         ({"compress": {"fit": "best"}}, "`best` is not a fit: known are absmax, mse, gptq"),
