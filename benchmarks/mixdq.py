@@ -225,7 +225,7 @@ class Ablation:
             kept = json.loads(out.read_text())
             if kept["model"] == source and kept["prompts"] == test_prompts:
                 self.result = kept
-        self.result |= {"model": source, "prompts": test_prompts, "machine": platform.processor(), **_settings()}
+        self.result |= {"model": source, "prompts": test_prompts, "machine": platform.machine(), **_settings()}
         self.subject = cache(self._subject)
         self.measured = cache(lambda: Measured(self.subject(True)))
         self.floats = cache(lambda: self.subject(False).draw(self.asked))

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from ...ground.errors import TurbopocketError
 from ...quant.layer_rounding import activations_name
-from ...quant.plan import LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
+from ...quant.plan import Candidate, LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
 from ...quant.ranges import Ranges
 from ...quant.scheme import Scheme, parse_scheme
 from ..targets.base import NO_RANGES, Target
@@ -55,24 +55,32 @@ def with_floats(
     return {name: list(dict.fromkeys([*own, *float_schemes(name, own)])) for name, own in candidates.items()}
 
 
-def exempted(choices: Mapping[str, LayerChoices], share: float) -> dict[str, LayerChoices]:
-    """Returns choices in which that share of the layers keep floats, and no other that can round its activations does.
+def exempted(choices: Mapping[str, LayerChoices], share: float, pins: Mapping[str, str]) -> dict[str, LayerChoices]:
+    """Returns choices in which that share of the layers keep floats, and no other does in a format that can be rounded.
 
-    Of layers that can do both, those whose roundings lose most, the least of their own counted. MixDQ (Zhao et al.
-    2024, arXiv 2405.17873) leaves about one in a hundred out. No byte pays for rounding, so a plan would never choose
-    it.
+    Of layers with candidates that store a weight alike with and without rounding, and no pin, those whose roundings
+    lose most, the least of their own counted. MixDQ (Zhao et al. 2024, arXiv 2405.17873) leaves about one in a hundred
+    out. No byte pays for rounding, so a plan would never choose it.
     """
-    if not share:
-        return dict(choices)
-    both = {name: each for name, each in choices.items() if len({_is_float(c.scheme) for c in each.candidates}) == 2}
-    worst_first = sorted(both, key=lambda name: -min(both[name].roundings.values(), default=0.0))
+    twins = {name: _float_twins(each) for name, each in choices.items()} if share else {}
+    free = [name for name, own in twins.items() if own and not any(fnmatchcase(name, glob) for glob in pins)]
+    worst_first = sorted(free, key=lambda name: -min(choices[name].roundings.values(), default=0.0))
     kept = set(worst_first[: round(share * len(choices))])
+
+    def left(name: str, candidate: Candidate) -> bool:
+        return "+" not in candidate.scheme if name in kept else candidate.scheme not in twins[name]
+
+    narrowed_to = {name: tuple(c for c in choices[name].candidates if left(name, c)) for name in free}
     return {
-        name: replace(each, candidates=tuple(c for c in each.candidates if _is_float(c.scheme) == (name in kept)))
-        if name in both
-        else each
+        name: replace(each, candidates=narrowed_to[name]) if name in narrowed_to else each
         for name, each in choices.items()
     }
+
+
+def _float_twins(layer: LayerChoices) -> set[str]:
+    """Candidates without rounding whose weight is stored as that of one with it."""
+    schemes = {candidate.scheme for candidate in layer.candidates}
+    return {scheme.partition("+")[0] for scheme in schemes if "+" in scheme} & schemes
 
 
 def narrowed(choices: Mapping[str, LayerChoices], like: Mapping[str, LayerChoices]) -> dict[str, LayerChoices]:
@@ -82,10 +90,6 @@ def narrowed(choices: Mapping[str, LayerChoices], like: Mapping[str, LayerChoice
         name: replace(each, candidates=tuple(c for c in each.candidates if c.scheme in left[name]))
         for name, each in choices.items()
     }
-
-
-def _is_float(scheme: str) -> bool:
-    return parse_scheme(scheme).is_weight_only
 
 
 def resolved(

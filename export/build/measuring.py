@@ -41,7 +41,8 @@ def measured_choices(
     """Choices of every layer by shares of the denoiser's output or picture that are lost; and of those layers that a
     recipe calls content, by 1 - SSIM of the picture."""
     quality, content = _measured_losses(bench, session, stats, journal)
-    choices = exempted(with_schemes(quality, bench.candidates), bench.recipe.compress.exempt)
+    asked = bench.recipe.compress
+    choices = exempted(with_schemes(quality, bench.candidates), asked.exempt, asked.pin)
     return choices, narrowed(with_schemes(content, bench.candidates), choices)
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Candidates that round activations: what they lose, and which layers are left out."""
 
+from dataclasses import replace
+
 from turbopocket.export.build.candidates import exempted, narrowed, with_floats, with_schemes
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.registry import open_target
@@ -28,7 +30,7 @@ def test_a_scheme_loses_what_its_weight_and_its_rounding_lose() -> None:
 
 
 def test_the_share_that_loses_most_keeps_floats_and_no_other() -> None:
-    left = exempted(choices(1.0, 9.0, 3.0, 2.0), 0.25)
+    left = exempted(choices(1.0, 9.0, 3.0, 2.0), 0.25, {})
     floats = [name for name, each in left.items() if [c.scheme for c in each.candidates] == ["int8-row"]]
     assert floats == ["unet.1"]
     decided = plan(list(left.values()), None, 0).schemes
@@ -37,17 +39,32 @@ def test_the_share_that_loses_most_keeps_floats_and_no_other() -> None:
     assert narrowed(content, left) == left
 
 
+def test_a_pinned_layer_has_what_it_is_pinned_to() -> None:
+    pins = {"unet.1": "int8-row+a8-static"}
+    left = exempted(choices(1.0, 9.0, 3.0, 2.0), 0.25, pins)
+    decided = plan(list(left.values()), None, 0, pins).schemes
+    assert [name for name, scheme in decided.items() if scheme.is_weight_only] == ["unet.2"]
+    assert str(decided["unet.1"]) == "int8-row+a8-static"
+
+
+def test_a_format_that_is_never_rounded_stays_a_candidate() -> None:
+    wide = Candidate("fp16", 400, 0.0)
+    layers = {name: replace(each, candidates=(*each.candidates, wide)) for name, each in choices(1.0, 9.0).items()}
+    for each in exempted(layers, 0.5, {}).values():
+        assert wide in each.candidates
+
+
 def test_without_a_share_nothing_is_decided_about_it() -> None:
-    assert exempted(choices(1.0, 9.0), 0.0) == choices(1.0, 9.0)
+    assert exempted(choices(1.0, 9.0), 0.0, {}) == choices(1.0, 9.0)
 
 
 def test_of_a_share_of_no_layer_all_that_can_round_do() -> None:
-    assert all("+" in c.scheme for each in exempted(choices(1.0, 9.0), 0.01).values() for c in each.candidates)
+    assert all("+" in c.scheme for each in exempted(choices(1.0, 9.0), 0.01, {}).values() for c in each.candidates)
 
 
 def test_layers_that_have_no_choice_stay_as_they_are() -> None:
     only = {"unet.0": LayerChoices("unet.0", (10, 20), (Candidate("fp16", 400, 0.0),))}
-    assert exempted(only, 0.5) == only
+    assert exempted(only, 0.5, {}) == only
 
 
 def test_floats_are_candidates_where_the_target_runs_them() -> None:

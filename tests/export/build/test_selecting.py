@@ -55,3 +55,20 @@ def test_content_that_names_no_layer_is_refused(tiny_sdxl: Path, tmp_path: Path)
     values["compress"] = values["compress"] | {"content": ["*.attn3.*"]}
     with pytest.raises(TurbopocketError, match=r"content '\*.attn3.\*' matches no layer"):
         build(make_recipe(values, "a test"), tmp_path / "art")
+
+
+def test_the_layers_whose_rounding_loses_most_keep_floats(tiny_sdxl: Path, tmp_path: Path) -> None:
+    values = {**VALUES, "model": {"source": str(tiny_sdxl)}}
+    formats = ["int8-row+a8-static", "int8-row+a8-static+float", "fp16"]
+    values["compress"] = {"formats": formats, "fit": "absmax", "exempt": 0.1, "rewrites": ["bos-aware"]}
+    values["compress"] |= {"average_bits": 8.5}
+    built = build(make_recipe(values, "a test"), tmp_path / "art", keep=False)
+    assert built.gaps.failure is None
+    schemes = built.plan.schemes
+    floats = {name for name, each in schemes.items() if str(each) == "int8-row"}
+    assert 0 < len(floats) <= round(0.1 * len(schemes))
+    rounded = {str(each) for each in schemes.values() if each.is_static}
+    assert rounded == {"int8-row+a8-static", "int8-row+a8-static+float"}
+    losses = {each["layer"]: each for each in json.loads((built.report.parent / "choices.json").read_text())["layers"]}
+    worst_rounded = max(min(losses[name]["roundings"].values()) for name, each in schemes.items() if each.is_static)
+    assert all(min(losses[name]["roundings"].values()) >= worst_rounded for name in floats)
