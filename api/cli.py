@@ -120,9 +120,6 @@ def build(
 
     What was compressed and lowered is compared with PyTorch; what differs from it more than it may is not written.
     """
-    from . import Workers, build_targets
-    from .export.build.outcome import show_built
-
     overrides = {
         "model.source": source,
         "model.config": config,
@@ -139,6 +136,9 @@ def build(
         "seed": seed,
     }
     asked = asked_recipe(recipe, overrides, assigned)
+    from . import Workers, build_targets
+    from .export.build.outcome import show_built
+
     made = build_targets(asked, out, overwrite, as_json or manner.quiet, Workers(workers, ray), keep, run)
     summaries = {built.folder.name: built.summary() for built in made}
 
@@ -213,9 +213,6 @@ def plan(
 
     Weights are not read, and need not be there.
     """
-    from . import plan as run_plan
-    from .export.plan import show_plan
-
     overrides = {
         "model.source": source,
         "model.config": config,
@@ -224,7 +221,11 @@ def plan(
         "compress.formats": formats and formats.split(","),
         "compress.pin": asked_pins(pin),
     }
-    planned = run_plan(asked_recipe(recipe, overrides, assigned), measured)
+    asked = asked_recipe(recipe, overrides, assigned)
+    from . import plan as run_plan
+    from .export.plan import show_plan
+
+    planned = run_plan(asked, measured)
     emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
 
 
@@ -240,13 +241,16 @@ def check(
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Stop after the files' hashes: all that an artifact alone can tell.")
     ] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Only repeat the build's self-check, as a phone does; no model needed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Verifies an artifact's files, and its outputs by PyTorch."""
     from . import check as run_check
     from .export.output.staging import artifacts_in
 
-    asked = talk(as_json), cpu or (), cache, accept_limit, files_only
+    asked = talk(as_json), cpu or (), cache, accept_limit, files_only, self_test
     results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
     summaries = {path.name: result.summary() for path, result in results.items()}
 
@@ -259,7 +263,7 @@ def check(
         if result.failure is not None:
             raise ParityFailed(f"{path}: {result.failure}")
     for path, result in results.items():
-        if result.gaps is None and not files_only:
+        if result.gaps is None and not (files_only or self_test):
             raise TurbopocketError(
                 f"{path}: files are right, parity was not measured: {result.why_not}",
                 hint="--files-only asks for no more than the files",
@@ -371,7 +375,9 @@ def recipe_show(
     else:
         shown = load_recipe(name) if name else Recipe()
     shown = with_values(shown, {}, assigned or ())
-    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml(), end=""))
+    unset = shown.keys_without_value()
+    also = f"# without a value unless one is given: {', '.join(unset)}\n" if unset else ""
+    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml() + also, end=""))
 
 
 def _with_common_options(command: Any, options: list[Any]) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that several commands have, and what they are turned into."""
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ import typer
 
 from . import TurbopocketError
 from .door import manner
-from .export.target_options import TARGET_ENTRIES, with_several_sizes
+from .export.target_options import TARGET_ENTRIES, known_target, with_several_sizes
 from .runtimes.arm64.cpus import CPUS, PREFIX
 
 if TYPE_CHECKING:
@@ -77,10 +78,30 @@ def talk(as_json: bool) -> "StageProgress":
 
 
 def asked_recipe(name: str | None, overrides: dict[str, Any], assigned: list[str] | None) -> "Recipe":
+    _refuse_at_once(name, overrides, assigned or ())
     from . import Recipe, load_recipe
     from .export.settings import with_values
 
     return with_values(load_recipe(name) if name else Recipe(), overrides, assigned or ())
+
+
+def _refuse_at_once(name: str | None, overrides: dict[str, Any], assigned: Sequence[str]) -> None:
+    """Raises for what can be found wrong before PyTorch is imported, which takes longer than a mistake should take.
+
+    The recipe asks the same functions.
+    """
+    from .export.settings import Section, parse_assignment, read_settings
+    from .export.units import parse_bytes
+
+    if name:
+        read_settings(name, Section)
+    for target in (overrides.get("target.name"), *(overrides.get("target.also") or ())):
+        if target is not None:
+            known_target(target)
+    if (budget := overrides.get("compress.budget")) is not None:
+        parse_bytes(budget)
+    for text in assigned:
+        parse_assignment(text)
 
 
 def asked_pins(pins: list[str] | None) -> dict[str, str] | None:

@@ -50,9 +50,6 @@ def _add(stage: "Stage") -> None:
         run: RunFolder = None,
         as_json: AsJson = False,
     ) -> None:
-        from . import Workers
-        from .export.build.build import make_stage
-
         overrides = {
             "model.source": source,
             "model.config": config,
@@ -61,6 +58,9 @@ def _add(stage: "Stage") -> None:
             "compress.formats": formats and formats.split(","),
         }
         asked = asked_recipe(recipe, overrides, assigned)
+        from . import Workers
+        from .export.build.build import make_stage
+
         path = make_stage(asked, out, stage, talk(as_json), Workers(workers, ray), run)
         emit({"run": str(path)}, as_json, lambda console: console.print(f"results   {path}", soft_wrap=True))
 

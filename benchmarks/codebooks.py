@@ -19,6 +19,8 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import torch
 from distillation import Painter
 from torch import Tensor
 
-from turbopocket.export.families.components import components_of, group_name
+from turbopocket.export.families.components import components_of
 from turbopocket.pocket.evaluate import frechet_distance, write_json
 from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.render import render
@@ -86,6 +88,18 @@ class Student:
         """Draws the calibration pictures with the weights that the UNet then has."""
         captions = [scene.caption for scene in sample_scenes("train", CALIBRATION_PICTURES, 0)]
         self.painter.draw(captions, range(CALIBRATION_PICTURES))
+
+    def calibration_calls(self, _component: str) -> list[Callable[[], object]]:
+        """What runs the UNet as it was run while the calibration pictures were drawn."""
+        found: list[Callable[[], object]] = []
+
+        def heard(_: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.append(partial(self.unet, *positional, **named))
+
+        hook = self.unet.register_forward_pre_hook(heard, with_kwargs=True)
+        self.calibration()
+        hook.remove()
+        return found
 
     def calls(self) -> Calls:
         """The UNet's own calls while it draws pictures for fine-tuning."""
@@ -195,9 +209,9 @@ def main() -> None:
             start = time.process_time()
             add(text, name, compress(layers, plan, parse_fit(fit), ran), start)
         start = time.process_time()
-        asked = {"unet": student.unet}, layers, plan, parse_fit("vqdm"), ran, group_name, student.calibration
+        asked = {"unet": student.unet}, student.component.blocks(), layers, plan, parse_fit("vqdm"), ran
         with tempfile.TemporaryDirectory() as folder:
-            weights = compress_in_blocks(*asked, Path(folder))
+            weights = compress_in_blocks(*asked, student.calibration_calls, Path(folder))
         add(text, "+ sequential", weights, start)
         start = time.process_time()
         calls = calls or student.calls()

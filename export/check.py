@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ from rich.console import Console
 from ..ground.errors import TurbopocketError
 from ..quant.ranges import load_ranges
 from ..quant.store import load_weights
-from ..runtimes.arm64.cpus import PREFIX, parse_cpu
+from ..runtimes.arm64.cpus import PREFIX, Cpu, parse_cpu
+from ..runtimes.arm64.emulator import Emulator
 from ..runtimes.arm64.setup import default_cache, open_emulator
+from ..runtimes.compare.self_check import SelfTest
+from ..runtimes.compare.self_check import self_test as run_self_test
 from ..runtimes.drawing.redundant import require_agreement
 from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
+from ..runtimes.open import open_runner
 from .build.manifest import planned_schemes
 from .build.rewriting import require_same_encoders, rewritten
 from .checkpoint.identity import model_identity
@@ -48,6 +52,7 @@ class Checked:
             could be checked, and `why_not` then says why.
         unverified: what only a device can tell; notes: what to know of the model and of how it ran on this machine.
         emulated: gaps on emulated CPUs, by name.
+        self_test: the build's self-check, run here; None when it was not asked for.
         loosened: one sentence on a limit in the artifact's recipe that is above its target's own, and was not accepted.
     """
 
@@ -58,10 +63,13 @@ class Checked:
     notes: tuple[str, ...]
     emulated: Mapping[str, Emulated] = field(default_factory=dict)
     loosened: str | None = None
+    self_test: SelfTest | None = None
 
     @property
     def failure(self) -> str | None:
         """One sentence on the first thing that is wrong, None when everything that could be checked is right."""
+        if self.self_test and self.self_test.failure:
+            return self.self_test.failure
         if self.gaps and self.gaps.failure:
             return self.gaps.failure
         failures = {name: each.failure for name, each in self.emulated.items()}
@@ -75,6 +83,7 @@ class Checked:
             "files_verified": True,
             "parity": parity_summary(self.gaps) if self.gaps else None,
             "parity_not_measured": self.why_not,
+            "self_test": self.self_test and self.self_test.summary(),
             "emulated": {name: each.summary() for name, each in self.emulated.items()},
             "not_verified_on_device": list(self.unverified),
             "notes": list(self.notes),
@@ -87,6 +96,8 @@ class Checked:
             console.print(f"parity was not measured: {self.why_not}", highlight=False, soft_wrap=True)
         else:
             show_parity(self.gaps, console, self.emulated)
+        if self.self_test is not None:
+            console.print(str(self.self_test), highlight=False, soft_wrap=True)
         for name, each in self.emulated.items():
             ran = ", ".join(f"{count:,} {kind}" for kind, count in each.kernels.items())
             console.print(
@@ -102,6 +113,7 @@ def check(
     cache: Path | None = None,
     accept_limit: bool = False,
     files_only: bool = False,
+    self_test: bool = False,
 ) -> Checked:
     """Verifies every file against the manifest, then measures both gaps again, and once more on each emulated CPU.
 
@@ -110,11 +122,15 @@ def check(
     A limit in the artifact's recipe that is above its target's own is a failure unless `accept_limit`: whoever may have
     changed the artifact may have written it.
 
+    With `self_test` the build's self-check is run instead, which needs the artifact alone: what a phone does once.
+
     Parity needs what lies beside the artifact after a build (the stored weights as PyTorch reads them) and the float
     model; without the former, or with `files_only`, only the files are checked. Raises TurbopocketError for files that
     do not match, a manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in
     `cache` or not run.
     """
+    if self_test and cpus:
+        raise TurbopocketError(f"the self-test runs here alone, {', '.join(cpus)} was asked with it")
     emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
     artifact, progress = Path(artifact), progress or StageProgress()
     settle_output(artifact)
@@ -125,14 +141,31 @@ def check(
         verify(artifact, manifest)
         unverified = target.inspect(artifact, manifest)
         notes = (*manifest.notes, *target.notes(artifact, manifest))
+    if self_test:
+        return _self_tested(artifact, manifest, unverified, notes, progress)
     stored = report_folder(artifact.absolute()) / WEIGHTS_FILE
     if why_not := _why_no_parity(artifact, stored, cpus, files_only):
         return Checked(manifest, None, why_not, unverified, notes)
+    files = Checked(manifest, None, None, unverified, notes)
+    return _compared(files, artifact, recipe, target, stored, emulators, accept_limit, progress)
+
+
+def _compared(
+    files: Checked,
+    artifact: Path,
+    recipe: Recipe,
+    target: Target,
+    stored: Path,
+    emulators: Sequence[tuple[Cpu, Emulator]],
+    accept_limit: bool,
+    progress: StageProgress,
+) -> Checked:
+    """What was found of the files, with both gaps, here and on the emulated CPUs."""
+    manifest = files.manifest
     with progress.stage("load"):
         model = _model(artifact, manifest, recipe)
         evidence, tokenizers = evidence_for(model), open_tokenizers(artifact, manifest)
         session = Session.of_report(manifest, tokenizers, evidence, recipe.parity.pictures, recipe.seed)
-        notes += size_notes(model, manifest.sizes)
     components = _components(target, model, manifest, recipe, evidence)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
     weights = {name: kept[name] for name in layers_of(components) if name in kept}
@@ -154,7 +187,16 @@ def check(
             asked = components, as_run, kept, there, here, gaps.compression, session, evidence, advance
             emulated[f"{PREFIX}{cpu.name}"] = measure_emulated(*asked)
     loosened = None if accept_limit else _loosened(limit, own_limit, target.name)
-    return Checked(manifest, gaps, None, unverified, notes, emulated, loosened)
+    notes = (*files.notes, *size_notes(model, manifest.sizes))
+    return replace(files, gaps=gaps, notes=notes, emulated=emulated, loosened=loosened)
+
+
+def _self_tested(
+    artifact: Path, manifest: Manifest, unverified: tuple[str, ...], notes: tuple[str, ...], progress: StageProgress
+) -> Checked:
+    with progress.stage("self-test"):
+        found = run_self_test(artifact, manifest, open_tokenizers(artifact, manifest), open_runner(artifact, manifest))
+    return Checked(manifest, None, "only the self-test was asked for", unverified, notes, self_test=found)
 
 
 def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str], files_only: bool) -> str | None:

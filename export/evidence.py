@@ -39,6 +39,10 @@ class Evidence(Protocol):
         """Returns the share of pictures that show all their prompt says, None when nobody can tell."""
         ...
 
+    def misread(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[list[str]]:
+        """Returns for each picture what of its prompt it does not show, in words; nothing when nobody can tell."""
+        ...
+
 
 def evidence_for(model: LoadedModel) -> Evidence:
     """Returns the evidence that the model's folder names in `evidence.json`, else everyday prompts and no judge.
@@ -90,6 +94,15 @@ class SceneEvidence:
             return None
         return alignment(self._judge, np.stack(pictures), [parse_caption(prompt) for prompt in prompts]).all_right
 
+    def misread(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[list[str]]:
+        """Returns for each picture the attributes that the judge reads otherwise; nothing where `alignment` is None."""
+        from ..pocket.judge import misread, reads
+        from ..pocket.scenes import parse_caption
+
+        if not all(map(reads, pictures)):
+            return []
+        return misread(self._judge, np.stack(pictures), [parse_caption(prompt) for prompt in prompts])
+
     def _distance(self, found: Picture, expected: Picture) -> float | None:
         from ..pocket.judge import features, reads
 
@@ -115,6 +128,10 @@ class TextEvidence:
 
     def alignment(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> None:
         """Nobody can tell."""
+
+    def misread(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[list[str]]:
+        """Nobody can tell."""
+        return []
 
 
 NAMED: Mapping[str, Callable[[], Evidence]] = {"scenes": SceneEvidence, "everyday": TextEvidence}

@@ -6,7 +6,7 @@ A section is a `Section`, or the frozen dataclass that a stage takes as its opti
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -37,6 +37,10 @@ class Section(BaseModel):
     def to_toml(self) -> str:
         """Returns all values with every default filled in, as TOML that reads back the same."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def keys_without_value(self) -> list[str]:
+        """Returns the dotted keys that `to_toml` leaves out, since TOML has no word for none."""
+        return list(_without_value(self.model_dump(mode="json")))
 
 
 Settings = TypeVar("Settings", bound=Section)
@@ -126,6 +130,14 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
     except (ValueError, RecursionError):
         value = written
     return tuple(path), value
+
+
+def _without_value(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _without_value(value, f"{above}{key}.")
+        elif value is None:
+            yield f"{above}{key}"
 
 
 def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -30,11 +30,13 @@ def packages_with(module: str, requirements: Iterable[str]) -> list[str]:
     extras: dict[str, list[str]] = {}
     for requirement in requirements:
         if (found := _EXTRA.search(requirement)) and found[1] != _NOT_FOR_USERS:
-            extras.setdefault(found[1], []).append(requirement[: found.start()].strip())
+            package = requirement[: found.start()].strip()
+            if _module_of(package) != DISTRIBUTION:  # extras stand on one another
+                extras.setdefault(found[1], []).append(package)
     top = module.partition(".")[0].lower()
     for packages in extras.values():
         if any(_module_of(package) == top for package in packages):
-            return [package for package in packages if _module_of(package) != DISTRIBUTION]
+            return packages
     return []
 
 

@@ -20,6 +20,17 @@ from .scenes import LABELS, Scene, labels_of
 JUDGE_FILE = Path(__file__).parent / "weights" / "judge" / "judge.safetensors"
 COUNTS = (1, 2, 3)  # objects in a picture; all but 2 are faults
 HEADS = {**LABELS, "count": len(COUNTS)}
+WORDS = {
+    "axis": "how the two lie to each other",
+    "background": "the background",
+    **{
+        f"{what}{index}": f"the {what} of the {which} one"
+        for index, which in enumerate(("left or upper", "right or lower"))
+        for what in ("shape", "colour", "size")
+    },
+    "count": "how many there are",
+}
+"""What a person calls each attribute."""
 FEATURE_WIDTH = 128
 BATCH = 256
 
@@ -122,8 +133,19 @@ def alignment(judge: Judge, pictures: Pictures, scenes: Sequence[Scene]) -> Alig
     """
     if len(pictures) != len(scenes):
         raise ValueError(f"{len(pictures)} pictures for {len(scenes)} scenes; alignment needs one each")
-    two = torch.full((len(scenes), 1), COUNTS.index(2))
-    right = read_labels(judge, pictures) == torch.cat([labels_of(scenes), two], 1)
+    right = _right(judge, pictures, scenes)
     by_label = dict(zip(HEADS, right.float().mean(0).tolist(), strict=True))
     correct = right.all(1).numpy()
     return Alignment(float(correct.mean()), by_label, correct)
+
+
+def misread(judge: Judge, pictures: Pictures, scenes: Sequence[Scene]) -> list[list[str]]:
+    """For each picture, in words, the attributes of its scene that the judge reads otherwise."""
+    right = _right(judge, pictures, scenes).tolist()
+    return [[WORDS[head] for head, shown in zip(HEADS, row, strict=True) if not shown] for row in right]
+
+
+def _right(judge: Judge, pictures: Pictures, scenes: Sequence[Scene]) -> torch.Tensor:
+    """Whether each attribute of each picture is read as its scene has it: bool [N, heads]."""
+    two = torch.full((len(scenes), 1), COUNTS.index(2))
+    return read_labels(judge, pictures) == torch.cat([labels_of(scenes), two], 1)

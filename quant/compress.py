@@ -13,7 +13,7 @@ from ..ground.errors import TurbopocketError, of_layer
 from .fit import Fit
 from .formats import CompressedTensor
 from .layers import CompressedSource, compressible_layers, weight_from, weight_of, weight_shape
-from .observe import LayerStats, hessian_for
+from .observe import LayerStats, carried_for, hessian_for
 from .plan import Choice, Plan
 from .scheme import parse_scheme
 from .store import WeightStore, save_weights
@@ -77,7 +77,11 @@ class _Job:
     choice: Choice
     weight: Tensor
     fit: Fit
-    hessian: Tensor | None
+    stats: LayerStats | None
+
+    def carried(self) -> "_Job":
+        """The job with its statistics, for where their files are not."""
+        return self if self.stats is None else replace(self, stats=carried_for(self.fit, self.stats))
 
 
 def _job(layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mapping[str, LayerStats]) -> _Job:
@@ -85,13 +89,14 @@ def _job(layers: Mapping[str, nn.Module], choice: Choice, fit: Fit, stats: Mappi
     if tuple(weight.shape) != choice.shape:
         found, planned = list(weight.shape), list(choice.shape)
         raise TurbopocketError(f"{choice.layer}: weight of shape {found}, planned for shape {planned}")
-    return _Job(choice, weight, fit, hessian_for(fit, stats[choice.layer]) if choice.layer in stats else None)
+    return _Job(choice, weight, fit, stats.get(choice.layer))
 
 
 def _stored(job: _Job) -> CompressedTensor:
     choice = job.choice
     with of_layer(choice.layer):
-        stored = parse_scheme(choice.scheme).weight.compress(job.weight, job.fit, job.hessian)
+        hessian = None if job.stats is None else hessian_for(job.fit, job.stats)
+        stored = parse_scheme(choice.scheme).weight.compress(job.weight, job.fit, hessian)
     if stored.nbytes != choice.nbytes:
         raise TurbopocketError(
             f"{choice.layer}: {stored.nbytes:,} bytes in {choice.scheme}, the plan counts {choice.nbytes:,}"

@@ -7,7 +7,7 @@ R rows of the model's output y, S vectors, N rows of a layer's input, C candidat
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from .fit import Fit
 from .formats import CompressedTensor, LayerFormat, matrix_view
 from .layer_rounding import Rounding
 from .layers import output_without_bias, weight_of, weight_shape
-from .observe import LayerStats, hessian_for
+from .observe import LayerStats, carried_for, hessian_for
 from .output_gradients import BlockTape, LayerCall
 from .plan import Candidate, LayerChoices, with_scheme
 from .store import CandidateStore, save_weights
@@ -209,7 +209,11 @@ class _Job:
     weight: Tensor
     formats: tuple[LayerFormat, ...]
     fit: Fit
-    hessian: Tensor
+    stats: LayerStats
+
+    def carried(self) -> "_Job":
+        """The job with its statistics, for where their files are not."""
+        return replace(self, stats=carried_for(self.fit, self.stats))
 
 
 def _job(
@@ -220,12 +224,13 @@ def _job(
         raise TurbopocketError(f"{name}: no statistics, the layer did not run while calibrating")
     if not formats:
         raise TurbopocketError(f"{name}: no candidate format")
-    return _Job(name, weight, formats, fit, hessian_for(fit, stats[name]))
+    return _Job(name, weight, formats, fit, stats[name])
 
 
 def _stored(job: _Job) -> tuple[CompressedTensor, ...]:
     with of_layer(job.name):
-        return tuple(each.compress(job.weight, job.fit, job.hessian) for each in job.formats)
+        hessian = hessian_for(job.fit, job.stats)
+        return tuple(each.compress(job.weight, job.fit, hessian) for each in job.formats)
 
 
 def hessian_loss(error: Tensor, hessian_KK: Tensor) -> float:

@@ -38,7 +38,7 @@ class StatsStore(Mapping[str, LayerStats]):
         self._small = _load_observed(folder / OBSERVED_FILE)
 
     def __getitem__(self, layer: str) -> LayerStats:
-        return LayerStats(_Values(self, layer, self._small[layer]))
+        return LayerStats(_Values(self.folder, self._small[layer]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._small)
@@ -48,7 +48,7 @@ class StatsStore(Mapping[str, LayerStats]):
 
     def large_file(self, layer: str, kind: Kind) -> Path:
         """Where the value of a large observation of a layer is, or would be."""
-        return self.folder / f"{_name_of(kind)}-{self._small[layer][InputIdentity]}.safetensors"
+        return _large_file(self.folder, self._small[layer], kind)
 
     def save_large(self, layer: str, kind: Kind, value: Any) -> None:
         """Writes the value, for all layers that were fed the same."""
@@ -56,15 +56,16 @@ class StatsStore(Mapping[str, LayerStats]):
 
 
 class _Values(Mapping[Kind, Any]):
-    """The observations of one layer; a large one is read each time that it is asked for."""
+    """The observations of one layer; a large one is read each time that it is asked for, also where this was sent to
+    another process."""
 
-    def __init__(self, store: StatsStore, layer: str, small: Mapping[Kind, Any]) -> None:
-        self._store, self._layer, self._small = store, layer, small
+    def __init__(self, folder: Path, small: Mapping[Kind, Any]) -> None:
+        self._folder, self._small = folder, small
 
     def __getitem__(self, kind: Kind) -> Any:
         if not kind.large:
             return self._small[kind]
-        with _opened(self._store.large_file(self._layer, kind), "statistics") as file:
+        with _opened(_large_file(self._folder, self._small, kind), "statistics") as file:
             return kind.unpacked({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
     def __iter__(self) -> Iterator[Kind]:
@@ -72,6 +73,10 @@ class _Values(Mapping[Kind, Any]):
 
     def __len__(self) -> int:
         return len(self._small)
+
+
+def _large_file(folder: Path, small: Mapping[Kind, Any], kind: Kind) -> Path:
+    return folder / f"{_name_of(kind)}-{small[InputIdentity]}.safetensors"
 
 
 def save_observed(folder: Path, stats: Mapping[str, LayerStats]) -> None:

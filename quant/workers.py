@@ -7,9 +7,9 @@ import signal
 import socket
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ from ..ground.errors import TurbopocketError
 from ..ground.extras import install_hint
 
 JOBS_AHEAD = 2
-"""Jobs of each worker that are taken before they are done: one that it does, and one that it then finds."""
+"""Jobs of each worker that are taken before they are done: one that it does, and one that it then finds. What is done
+waits for its turn as a result, so that a long job holds nobody up."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -34,7 +35,8 @@ Result = TypeVar("Result")
 class Spread(Protocol):
     """Like `map`: results in the order of the jobs, of which `JOBS_AHEAD` for each worker are taken at a time.
 
-    Work and jobs must pickle.
+    Work and jobs must pickle. A job may read files of this machine when it is done; where that is on another machine,
+    its `carried()` goes there instead, which holds what it would read.
     """
 
     def __call__(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
@@ -71,22 +73,44 @@ class Workers:
         """
         if self.ray_address is not None:
             with _ray_pool(self.count, self.ray_address) as pool:
-                yield partial(_spread, pool.imap)
+                yield partial(_spread, pool, self.count)
         elif self.count == 1:
             yield in_turn
         else:
-            with _process_pool(self.count) as pool_map:
-                yield partial(_spread, pool_map)
+            with _process_pool(self.count) as pool:
+                yield partial(_spread, pool, self.count)
 
 
 IN_TURN = Workers()
 
 
+class _Pool(Protocol):
+    """Where work is done; a handle is what it gives for work that is under way."""
+
+    def submit(self, work: Callable[[Any], Any], job: Any) -> Any: ...
+
+    def wait(self, under_way: list[Any]) -> list[Any]:
+        """Those that are not done, once one of them is."""
+        ...
+
+    def result(self, handle: Any) -> Any: ...
+
+
 def _spread(
-    pool_map: Callable[..., Iterator[Any]], work: Callable[[Job], Result], jobs: Iterable[Job]
-) -> Iterator[Result]:
+    pool: _Pool, count: int, work: Callable[[Job], Result], jobs: Iterable[Job]
+) -> Generator[Result, None, None]:
+    to_come, in_order, under_way = iter(jobs), deque[Any](), list[Any]()
     try:
-        for outcome in pool_map(partial(_outcome, work), iter(jobs)):
+        while True:
+            for job in islice(to_come, JOBS_AHEAD * count - len(under_way)):
+                in_order.append(pool.submit(partial(_outcome, work), job))
+                under_way.append(in_order[-1])
+            if not in_order:
+                return
+            if in_order[0] in under_way:
+                under_way = pool.wait(under_way)
+                continue
+            outcome = pool.result(in_order.popleft())
             if isinstance(outcome, TurbopocketError):
                 raise outcome
             yield outcome
@@ -104,30 +128,37 @@ def _outcome(work: Callable[[Job], Result], job: Job) -> Result | TurbopocketErr
         return error
 
 
+@dataclass(frozen=True)
+class _Processes:
+    """A `_Pool` of this machine's processes."""
+
+    executor: ProcessPoolExecutor
+
+    # Not `executor.map`: it takes all jobs, and so their tensors, at once. It also cancels what waits when its reader
+    # stops, and a pool that then loses its workers has its thread fail on what is cancelled, with a traceback
+    # (Python 3.11.7, 3.12.1).
+    def submit(self, work: Callable[[Any], Any], job: Any) -> Future[Any]:
+        with _signals_later():
+            return self.executor.submit(work, job)
+
+    def wait(self, under_way: list[Future[Any]]) -> list[Future[Any]]:
+        wait(under_way, return_when=FIRST_COMPLETED)
+        return [each for each in under_way if not each.done()]
+
+    def result(self, handle: Future[Any]) -> Any:
+        return handle.result()
+
+
 @contextmanager
-def _process_pool(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """The `map` of so many processes, which end at once when the block fails or this process dies, however it does."""
+def _process_pool(count: int) -> Iterator[_Processes]:
+    """So many processes, which end at once when the block fails or this process dies, however it does."""
     context = get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // count)
     asked = threads, lifeline, os.getpid()
     with lifeline, held, ProcessPoolExecutor(count, context, _begin_worker, asked) as executor:
-
-        def pool_map(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-            # Not `executor.map`: it takes all jobs, and so their tensors, at once. It also cancels what waits when its
-            # reader stops, and a pool that then loses its workers has its thread fail on what is cancelled, with a
-            # traceback (Python 3.11.7, 3.12.1).
-            to_come, waiting = iter(jobs), deque[Future[Any]]()
-            while True:
-                for job in islice(to_come, JOBS_AHEAD * count - len(waiting)):
-                    with _signals_later():
-                        waiting.append(executor.submit(work, job))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-
         try:
-            yield pool_map
+            yield _Processes(executor)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)  # or its thread would complain of what happens now
             held.close()
@@ -184,11 +215,47 @@ def _end_with(lifeline: Connection) -> None:
     os._exit(1)
 
 
+class _RayActors:
+    """A `_Pool` of Ray's processes. Not `ray.util.multiprocessing.Pool`: it gives a worker its next job when all before
+    its last one are done, so that a long one holds the others up."""
+
+    def __init__(self, ray: Any, count: int) -> None:
+        self.ray = ray
+        self.actors = [ray.remote(scheduling_strategy="SPREAD")(_RayWorker).remote() for _ in range(count)]
+        self.jobs: dict[Any, int] = {}
+
+    def submit(self, work: Callable[[Any], Any], job: Any) -> Any:
+        busy = Counter(self.jobs.values())
+        index = min(range(len(self.actors)), key=busy.__getitem__)
+        handle = self.actors[index].do.remote(work, job.carried() if hasattr(job, "carried") else job)
+        self.jobs[handle] = index
+        return handle
+
+    def wait(self, under_way: list[Any]) -> list[Any]:
+        self.ray.wait(under_way, num_returns=1)
+        done, left = self.ray.wait(under_way, num_returns=len(under_way), timeout=0)
+        for handle in done:
+            del self.jobs[handle]
+        return list(left)
+
+    def result(self, handle: Any) -> Any:
+        return self.ray.get(handle)
+
+
+class _RayWorker:
+    """One process; of one thread, whatever its machine has."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+
+    def do(self, work: Callable[[Any], Any], job: Any) -> Any:
+        return work(job)
+
+
 @contextmanager
-def _ray_pool(count: int, address: str) -> Iterator[Any]:
+def _ray_pool(count: int, address: str) -> Iterator[_RayActors]:
     try:
         import ray
-        from ray.util.multiprocessing import Pool
     except ImportError as error:
         raise TurbopocketError("ray is not installed", hint=install_hint("ray")) from error
     if address not in ("auto", "local"):
@@ -198,8 +265,7 @@ def _ray_pool(count: int, address: str) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise TurbopocketError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
     try:
-        with Pool(count, torch.set_num_threads, (1,)) as pool:
-            yield pool
+        yield _RayActors(ray, count)
     finally:
         ray.shutdown()
 

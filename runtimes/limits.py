@@ -36,6 +36,17 @@ def limit_memory() -> tuple[int, int] | None:
 
 
 @contextmanager
+def within_memory() -> Iterator[None]:
+    """Memory is limited until the end of the block."""
+    before = limit_memory()
+    try:
+        yield
+    finally:
+        if before is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@contextmanager
 def bounded(stop: Callable[[], object]) -> Iterator[threading.Event]:
     """Within it memory is limited, and `stop` is called from another thread after `MOST_SECONDS`; yields what is set
     then."""
@@ -48,13 +59,11 @@ def bounded(stop: Callable[[], object]) -> Iterator[threading.Event]:
     watchdog = threading.Timer(MOST_SECONDS, end)
     watchdog.daemon = True
     watchdog.start()
-    before = limit_memory()
     try:
-        yield late
+        with within_memory():
+            yield late
     finally:
         watchdog.cancel()
-        if before is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _kilobytes(table: Path, *names: str) -> list[int]:

@@ -7,17 +7,17 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..ground.errors import TurbopocketError
 from ..ground.reading import parse_json, read_text
 from ..ground.records import schema_version
 from .ceilings import MOST_CHANNELS, MOST_LETTERS, MOST_VALUES
 from .image_size import MOST_PIXELS_ASIDE, ImageSize
-from .pipeline import Name, Pipeline, Record, RewriteSpec, SamplerTable
+from .pipeline import Name, Pipeline, Record, RelativePath, RewriteSpec, SamplerTable, SelfCheck
 from .schedule import SamplerSpec, validation_summary
 from .upgrade import upgraded
 
@@ -45,16 +45,6 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION: Literal[2] = 2
 
 
-def _inside(path: str) -> str:
-    """`path` itself, when it is relative, normal and cannot leave the folder; else ValueError."""
-    pure = PurePosixPath(path)
-    escapes = pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or "\0" in path
-    if escapes or path in ("", ".") or str(pure) != path:
-        raise ValueError(f"path {path!r} is not a plain relative path inside the artifact")
-    return path
-
-
-RelativePath = Annotated[str, AfterValidator(_inside)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=MOST_PIXELS_ASIDE)]
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
@@ -231,6 +221,8 @@ class Manifest(Record):
     """What the build assumed where neither recipe nor model said it, and what rewrites found, a sentence each."""
     plan: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
+    self_check: SelfCheck | None = None
+    """None in an artifact from before manifests had it."""
 
     @property
     def total_bytes(self) -> int:
@@ -280,6 +272,7 @@ class Manifest(Record):
         needed = {file for spec in self.components.values() for file in (spec.file, spec.data) if file is not None}
         needed |= {f"{package}/Manifest.json" for spec in self.components.values() for package in spec.packages}
         needed |= {f"{folder}/tokenizer.json" for folder in self.tokenizers.values()}
+        needed |= {each.file for each in self.self_check.outputs.values()} if self.self_check else set()
         if missing := needed - set(paths):
             raise ValueError(f"{', '.join(sorted(missing))} is used but not in files")
         if strangers := set(self.tokenizers) - set(self.components):

@@ -4,13 +4,28 @@
 A model's family writes it, the loop reads it: whoever repeats the loop needs to know no family and no scheduler.
 """
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from .ceilings import MOST_LETTERS
 
 MOST_NUMBERS = 16_384
 """Told to a denoiser at once: published models have at most 256 for the guidance, and 6 for the picture."""
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _inside(path: str) -> str:
+    """`path` itself, when it is relative, normal and cannot leave the folder; else ValueError."""
+    pure = PurePosixPath(path)
+    escapes = pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or "\0" in path
+    if escapes or path in ("", ".") or str(pure) != path:
+        raise ValueError(f"path {path!r} is not a plain relative path inside the artifact")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
 
 
 class Record(BaseModel):
@@ -193,3 +208,31 @@ class RewriteSpec(Record):
     name: Name
     text_encoders: dict[Name, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     facts: dict[str, float]
+
+
+class ExpectedOutput(Record):
+    """What a device has to compute: the file that holds it, and the least signal over difference, in dB."""
+
+    file: RelativePath
+    snr_floor_db: float
+
+
+class SelfCheck(Record):
+    """One walk that a device repeats before it draws: of this prompt and seed, at the artifact's first size and own
+    guidance, up to the row `step` of the sampler's table.
+
+    `latents`: those after that row, float32, little-endian, [1, C, h, w]. `picture`: what the decoder makes of them,
+    uint8 [H, W, 3]. Whose own have less signal over difference than a floor computes wrong; what the signals are says
+    `runtimes.compare.self_check`.
+    """
+
+    prompt: str = Field(min_length=1, max_length=MOST_LETTERS)
+    seed: int = Field(ge=0)
+    step: int = Field(ge=0)
+    latents: ExpectedOutput
+    picture: ExpectedOutput
+
+    @property
+    def outputs(self) -> dict[str, ExpectedOutput]:
+        """Both by name."""
+        return {"latents": self.latents, "picture": self.picture}

@@ -14,6 +14,7 @@ export class ClipTokenizer {
     const { vocab, merges } = rules.model;
     this.vocab = vocab;
     this.rank = new Map(merges.map((pair, i) => [Array.isArray(pair) ? pair.join(" ") : pair, i]));
+    this.added = new Map(rules.added_tokens.map((each) => [each.content, each.id]));
     const [split] = rules.pre_tokenizer.pretokenizers;
     this.words = new RegExp(split.pattern.Regex, "gu");
     this.end = rules.post_processor.sep[1];
@@ -26,8 +27,12 @@ export class ClipTokenizer {
   }
 
   encode(text) {
-    const clean = text.normalize("NFC").replace(/\s+/gu, " ").toLowerCase();
-    const ids = (clean.match(this.words) ?? []).flatMap((word) => this.#pieces(word));
+    const tokens = [...this.added.keys()].map((each) => each.replace(/[^\w\s]/gu, "\\$&"));
+    const ids = text.split(new RegExp(`(${tokens.join("|")})`)).flatMap((part) => {
+      if (this.added.has(part)) return [this.added.get(part)]; // a token of its own, wherever it stands
+      const clean = part.normalize("NFC").replace(/\s+/gu, " ").toLowerCase();
+      return (clean.match(this.words) ?? []).flatMap((word) => this.#pieces(word));
+    });
     const kept = [this.start, ...ids.slice(0, this.length - 2), this.end];
     return [...kept, ...Array(this.length - kept.length).fill(this.pad)];
   }

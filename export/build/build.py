@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -26,9 +27,7 @@ from ...quant.sequential import compress_in_blocks
 from ...quant.store import load_weights, save_weights
 from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
-from ...runtimes.manifest import write_manifest
-from ...runtimes.memory import MemoryFigures
-from ..families.components import group_name, parameter_count
+from ...runtimes.manifest import Manifest, write_manifest
 from ..families.sizes import size_notes
 from ..output.kept import WEIGHTS_FILE
 from ..output.kept import keep as keep_measured
@@ -37,7 +36,7 @@ from ..output.staging import Claim, claimed, output_path, report_folder, run_fol
 from ..progress import StageProgress
 from ..recipe import Recipe
 from ..report.collect import drawn_pictures, tradeoff_points
-from ..report.page import HeldOutLoss, LoweringCost, Measurements, ReportData, write_report
+from ..report.page import HeldOutLoss, LoweringCost, ReportData, write_report
 from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
@@ -46,10 +45,12 @@ from .candidates import curve
 from .journal import Journal, RunFolder, Stage, opened
 from .lowered import lower_component
 from .manifest import final_manifest, folder_bytes, require_budget
+from .measured import measurements
 from .measuring import measured_choices
 from .outcome import Built
 from .planning import proposals, refuse_impossible
 from .selecting import selected
+from .self_check import record_self_check, with_self_check
 
 
 def build(
@@ -127,8 +128,9 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         journal = run.journal(bench.model)
         bench = bench.made_from(journal.model)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
-        refuse_impossible(bench, artifact)
         session = parity_session(bench, artifact)
+        bench = with_self_check(bench, session, artifact)
+        refuse_impossible(bench, artifact)
         to_diffusers = _compare_with_diffusers(bench, session, journal)
         stats = calibrated(bench, session, journal)
         reached("calibrate")
@@ -142,32 +144,19 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         made_from = _tuning_inputs(bench, session, decided, journal)
         bench, costs = _lowered(bench, stats, decided, stored, artifact, made_from, journal)
         reached("lower")
-        gaps = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
-        manifest = final_manifest(bench.draft, artifact, decided, gaps)
+        gaps, draft = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
+        manifest = final_manifest(draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
         notes = (*manifest.notes, *bench.target.notes(artifact, manifest), *size_notes(bench.model, manifest.sizes))
-        built_bytes = folder_bytes(artifact)
-        require_budget(built_bytes, decided, bench.target.not_in_plan)
+        built_bytes = require_budget(folder_bytes(artifact), decided, bench.target.not_in_plan)
         keep_measured(report, choices, ranges_of(stats), stored, recipe.with_whole_paths().to_toml())
         data = ReportData(
             manifest=manifest,
             plan=decided,
             tradeoff=tradeoff_points(curve(list(choices.values()), decided.fixed_bytes, recipe.compress.pin)),
             parity=gaps.lowering,
-            measurements=Measurements(
-                artifact_bytes=built_bytes,
-                parameters=sum(parameter_count(component) for component in bench.components),
-                layer_snr_db=gaps.layer_snr_db,
-                fine_tuning=tuned,
-                compression=gaps.compression,
-                total=gaps.total,
-                alignment=gaps.alignment,
-                to_diffusers=to_diffusers.largest_error,
-                memory=_memory(bench, artifact),
-                stage_seconds=progress.stage_seconds,
-                lowering=costs,
-            ),
+            measurements=measurements(bench, artifact, gaps, tuned, costs),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
         data.save(report)
@@ -203,10 +192,18 @@ def _compress(
         if not bench.recipe.compress.sequential:
             folder = journal.store("compress", inputs)
             return compress_to_files(bench.layers, decided, fit, stats, folder, bench.spread, advance)
-        draw = calibration_drawing(bench, session, torch_runner(bench.components), bench.recipe.calibrate.pictures)
         folder = journal.store("sequential", {**inputs, "formats": _formats(decided)})
-        asked_of = bench.modules, bench.layers, decided, fit, stats, group_name, draw, folder
-        return compress_in_blocks(*asked_of, bench.spread)
+        asked = bench.modules, bench.blocks, bench.layers, decided, fit, stats
+        return compress_in_blocks(*asked, partial(_calls_of, bench, session), folder, bench.spread, advance)
+
+
+def _calls_of(bench: Workbench, session: Session, name: str) -> list[Callable[[], object]]:
+    """A component's calls while calibration pictures are drawn with what the modules hold now."""
+    recorder = Recorder(torch_runner(bench.components))
+    calibration_drawing(bench, session, recorder, bench.recipe.calibrate.pictures)()
+    component = next(each for each in bench.components if each.name == name)
+    own = [call for call in recorder.calls if call.component == name]
+    return [partial(component.module, *_tensors(call.inputs, component.example_inputs)) for call in own]
 
 
 def _formats(decided: Plan) -> dict[str, str]:
@@ -318,8 +315,11 @@ def _compare(
     ranges: Mapping[str, Ranges],
     to_diffusers: ToDiffusers,
     artifact: Path,
-) -> Gaps:
-    """Both gaps, measured. Raises ParityFailed when the artifact does not compute what PyTorch computes."""
+) -> tuple[Gaps, Manifest]:
+    """Both gaps, measured, and the draft with its self-check.
+
+    Raises ParityFailed when the artifact does not compute what PyTorch computes.
+    """
     weights, schemes = {name: stored[name] for name in bench.layers}, decided.schemes
     limit = bench.recipe.parity.max_lowering_error or bench.target.lowering_limit(schemes)
     runtimes = bench.target.runtimes(artifact, bench.draft, weights, limit, schemes)
@@ -328,13 +328,5 @@ def _compare(
         gaps = measure_gaps(bench.components, as_run, stored, runtimes, session, bench.evidence, to_diffusers, advance)
     if gaps.failure is not None:
         raise ParityFailed(f"against PyTorch with the same stored weights: {gaps.failure}")
-    return gaps
-
-
-def _memory(bench: Workbench, artifact: Path) -> dict[str, MemoryFigures]:
-    with bench.progress.stage("memory", len(bench.traced)) as advance:
-        figures = {}
-        for name in bench.traced:
-            figures[name] = bench.target.memory(artifact, name)
-            advance()
-    return {name: each for name, each in figures.items() if each is not None}
+    with bench.progress.stage("self-check"), decompressed(bench.modules, stored):
+        return gaps, record_self_check(bench.draft, session, torch_runner(as_run), runtimes, artifact)

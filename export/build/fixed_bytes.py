@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...quant.scheme import Scheme
+from ...runtimes.compare.self_check import Outputs
 from ...runtimes.image_size import ImageSize
 from ..checkpoint.tokenizer import has_vocabulary
 from ..families.base import LoadedModel
 from ..families.components import layers_of, parameter_count, shapes_of
 from ..families.graphs import Component
+from ..sampling.spec import image_spec
 from ..targets.base import Target
 from ..targets.layer import Layer, kind_of
 from ..units import format_bytes
@@ -86,7 +88,8 @@ def fixed_bytes(
         *_absent(target, model),
     ]
     other = sum(_other_parameters(component) for component in components)
-    return FixedBytes(share.value * other + _side_files(target, model, components, size), tuple(estimates))
+    checked = Outputs.blank(image_spec(model, size)).nbytes
+    return FixedBytes(share.value * other + checked + _side_files(target, model, components, size), tuple(estimates))
 
 
 def _other_parameters(component: Component) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The finished manifest, and how many bytes it will have."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,28 @@ def _plan_summary(plan: Plan) -> dict[str, Any]:
     }
 
 
+def zipped_bytes(folder: Path) -> int:
+    """Returns what all files come to when each is deflated (zlib's level 6), as a download or a package store does."""
+    total = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            packer = zlib.compressobj(6)
+            with path.open("rb") as file:
+                while chunk := file.read(2**20):
+                    total += len(packer.compress(chunk))
+            total += len(packer.flush())
+    return total
+
+
 def folder_bytes(folder: Path) -> int:
     """Returns the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def require_budget(built_bytes: int, decided: Plan, not_in_plan: str | None) -> None:
-    """Raises OverBudget when the files came out larger than planned for: the budget holds on disk too.
+def require_budget(built_bytes: int, decided: Plan, not_in_plan: str | None) -> int:
+    """Returns the bytes that were built: the budget holds on disk too.
 
+    Raises OverBudget when the files came out larger than planned for.
     `not_in_plan` is what a target knows of bytes that its plans leave out.
     """
     if decided.budget_bytes is not None and built_bytes > decided.budget_bytes:
@@ -97,3 +112,4 @@ def require_budget(built_bytes: int, decided: Plan, not_in_plan: str | None) -> 
             f"{decided.budget_bytes:,} bytes; planned were {decided.total_bytes:,}",
             hint=not_in_plan,
         )
+    return built_bytes

@@ -89,10 +89,7 @@ def component_name(layer: str) -> str:
 
 
 def group_name(layer: str) -> str:
-    """Returns the level of the model that a layer belongs to: `unet.down_blocks.1`, `text_encoder.layers.0`, …
-
-    Sequential compression draws everything once for each of them, and there are fewer than blocks.
-    """
+    """Returns the level of the model that a layer belongs to: `unet.down_blocks.1`, `text_encoder.layers.0`, …"""
     component, *path = layer.split(".")
     parts = [component, *(part for part in path if part not in ("decoder", "encoder", "text_model", "transformer"))]
     depth = next((index for index, part in enumerate(parts) if part.isdigit()), 1)

@@ -24,8 +24,10 @@ KEY_FILE = "key.json"
 _PRODUCT = re.compile(r"([a-z]+)-[0-9a-f]{16}(\.partial)?")
 _IN_PRODUCT = re.compile(
     r"[a-z]+\.(json|safetensors)|\w+-[0-9a-f]{32}\.safetensors|[\w.]+@[\w.+-]+\.safetensors|\d{3,}-.+\.safetensors"
-    r"|inputs/([0-9a-f]{32}\.safetensors|calls\.json)"
+    r"|inputs/([0-9a-f]{32}\.safetensors|calls\.json)|outputs/\d+-.+\.safetensors"
 )
+_INSIDE: tuple[list[str], ...] = ([], ["inputs"], ["outputs"])
+"""Folders of a product, as parts of their path in it."""
 _HALF = re.compile(r"\.tmp[0-9A-Za-z]{6}|.+\.partial")
 """A file that a process was killed while writing: what safetensors calls it, and what we do."""
 _LOWERED = "lower"
@@ -132,19 +134,14 @@ def _is_product(path: Path, run: Path) -> bool:
     if stage is None or not inside or path.is_symlink() or (run / product).is_symlink():
         return False
     name = "/".join(inside).removesuffix(".partial")
-    half = inside[:-1] in ([], ["inputs"]) and _HALF.fullmatch(inside[-1])
+    half = inside[:-1] in _INSIDE and _HALF.fullmatch(inside[-1])
     return stage[1] == _LOWERED or bool(half) or _IN_PRODUCT.fullmatch(name) is not None
 
 
 def _is_product_folder(path: Path, run: Path) -> bool:
     product, *inside = path.relative_to(run).parts
     stage = _PRODUCT.fullmatch(product)
-    return (
-        stage is not None
-        and path.is_dir()
-        and not path.is_symlink()
-        and (inside in ([], ["inputs"]) or stage[1] == _LOWERED)
-    )
+    return stage is not None and path.is_dir() and not path.is_symlink() and (inside in _INSIDE or stage[1] == _LOWERED)
 
 
 def _holds_something(folder: Path, overwrite: bool) -> bool:

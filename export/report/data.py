@@ -75,7 +75,9 @@ class Measurements(BaseModel):
     stored without error. `compression` compares float PyTorch with
     PyTorch that has the stored weights, `total` the pictures of float PyTorch with the artifact's. `alignment` is
     the share of pictures that show all their prompt says, for `float_model`, `stored` (weights, in PyTorch) and
-    `artifact`; None where nobody can tell. `to_diffusers` is the float model's largest relative error while it is drawn
+    `artifact`; None where nobody can tell, and `misread` what of its prompt each picture does not show. `call_seconds`
+    is the median of a component's calls, on `machine`, in the runtime that drew. `zipped_bytes` are those of a download
+    in which every file is deflated. `to_diffusers` is the float model's largest relative error while it is drawn
     here, against diffusers' own pipeline.
     """
 
@@ -88,7 +90,11 @@ class Measurements(BaseModel):
     total: ParityReport
     alignment: dict[str, float | None]
     to_diffusers: float
+    misread: dict[str, list[list[str]]] = Field(default_factory=dict)
     memory: dict[str, MemoryFigures]
+    call_seconds: dict[str, float] = Field(default_factory=dict)
+    machine: str = ""
+    zipped_bytes: int | None = None
     stage_seconds: dict[str, float]
     lowering: dict[str, LoweringCost] = Field(default_factory=dict)
     fine_tuning: dict[str, HeldOutLoss] = Field(default_factory=dict)

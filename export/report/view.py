@@ -2,6 +2,7 @@
 """What the report's template shows: every number, share and order decided here, nothing computed in HTML."""
 
 import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from .data import ReportData
 
 _DRAWN_BY = {"float_model": "float", "stored": "stored weights", "artifact": "artifact"}
 _FORMAT_COLOURS = 6
+_LOWEST = 5
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ class PageView:
     layer_chart: Markup
     timestep_chart: Markup
     tradeoff_chart: Markup
+    misread: tuple[tuple[str, ...], ...]
+    seconds: "Seconds | None"
+    unused_formats: tuple[str, ...]
+    lowest: tuple[str, ...]
+    memory_growth: int
 
 
 def page_view(data: ReportData) -> PageView:
@@ -138,7 +145,48 @@ def page_view(data: ReportData) -> PageView:
         layer_chart=layer_chart(plan, measured.layer_snr_db, classes),
         timestep_chart=timestep_chart(_by_timestep(compression), _by_timestep(first), main.limits.max_relative_error),
         tradeoff_chart=tradeoff_chart(data.tradeoff, plan),
+        misread=tuple(tuple(each) for each in measured.misread.get("artifact", [])),
+        seconds=seconds_of(data),
+        unused_formats=unused_formats(data),
+        lowest=_lowest(measured.layer_snr_db),
+        memory_growth=sum(each.ran_anon_bytes - each.start_anon_bytes for each in measured.memory.values()),
     )
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Medians of calls in the runtime that drew: by component, of a step (both calls where guidance asks twice), and
+    what these come to for a picture."""
+
+    calls: Mapping[str, float]
+    step: float
+    picture: float
+
+
+def seconds_of(data: ReportData) -> Seconds | None:
+    """Returns how long drawing takes, None where no runtime of a phone was timed or some component was not."""
+    manifest, calls = data.manifest, data.measurements.call_seconds
+    pipeline = manifest.pipeline
+    denoiser, decoder = pipeline.denoiser.component, pipeline.decoder.component
+    if not {*pipeline.text_encoders, denoiser, decoder} <= calls.keys():
+        return None
+    twice = manifest.sampler.guidance_scale > 1 and not pipeline.guidance_inputs
+    step = calls[denoiser] * (2 if twice else 1)
+    texts = sum(calls[name] for name in pipeline.text_encoders) * (2 if twice else 1)
+    return Seconds(calls, step, texts + step * len(manifest.sampler.timesteps or ()) + calls[decoder])
+
+
+def unused_formats(data: ReportData) -> tuple[str, ...]:
+    """Returns the recipe's formats that the plan gave no layer: nowhere the best choice for the budget."""
+    asked = tomllib.loads(data.manifest.recipe).get("compress", {}).get("formats", [])
+    used = {str(parse_scheme(choice.scheme).weight) for choice in data.plan.choices}
+    return tuple(name for name in asked if str(parse_scheme(name).weight) not in used)
+
+
+def _lowest(layer_snr_db: Mapping[str, float | None]) -> tuple[str, ...]:
+    """The layers whose weights stand least above their error, the lowest first, with the figure."""
+    finite = sorted((value, name) for name, value in layer_snr_db.items() if value is not None)
+    return tuple(f"{name} ({value:.1f} dB)" for value, name in finite[:_LOWEST])
 
 
 def format_classes(plan: Plan) -> dict[str, str]:

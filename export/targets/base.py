@@ -61,6 +61,7 @@ class Target(ABC):
 
     Attributes:
         name: as in recipes and manifests; tools: packages whose versions decide what is written.
+        own_runtime: whether what runs the artifact here is what a phone runs, so that its seconds mean something.
         stores: its forms of layers.
         max_lowering_error: largest relative error of a call that counts as right, if the recipe says nothing.
         group_scale_digits: significant bits of a scale that a group of weights shares; fp16 has 11.
@@ -68,6 +69,7 @@ class Target(ABC):
     """
 
     name: ClassVar[str]
+    own_runtime: ClassVar[bool] = True
     stores: ClassVar[Stores[Any]]
     tools: ClassVar[tuple[str, ...]]
     max_lowering_error: ClassVar[float]

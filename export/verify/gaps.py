@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from ...runtimes.runner import LayerRunner, Runner
 from ..evidence import Evidence
 from ..families.components import layers_of
 from ..families.graphs import Component
+from .timed import TimedRunner
 
 Picture = NDArray[np.uint8]
 KINDS = ("float_model", "stored", "artifact")
@@ -102,8 +103,9 @@ class Gaps:
     `compression`: float PyTorch against PyTorch with the stored weights; it has no limit, it is what the budget
     costs. `lowering`, by runtime: PyTorch with the stored weights against the artifact; each must pass. `total`:
     pictures of float PyTorch against those of the artifact in its first runtime. `alignment` has a share per set of
-    pictures, or None. `layer_snr_db`: each layer's output against what the stored weight changes in it, on the inputs
-    that the float model gives it in the first picture.
+    pictures, or None; `misread` has what each picture does not show of its prompt. `call_seconds`: the median of each
+    component's calls in the first runtime. `layer_snr_db`: each layer's output against what the stored weight changes
+    in it, on the inputs that the float model gives it in the first picture.
     """
 
     to_diffusers: ToDiffusers
@@ -113,6 +115,8 @@ class Gaps:
     pictures: Pictures
     alignment: dict[str, float | None]
     layer_snr_db: dict[str, float | None]
+    misread: dict[str, list[list[str]]] = field(default_factory=dict)
+    call_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def failure(self) -> str | None:
@@ -220,8 +224,9 @@ def measure_gaps(
             for call in recording.calls
         ]
         advance()
+        timed = {name: TimedRunner(runtime.runner) for name, runtime in runtimes.items()}
         for name, runtime in runtimes.items():
-            asked = stored_torch, stored, runtime.runner, *shared, runtime.limits, evidence.feature_distance
+            asked = stored_torch, stored, timed[name], *shared, runtime.limits, evidence.feature_distance
             lowering[name], found = compare(*asked)
             drawn[name] = [_shown(picture, stored[0].picture) for picture in found]
             advance()
@@ -235,6 +240,8 @@ def measure_gaps(
         total=_report([], session, pictures.artifact, pictures.float_model, evidence),
         pictures=pictures,
         alignment={name: evidence.alignment(getattr(pictures, name), session.prompts) for name in KINDS},
+        misread={name: evidence.misread(getattr(pictures, name), session.prompts) for name in KINDS},
+        call_seconds=next(iter(timed.values())).call_seconds(),
         layer_snr_db=snr_db,
     )
 

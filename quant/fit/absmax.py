@@ -5,9 +5,10 @@ from torch import Tensor
 
 from .base import as_codes, covering_scale, nearest_steps, value_range
 from .grids import IntegerCodes, IntegerGrid
+from .hessian import Hessian
 
 
-def absmax_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None = None) -> IntegerCodes:
+def absmax_codes(weight_OK: Tensor, grid: IntegerGrid, hessian: Hessian | None = None) -> IntegerCodes:
     """Codes within half a step of every weight; does not look at the Hessian."""
     weight_OGg = grid.grouped(weight_OK)
     scale_OG, zero_OG = covering_scale(*value_range(weight_OGg), grid)

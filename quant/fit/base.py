@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ...ground.errors import TurbopocketError
 from .grids import FP16_DIGITS, Codes, Grid, IntegerCodes, IntegerGrid
+from .hessian import Hessian
 
 LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
-Solver = Callable[[Tensor, Any, Tensor | None], Any]
+Solver = Callable[[Tensor, Any, Hessian | None], Any]
 """From float32 weights [O, K], a grid, and H = E[x xᵀ] of the layer's inputs if there is one, to codes.
 
-H is [K, K], or its diagonal [K] where the fit says that it reads no more of it.
+H is [K, K], whole or half, or its diagonal [K] where the fit says that it reads no more of it. It stays as it is.
 """
 
 
@@ -43,36 +44,14 @@ class Fit:
     def __str__(self) -> str:
         return self.name
 
-    def choose(self, weight_OK: Tensor, grid: Grid[Codes], hessian_KK: Tensor | None = None) -> Codes:
+    def choose(self, weight_OK: Tensor, grid: Grid[Codes], hessian: Hessian | None = None) -> Codes:
         """The codes; TurbopocketError when no solver knows the grid, or when its solver needs a Hessian."""
         solver = self.solvers.get(type(grid))
         if solver is None:
             known = ", ".join(kind.__name__ for kind in self.solvers)
             raise TurbopocketError(f"{self.name} has no solver for a {type(grid).__name__}: it has those for {known}")
-        codes: Codes = solver(weight_OK, grid, hessian_KK)
+        codes: Codes = solver(weight_OK, grid, hessian)
         return codes
-
-
-def checked_hessian(hessian_KK: Tensor, columns: int) -> Tensor:
-    """The Hessian itself; TurbopocketError when it is not [columns, columns] or not finite."""
-    if tuple(hessian_KK.shape) != (columns, columns):
-        raise TurbopocketError(f"Hessian of shape {list(hessian_KK.shape)} for a weight of {columns} columns")
-    return _finite(hessian_KK)
-
-
-def checked_diagonal(hessian: Tensor, columns: int) -> Tensor:
-    """[K], of a Hessian [K, K] or of its diagonal alone; TurbopocketError as `checked_hessian` raises it."""
-    if hessian.ndim != 1:
-        return checked_hessian(hessian, columns).diagonal()
-    if len(hessian) != columns:
-        raise TurbopocketError(f"Hessian of {len(hessian)} columns for a weight of {columns} columns")
-    return _finite(hessian)
-
-
-def _finite(hessian: Tensor) -> Tensor:
-    if not torch.isfinite(hessian).all():
-        raise TurbopocketError("the Hessian has NaN or infinite values")
-    return hessian
 
 
 def storable_scale(scale: Tensor, digits: int = FP16_DIGITS) -> Tensor:

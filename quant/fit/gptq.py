@@ -12,30 +12,29 @@ import torch
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
-from .base import as_codes, checked_hessian, nearest_steps
+from .base import as_codes, nearest_steps
 from .grids import IntegerCodes, IntegerGrid
+from .hessian import Hessian, factor_in_place, flip_in_place, own_hessian
 from .mse import best_scale
 
 # Added to the Hessian's diagonal as a share of its mean (GPTQ section 3.3, step 3).
 DAMPING = 0.01
 BLOCK_COLUMNS = 128
-# Rows of a matrix that are worked on at once where it is changed in place.
-_RUN = 256
 
 
-def gptq_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None = None) -> IntegerCodes:
+def gptq_codes(weight_OK: Tensor, grid: IntegerGrid, hessian: Hessian | None = None) -> IntegerCodes:
     """Codes of low tr[(Ŵ - W) H (Ŵ - W)ᵀ]; the scale of a group is searched when its first column is reached.
 
     Columns that were never driven (H[k, k] = 0) neither send nor receive error: they round to nearest.
     TurbopocketError without a Hessian, with one of another size, or with one that is not positive semidefinite.
     """
-    if hessian_KK is None:
+    if hessian is None:
         raise TurbopocketError("gptq needs the layer's Hessian", hint="calibrate first, or choose the fit `mse`")
     outputs, columns = weight_OK.shape
     groups = columns // grid.group
     sweep = _Sweep(
         grid=grid,
-        feedback_KK=error_feedback(checked_hessian(hessian_KK, columns)),
+        factor_KK=upper_factor(hessian, columns),
         # Columns lead, so that one column of all outputs is one stretch of memory.
         pending_KO=weight_OK.T.contiguous(),
         steps_KO=torch.empty(columns, outputs),
@@ -43,90 +42,61 @@ def gptq_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None =
         zero_GO=None if grid.symmetric else torch.empty(groups, outputs),
     )
     for start, stop in _blocks(columns, grid.group):
-        sweep.round_block(start, stop)
+        sweep.round_block(weight_OK[:, start:stop], start, stop)
     zero_OG = None if sweep.zero_GO is None else sweep.zero_GO.T
     return as_codes(grid.grouped(sweep.steps_KO.T), sweep.scale_GO.T, zero_OG, grid)
 
 
-def error_feedback(hessian_KK: Tensor) -> Tensor:
-    """U float32 [K, K], upper triangular, with UᵀU = (H + damping)⁻¹: row k says where column k's error goes.
+def upper_factor(hessian: Hessian, columns: int) -> Tensor:
+    """R float32 [K, K], upper triangular, with R Rᵀ = H + damping: GPTQ's U of (H + damping)⁻¹ = UᵀU is R⁻¹.
 
-    One factorisation from the far corner, H = R Rᵀ with R upper, gives U = R⁻¹ without inverting H itself. All of it,
-    and the result, lies in the memory of one float64 matrix; rows of the result are not next to each other.
+    All of it lies in the memory of the result.
     """
-    columns, mean = len(hessian_KK), float(hessian_KK.diagonal().to(torch.float64).mean())
-    factor_KK = torch.empty(columns, columns, dtype=torch.float64)
-    for start, stop in _runs(columns):
-        factor_KK[start:stop] = hessian_KK[columns - stop : columns - start].flip(0, 1)
+    factor_KK = own_hessian(hessian, columns)
+    mean = float(factor_KK.diagonal().mean(dtype=torch.float64))
     factor_KK.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    # H is symmetric, so its transpose is itself in the order of memory that is factored without a copy.
-    factor_KK, failed = factor_KK.T, torch.empty((), dtype=torch.int32)
-    torch.linalg.cholesky_ex(factor_KK, out=(factor_KK, failed))
-    if int(failed):
-        raise TurbopocketError(f"gptq: the Hessian is not positive semidefinite (pivot {int(failed)} of its factor)")
-    _invert_lower(factor_KK)
-    return _flipped_float32(factor_KK)
-
-
-def _invert_lower(lower_KK: Tensor) -> None:
-    """L⁻¹ in the place of L, a run of rows at a time: [[A, 0], [C, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ C A⁻¹, D⁻¹]]."""
-    for start, stop in _runs(len(lower_KK)):
-        rows_RK = lower_KK[start:stop]
-        own_RR = rows_RK[:, start:stop]
-        identity_RR = torch.eye(stop - start, dtype=lower_KK.dtype)
-        own_RR.copy_(torch.linalg.solve_triangular(own_RR, identity_RR, upper=False))
-        rows_RK[:, :start] = -own_RR @ (rows_RK[:, :start] @ lower_KK[:start, :start])
-
-
-def _flipped_float32(values_KK: Tensor) -> Tensor:
-    """The values in float32 with rows and columns in reverse order, in their own memory, which is transposed."""
-    columns = len(values_KK)
-    own_KK = values_KK.T
-    narrow_KK = own_KK.view(torch.float32)[:, :columns]
-    middle = (columns + 1) // 2
-    for start in range(0, middle, _RUN):
-        stop = min(start + _RUN, middle)
-        first, last = (
-            own_KK[a:b].flip(0, 1).to(torch.float32) for a, b in ((start, stop), (columns - stop, columns - start))
-        )
-        narrow_KK[columns - stop : columns - start] = first
-        narrow_KK[start:stop] = last
-    return narrow_KK.T
-
-
-def _runs(count: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + _RUN, count)) for start in range(0, count, _RUN))
+    flip_in_place(factor_KK)
+    factor_in_place(factor_KK, "gptq")
+    flip_in_place(factor_KK)
+    return factor_KK
 
 
 @dataclass
 class _Sweep:
-    """The state of one pass over the columns; `pending_KO` already holds the errors of the columns passed."""
+    """The state of one pass over the columns; `pending_KO` already holds the errors of the columns passed.
+
+    With R Rᵀ = H the loss of a row's error e is ||e R||², and column j of e R is e_j R[j, j] + Σ_{i < j} e_i R[i, j]:
+    column j is least when it rounds w_j + Σ_{i < j} e_i R[i, j] / R[j, j]. That is what U sends on, from the other
+    side: no inverse is needed.
+    """
 
     grid: IntegerGrid
-    feedback_KK: Tensor
+    factor_KK: Tensor
     pending_KO: Tensor
     steps_KO: Tensor
     scale_GO: Tensor
     zero_GO: Tensor | None
 
-    def round_block(self, start: int, stop: int) -> None:
+    def round_block(self, weight_OB: Tensor, start: int, stop: int) -> None:
         """Rounds columns [start, stop); later columns hear of the errors once, in one matrix product."""
-        errors_BO = torch.empty(stop - start, self.pending_KO.shape[1])
+        weight_BO, own_BB = weight_OB.T.contiguous(), self._sent(slice(start, stop), slice(start, stop))
+        errors_BO = torch.empty_like(weight_BO)
         for column in range(start, stop):
-            group = column // self.grid.group
+            group, inside = column // self.grid.group, column - start
             if column % self.grid.group == 0:
                 self._choose_scale(group)
-            value_O = self._round_column(column, group)
-            row_K = self.feedback_KK[column]
-            error_O = (self.pending_KO[column] - value_O) / row_K[column]
-            self.pending_KO[column + 1 : stop].addr_(row_K[column + 1 : stop], error_O, alpha=-1)
-            errors_BO[column - start] = error_O
-        self.pending_KO[stop:].addmm_(self.feedback_KK[start:stop, stop:].T, errors_BO, alpha=-1)
+            torch.sub(weight_BO[inside], self._round_column(column, group), out=errors_BO[inside])
+            self.pending_KO[column + 1 : stop].addr_(own_BB[inside, inside + 1 :], errors_BO[inside])
+        self.pending_KO[stop:].addmm_(self._sent(slice(start, stop), slice(stop, None)).T, errors_BO)
+
+    def _sent(self, rows: slice, columns: slice) -> Tensor:
+        """R[i, j] / R[j, j]: what columns j hear of errors in columns i."""
+        return self.factor_KK[rows, columns] / self.factor_KK.diagonal()[columns]
 
     def _choose_scale(self, group: int) -> None:
         members = slice(group * self.grid.group, (group + 1) * self.grid.group)
-        # What rounding column k costs once later columns have absorbed what they can: (error / U[k, k])².
-        importance_1g = self.feedback_KK.diagonal()[members].reciprocal().square().unsqueeze(0)
+        # What rounding column k costs once later columns have absorbed what they can: (error * R[k, k])².
+        importance_1g = self.factor_KK.diagonal()[members].square().unsqueeze(0)
         scale_O1, zero_O1 = best_scale(self.pending_KO[members].T.unsqueeze(1), self.grid, importance_1g)
         self.scale_GO[group] = scale_O1[:, 0]
         if self.zero_GO is not None and zero_O1 is not None:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .base import LARGEST_SCALE, checked_diagonal
+from .base import LARGEST_SCALE
+from .hessian import Hessian, checked_diagonal
 from .mse import column_importance
 from .native import search_library
 
@@ -36,9 +37,9 @@ LONGEST_RUN = 4
 DENSITY_SEGMENTS = 256
 
 
-def kmeans_importance(hessian_KK: Tensor, columns: int) -> Tensor:
+def kmeans_importance(hessian: Hessian, columns: int) -> Tensor:
     """[K], mean 1: how much each column's squared error counts; TurbopocketError for a Hessian of another size."""
-    importance_K = column_importance(checked_diagonal(hessian_KK, columns))
+    importance_K = column_importance(checked_diagonal(hessian, columns))
     return importance_K / importance_K.mean()
 
 

@@ -7,15 +7,9 @@ O outputs, K columns, G groups per row, g columns per group.
 import torch
 from torch import Tensor
 
-from .base import (
-    as_codes,
-    checked_diagonal,
-    covering_scale,
-    nearest_steps,
-    storable_scale,
-    value_range,
-)
+from .base import as_codes, covering_scale, nearest_steps, storable_scale, value_range
 from .grids import IntegerCodes, IntegerGrid
+from .hessian import Hessian, checked_diagonal
 
 # Shares of the full range that a scale may cover, down to a third; a long tail in a 4-bit row is worth clipping far.
 # Chosen, not measured: least squares afterwards makes up for the distance between two of them.
@@ -24,14 +18,14 @@ SHRINKS = tuple(1.0 - 0.035 * step for step in range(20))
 CHUNK_WEIGHTS = 2**16
 
 
-def mse_codes(weight_OK: Tensor, grid: IntegerGrid, hessian_KK: Tensor | None = None) -> IntegerCodes:
+def mse_codes(weight_OK: Tensor, grid: IntegerGrid, hessian: Hessian | None = None) -> IntegerCodes:
     """Nearest codes under the best scale of each group; never a larger weighted squared error than `absmax`.
 
     The weight of column k is H[k, k] when a Hessian is given, else 1.
     """
     importance_Gg = None
-    if hessian_KK is not None:
-        importance_Gg = column_importance(checked_diagonal(hessian_KK, weight_OK.shape[1])).reshape(-1, grid.group)
+    if hessian is not None:
+        importance_Gg = column_importance(checked_diagonal(hessian, weight_OK.shape[1])).reshape(-1, grid.group)
     rows = max(1, CHUNK_WEIGHTS // weight_OK.shape[1])
     chunks = [best_scale(chunk, grid, importance_Gg) for chunk in grid.grouped(weight_OK).split(rows)]
     scale_OG = torch.cat([scale for scale, _ in chunks])

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from .base import storable_scale
 from .grids import AdditiveCodes, AdditiveGrid, summed_vectors
+from .hessian import Hessian
 from .kmeans import kmeans_importance, nearest_vectors, vector_kmeans
 from .universal import universal_codebooks
 
 
-def residual_kmeans(weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None) -> AdditiveCodes:
+def residual_kmeans(weight_OK: Tensor, grid: AdditiveGrid, hessian: Hessian | None = None) -> AdditiveCodes:
     """Codes of rows over their scales, weighted by the Hessian's diagonal; the scales are then least squares."""
     outputs, columns = weight_OK.shape
-    importance_K = torch.ones(columns) if hessian_KK is None else kmeans_importance(hessian_KK, columns)
+    importance_K = torch.ones(columns) if hessian is None else kmeans_importance(hessian, columns)
     scale_O1 = row_scale(weight_OK)
     # d (w - s c)² = d s² (w / s - c)²
     importance_1ND = (scale_O1.square() * importance_K).reshape(1, -1, grid.length)

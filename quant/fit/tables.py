@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ...ground.errors import TurbopocketError
 from .grids import TableCodes, TableGrid, VectorCodes, VectorGrid
+from .hessian import Hessian
 from .kmeans import LARGEST_VALUE, kmeans_importance, nearest_values, nearest_vectors, value_kmeans, vector_kmeans
 from .residual import least_squares_scale, row_scale
 
 
-def table_kmeans(weight_OK: Tensor, grid: TableGrid, hessian_KK: Tensor | None = None) -> TableCodes:
+def table_kmeans(weight_OK: Tensor, grid: TableGrid, hessian: Hessian | None = None) -> TableCodes:
     """Tables of least Σ H[k, k] (w - nearest entry)², or of the plain squared error; TurbopocketError for a weight that
     fp16 can not hold, and for a Hessian of another size."""
     largest = float(weight_OK.abs().max())
@@ -22,19 +23,19 @@ def table_kmeans(weight_OK: Tensor, grid: TableGrid, hessian_KK: Tensor | None =
         raise TurbopocketError(f"the largest weight is {largest:.6g}, and fp16 tables end at {LARGEST_VALUE:.0f}")
     outputs, columns = weight_OK.shape
     values_GN = weight_OK.reshape(outputs // (grid.rows or outputs), -1)
-    importance_K = None if hessian_KK is None else kmeans_importance(hessian_KK, columns)
+    importance_K = None if hessian is None else kmeans_importance(hessian, columns)
     table_GP = value_kmeans(values_GN, importance_K, 2**grid.bits).to(torch.float16)
     codes_GN = nearest_values(values_GN, table_GP.to(torch.float32))
     return TableCodes(codes_GN.reshape(outputs, columns), table_GP)
 
 
-def codebook_kmeans(weight_OK: Tensor, grid: VectorGrid, hessian_KK: Tensor | None = None) -> VectorCodes:
+def codebook_kmeans(weight_OK: Tensor, grid: VectorGrid, hessian: Hessian | None = None) -> VectorCodes:
     """Codebooks of the rows over their scales, weighted by the Hessian's diagonal; the scales are then least squares.
 
     TurbopocketError for a scale that fp16 can not hold, and for a Hessian of another size.
     """
     outputs, columns = weight_OK.shape
-    importance_K = torch.ones(columns) if hessian_KK is None else kmeans_importance(hessian_KK, columns)
+    importance_K = torch.ones(columns) if hessian is None else kmeans_importance(hessian, columns)
     scale_O1 = row_scale(weight_OK)
     points_GND = grid.vectors(weight_OK / torch.where(scale_O1 > 0, scale_O1, 1.0))
     # d (w - s c)² = d s² (w / s - c)²

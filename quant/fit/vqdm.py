@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
-from .base import LARGEST_SCALE, checked_hessian
+from .base import LARGEST_SCALE
 from .beam import best_codes
 from .codebook_solve import sampled_rows, solved_codebooks
 from .grids import AdditiveCodes, AdditiveGrid, summed_vectors
+from .hessian import Hessian, factor_in_place, own_hessian
 from .residual import residual_kmeans
 
 # Added to the Hessian's diagonal as a share of its mean. A fit this close believes every direction that calibration did
@@ -45,33 +46,33 @@ QUICK = Search(beam=2, rounds=1)
 
 
 def vqdm_codes(
-    weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None, search: Search = Search()
+    weight_OK: Tensor, grid: AdditiveGrid, hessian: Hessian | None = None, search: Search = Search()
 ) -> AdditiveCodes:
     """Codes, codebooks and scales; the loss that counts is the one with fp16 codebooks and scales, as stored.
 
     Runs on the GPU if there is one. TurbopocketError without a Hessian, with one of another size, or with one that
     is not positive semidefinite.
     """
-    if hessian_KK is None:
+    if hessian is None:
         raise TurbopocketError("vqdm needs the layer's Hessian", hint="calibrate first, or choose the fit `mse`")
-    checked_hessian(hessian_KK, weight_OK.shape[1])
-    start = residual_kmeans(weight_OK, grid, hessian_KK)
+    start = residual_kmeans(weight_OK, grid, hessian)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    refined = Refinement(weight_OK.to(device), hessian_KK.to(device), start, search, fixed_codebooks=grid.universal)
+    refined = Refinement(weight_OK.to(device), hessian, start, search, fixed_codebooks=grid.universal)
     refined.run()
     return refined.codes()
 
 
-def quick_vqdm_codes(weight_OK: Tensor, grid: AdditiveGrid, hessian_KK: Tensor | None = None) -> AdditiveCodes:
+def quick_vqdm_codes(weight_OK: Tensor, grid: AdditiveGrid, hessian: Hessian | None = None) -> AdditiveCodes:
     """`vqdm_codes` cut short: one round with a narrow beam, for comparing formats. Same errors."""
-    return vqdm_codes(weight_OK, grid, hessian_KK, QUICK)
+    return vqdm_codes(weight_OK, grid, hessian, QUICK)
 
 
 class Refinement:
     """A fitted matrix that gets better: each `improve_…` lowers `loss` or leaves everything as it is.
 
     `rows_OK` are the sums of vectors before their scale, `loss_O` the rows' losses. `pulled_OK` = (target - rows) H is
-    kept up to date, where the target is the weight over its row's scale, or over 1 where that is 0.
+    kept up to date, where the target is the weight over its row's scale, or over 1 where that is 0. `hessian_KK` is the
+    damped H, whose memory holds its factor instead while whole rows are searched: there is one matrix of K².
     """
 
     rows_OK: Tensor
@@ -81,15 +82,15 @@ class Refinement:
     def __init__(
         self,
         weight_OK: Tensor,
-        hessian_KK: Tensor,
+        hessian: Hessian,
         start: AdditiveCodes,
         search: Search,
         fixed_codebooks: bool = False,
     ) -> None:
         device = weight_OK.device
         self.fixed_codebooks = fixed_codebooks
-        self.hessian_KK = damped_hessian(hessian_KK)
-        self.weight_OK, self.search = weight_OK, search
+        self.given, self.weight_OK, self.search = hessian, weight_OK, search
+        self.hessian_KK = damped_in_place(own_hessian(hessian, weight_OK.shape[1], device=device))
         self.weight_pulled_OK = weight_OK @ self.hessian_KK
         self.codes_MOJ = start.codes_MOJ.to(device)
         self.codebooks_MPD = start.codebooks_MPD.to(device, torch.float32)
@@ -124,12 +125,15 @@ class Refinement:
 
         A row takes what is found where that is better; in the end its old codes where rounding errors said so wrongly.
         """
-        before = self.codes_MOJ.clone(), self.rows_OK, self.pulled_OK.clone(), self.loss_O
+        before = self.codes_MOJ, self.rows_OK, self.pulled_OK, self.loss_O
         vectors = self.codes_MOJ.shape[2]
-        order_J = torch.arange(vectors) if window == vectors else torch.randperm(vectors, generator=self.random)
-        for members in order_J.to(self.codes_MOJ.device).split(window):
-            self._search(members)
-        self.rows_OK = summed_vectors(self.codebooks_MPD, self.codes_MOJ)
+        if window == vectors:
+            self._search_rows()
+        else:
+            self.codes_MOJ, self.pulled_OK = self.codes_MOJ.clone(), self.pulled_OK.clone()
+            for members in torch.randperm(vectors, generator=self.random).to(self.codes_MOJ.device).split(window):
+                self._search(members)
+            self.rows_OK = summed_vectors(self.codebooks_MPD, self.codes_MOJ)
         worse_O = self._losses() > before[-1]
         now = self.codes_MOJ, self.rows_OK, self.pulled_OK
         self.codes_MOJ, self.rows_OK, self.pulled_OK = (
@@ -174,6 +178,7 @@ class Refinement:
         self.loss_O = self._losses()
 
     def _measure(self) -> None:
+        """What the codes, codebooks and scales come to."""
         self.rows_OK = summed_vectors(self.codebooks_MPD, self.codes_MOJ)
         self.pulled_OK = (self.weight_OK / nonzero(self.scale_O1) - self.rows_OK) @ self.hessian_KK
         self.loss_O = self._losses()
@@ -182,6 +187,14 @@ class Refinement:
         error_OK = self.weight_OK - self.scale_O1 * self.rows_OK
         pulled_OK = torch.where(self.scale_O1 != 0, self.scale_O1 * self.pulled_OK, self.weight_pulled_OK)
         return (pulled_OK * error_OK).sum(1).clamp(min=0.0)
+
+    def _search_rows(self) -> None:
+        """Searches for codes of all vectors; all rows take them."""
+        target_OK, factor_KK = self.weight_OK / nonzero(self.scale_O1), factor_in_place(self.hessian_KK, "vqdm")
+        self.codes_MOJ = best_codes(target_OK, self.codebooks_MPD, factor_KK, self.search.beam)
+        damped_in_place(own_hessian(self.given, len(factor_KK), out_KK=self.hessian_KK))
+        self.rows_OK = summed_vectors(self.codebooks_MPD, self.codes_MOJ)
+        self.pulled_OK = (target_OK - self.rows_OK) @ self.hessian_KK
 
     def _search(self, members: Tensor) -> None:
         """Searches for codes of the member vectors, the others as they are; rows for which it is better take them.
@@ -211,11 +224,14 @@ def nonzero(scale_O1: Tensor) -> Tensor:
     return torch.where(scale_O1 != 0, scale_O1, 1.0)
 
 
-def damped_hessian(hessian_KK: Tensor) -> Tensor:
-    """H + DAMPING * mean of its diagonal; the identity for inputs that were never driven, as k-means has it."""
+def damped_in_place(hessian_KK: Tensor) -> Tensor:
+    """H + DAMPING * mean of its diagonal, in its memory; the identity for inputs that were never driven, as k-means
+    has it."""
     mean = float(hessian_KK.diagonal().mean())
-    identity_KK = torch.eye(len(hessian_KK), device=hessian_KK.device)
-    return hessian_KK + DAMPING * mean * identity_KK if mean > 0 else identity_KK
+    if mean <= 0:
+        hessian_KK.zero_()
+    hessian_KK.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    return hessian_KK
 
 
 def lower_factor(hessian_CC: Tensor) -> Tensor:

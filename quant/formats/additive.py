@@ -16,6 +16,7 @@ from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import AdditiveCodes, AdditiveGrid
+from ..fit.hessian import Hessian
 from ..fit.universal import LENGTHS
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, unpack
@@ -87,9 +88,9 @@ class Additive(LayerFormat):
             "scale": PartSpec(torch.float16, (outputs,)),
         }
 
-    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, fit: Fit, hessian: Hessian | None) -> dict[str, Tensor]:
         grid = AdditiveGrid(self.count, self.bits, self.length, universal=self.shared)
-        fitted = fit.choose(matrix_view(weight), grid, hessian_KK)
+        fitted = fit.choose(matrix_view(weight), grid, hessian)
         packed_MOb = torch.stack([pack(codes_OJ, self.bits) for codes_OJ in fitted.codes_MOJ])
         return {"codes": packed_MOb, "codebooks": fitted.codebooks_MPD, "scale": fitted.scale_O}
 

@@ -15,6 +15,7 @@ from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import FP16_DIGITS, IntegerGrid, grid_values
+from ..fit.hessian import Hessian
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, unpack
 
@@ -75,11 +76,11 @@ class Affine(LayerFormat):
             specs["zero_point"] = PartSpec(torch.uint8, (outputs, packed_bytes(scales, self.bits)))
         return specs
 
-    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, fit: Fit, hessian: Hessian | None) -> dict[str, Tensor]:
         weight_OK = matrix_view(weight)
         digits = fit.group_scale_digits if self.group else FP16_DIGITS
         grid = IntegerGrid(self.bits, self.symmetric, self.group or weight_OK.shape[1], digits)
-        fitted = fit.choose(weight_OK, grid, hessian_KK)
+        fitted = fit.choose(weight_OK, grid, hessian)
         parts = {"codes": pack(fitted.codes_OK, self.bits), "scale": fitted.scale_OG.contiguous()}
         if fitted.zero_OG is not None:
             parts["zero_point"] = pack(fitted.zero_OG, self.bits)

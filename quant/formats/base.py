@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
+from ..fit.hessian import Hessian
 
 Shape = tuple[int, ...]
 
@@ -85,7 +86,7 @@ class LayerFormat(ABC):
         """Name, type and shape of everything that is stored for a weight of a shape that fits."""
 
     @abstractmethod
-    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, fit: Fit, hessian: Hessian | None) -> dict[str, Tensor]:
         """The parts of a finite float32 weight whose shape fits."""
 
     @abstractmethod
@@ -97,7 +98,7 @@ class LayerFormat(ABC):
         self._require_fit(shape)
         return sum(spec.nbytes for name, spec in self.part_specs(shape).items() if name not in self.shared_parts)
 
-    def compress(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None = None) -> CompressedTensor:
+    def compress(self, weight: Tensor, fit: Fit, hessian: Hessian | None = None) -> CompressedTensor:
         """The weight in this format, values chosen by `fit` (with H = E[x xᵀ] in matrix-view order, [K, K]).
 
         TurbopocketError when the shape does not fit, when a value is not finite, or when the fit lacks its Hessian.
@@ -108,7 +109,7 @@ class LayerFormat(ABC):
         if bad_values:
             raise TurbopocketError(f"{bad_values:,} of {weight.numel():,} weights are NaN or infinite")
         plain = weight.detach().to(device="cpu", dtype=torch.float32)
-        return CompressedTensor(self, shape, self.encode(plain, fit, hessian_KK))
+        return CompressedTensor(self, shape, self.encode(plain, fit, hessian))
 
     def decompress(self, compressed: CompressedTensor) -> Tensor:
         """float32 in the original shape; TurbopocketError when the parts are not those of this format and shape."""

@@ -16,6 +16,7 @@ from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import VectorCodes, VectorGrid
+from ..fit.hessian import Hessian
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, unpack
 from .palette import refused_rows, require_codes
@@ -81,8 +82,8 @@ class Codebook(LayerFormat):
             "scale": PartSpec(torch.float16, (outputs,)),
         }
 
-    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
-        fitted = fit.choose(matrix_view(weight), self._grid, hessian_KK)
+    def encode(self, weight: Tensor, fit: Fit, hessian: Hessian | None) -> dict[str, Tensor]:
+        fitted = fit.choose(matrix_view(weight), self._grid, hessian)
         codes = pack(fitted.codes_RC, self.bits)
         return {"codes": codes, "codebook": fitted.codebook_GPD, "scale": fitted.scale_O}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
+from ..fit.hessian import Hessian
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape
 
 _DTYPES = {16: torch.float16, 32: torch.float32}
@@ -43,7 +44,7 @@ class Dense(LayerFormat):
     def part_specs(self, shape: Shape) -> dict[str, PartSpec]:
         return {"weight": PartSpec(_DTYPES[self.bits], shape)}
 
-    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, fit: Fit, hessian: Hessian | None) -> dict[str, Tensor]:
         stored = weight.to(_DTYPES[self.bits], copy=True).contiguous()
         if not torch.isfinite(stored).all():
             largest = float(weight.abs().max())

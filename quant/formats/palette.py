@@ -15,6 +15,7 @@ from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import TableCodes, TableGrid
+from ..fit.hessian import Hessian
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import WIDTHS, pack, unpack
 
@@ -61,8 +62,8 @@ class Palette(LayerFormat):
             "table": PartSpec(torch.float16, (outputs // (self.rows or outputs), 2**self.bits)),
         }
 
-    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
-        fitted = fit.choose(matrix_view(weight), TableGrid(self.bits, self.rows), hessian_KK)
+    def encode(self, weight: Tensor, fit: Fit, hessian: Hessian | None) -> dict[str, Tensor]:
+        fitted = fit.choose(matrix_view(weight), TableGrid(self.bits, self.rows), hessian)
         return {"codes": pack(fitted.codes_OK, self.bits), "table": fitted.table_GP}
 
     def decode(self, compressed: CompressedTensor) -> Tensor:

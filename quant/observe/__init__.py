@@ -3,9 +3,8 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from ..fit import Fit
+from ..fit.hessian import Hessian
 from .base import LayerStats, Observation
 from .extremes import Extremes, MinMax
 from .identity import InputIdentity
@@ -33,6 +32,7 @@ __all__ = [
     "Observation",
     "QuietestOutput",
     "SecondMoment",
+    "carried_for",
     "hessian_for",
     "needed_by",
 ]
@@ -43,6 +43,11 @@ def needed_by(fit: Fit) -> type[Observation[Any]]:
     return SecondMoment if fit.whole_hessian else InputPower
 
 
-def hessian_for(fit: Fit, stats: LayerStats) -> Tensor:
-    """H = E[x xᵀ] of a layer's inputs as far as a fit reads it: [K, K], or the diagonal [K]."""
-    return stats[SecondMoment].hessian_KK if fit.whole_hessian else stats[InputPower]
+def carried_for(fit: Fit, stats: LayerStats) -> LayerStats:
+    """What a fit reads of them, in memory."""
+    return LayerStats({needed_by(fit): stats[needed_by(fit)]})
+
+
+def hessian_for(fit: Fit, stats: LayerStats) -> Hessian:
+    """H = E[x xᵀ] of a layer's inputs as far as a fit reads it: half of [K, K], or the diagonal [K]."""
+    return stats[SecondMoment] if fit.whole_hessian else stats[InputPower]

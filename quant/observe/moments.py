@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ground.names import CallPlace
+from ..fit.hessian import HalfMatrix
 from .base import Observation
 from .vectors import InputView, digest_of
 
@@ -24,15 +25,13 @@ WAITING_FLOATS = 2**25
 
 
 @dataclass(frozen=True)
-class Moment:
+class Moment(HalfMatrix):
     """E[x xᵀ] (float32) over the `count` input vectors one layer saw.
 
-    For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with W the matrix view of the weight and H `hessian_KK`. It is
-    kept as strips of columns, [end, S] each, from the first row to the strip's last column: half of K² numbers. Layers
-    that saw the same share them.
+    For n = count vectors: Σ ||W x||² = n * tr(W H Wᵀ), with W the matrix view of the weight and H `hessian_KK`. Layers
+    that saw the same share the strips.
     """
 
-    strips: tuple[Tensor, ...]
     count: int
 
     @property
@@ -40,12 +39,8 @@ class Moment:
         """The whole matrix; put together anew each time where there are several strips."""
         if len(self.strips) == 1:
             return self.strips[0]
-        columns = len(self.strips[-1])
-        whole_KK = torch.empty(columns, columns)
-        for strip_ES in self.strips:
-            end, start = len(strip_ES), len(strip_ES) - strip_ES.shape[1]
-            whole_KK[:end, start:end] = strip_ES
-            whole_KK[start:end, :start] = strip_ES[:start].T
+        whole_KK = torch.empty(self.columns, self.columns)
+        self.write_to(whole_KK)
         return whole_KK
 
 

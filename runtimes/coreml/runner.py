@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
+from ..limits import within_memory
 from ..manifest import Manifest
 from ..runner import check_inputs, component_spec
 from .apple import AppleEngine
@@ -42,8 +43,9 @@ class CoreMLRunner:
     def _run(self, component: str, inputs: Mapping[str, NDArray[Any]], also: Sequence[str]) -> tuple[Arrays, Arrays]:
         spec = component_spec(self.manifest, component)
         check_inputs(component, spec.loop_inputs, inputs)
-        engines, count = self._opened(component), item_count(spec, inputs)
-        calls = [run_chain(engines, call, also) for call in package_inputs(spec, inputs)]
+        with within_memory():
+            engines, count = self._opened(component), item_count(spec, inputs)
+            calls = [run_chain(engines, call, also) for call in package_inputs(spec, inputs)]
         outputs = loop_outputs(spec, [outputs for outputs, _ in calls], count)
         joined = {name: np.concatenate([found[name] for _, found in calls])[:count] for name in also}
         return outputs, joined

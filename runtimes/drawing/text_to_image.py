@@ -114,6 +114,23 @@ def draw_batch(
     """The pictures [N, H, W, 3] in 0..1 of N prompts, all of the manifest's size: each component is asked once a step
     for all of them. A picture depends on its own prompt and noise alone; see `draw`.
     """
+    asked = prompts, noises, steps, guidance, negative_prompt, first
+    return decode(runner, manifest, walk(runner, manifest, tokenizers, *asked))
+
+
+def walk(
+    runner: Runner,
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    prompts: Sequence[str],
+    noises: Sequence[NoiseSource],
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    first: FirstPicture | None = None,
+    end: int | None = None,
+) -> Array:
+    """The latents [N, C, h, w] of `draw_batch`'s pictures: clean, or as they are after the first `end` calls."""
     for text in (*prompts, negative_prompt or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise TurbopocketError(f"the prompt {text[:40]!r} is not UTF-8 text")
@@ -151,7 +168,8 @@ def draw_batch(
     else:
         x_0 = encode(runner, manifest, np.stack([first.pixels] * count), noise)
         x_t = sampler.add_noise(x_0, noise(x_0.shape), start)
-    return decode(runner, manifest, _denoise(runner, manifest, sampler, conditions, scale, x_t, start, noise))
+    calls = range(start, len(sampler.timesteps) if end is None else end)
+    return _denoise(runner, manifest, sampler, conditions, scale, x_t, calls, noise)
 
 
 def exercise(
@@ -238,12 +256,12 @@ def _denoise(
     conditions: list[dict[str, NDArray[np.float32]]],
     scale: float,
     x_t: Array,
-    start: int,
+    calls: range,
     noise: NoiseSource,
 ) -> Array:
-    """Clean latents, from those that are as noisy as the model expects them at call `start`."""
+    """Latents after these calls of a walk, from those that are as noisy as the model expects them at the first."""
     memory, denoiser = Memory(), manifest.pipeline.denoiser
-    for index in range(start, len(sampler.timesteps)):
+    for index in calls:
         asked = {
             denoiser.latents: sampler.scale_model_input(x_t, index),
             denoiser.timestep: _shaped_timestep(manifest, sampler.timesteps[index], len(x_t)),

@@ -4,6 +4,7 @@
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from turbopocket.export.build.build import build
 from turbopocket.export.checkpoint.tokenizer import tokenizer_json
 from turbopocket.export.families.tokenizers import CLIP
 from turbopocket.export.progress import StageProgress
-from turbopocket.export.recipe import load_recipe
+from turbopocket.export.recipe import load_recipe, make_recipe
 from turbopocket.pocket.scenes import captions
 from turbopocket.runtimes.kernels.library import onnx_operators
 
@@ -73,6 +74,26 @@ def test_the_core_does_what_python_does(maven: list[str], golden: Path) -> None:
     assert set(found.values()) == {0}
 
 
+def test_codebook_operators_of_ours_run_in_the_jvm(
+    maven: list[str], tokenizers: dict[str, Path], recipe_values: dict[str, Any], tiny_sd: Path, tmp_path: Path
+) -> None:
+    """By `registerCustomOpLibrary`, in a binding older than the one that built the artifact."""
+    library = onnx_operators()
+    if library is None:
+        pytest.skip("the library of our operators is not built (make kernels)")
+    asked = {"model": {"source": str(tiny_sd)}, "compress": {"formats": ["avq2x4-d4", "fp16"], "fit": "absmax"}}
+    artifact = tmp_path / "artifact"
+    build(make_recipe({**recipe_values, **asked}, "test"), artifact, progress=StageProgress(quiet=True))
+    write_golden(tmp_path / "golden", artifact, tokenizers, PROMPTS)
+    (tmp_path / "golden" / "walks.json").write_text("[]")
+    for operators in (library, None):
+        options = [] if operators is None else [f"-Doperators={operators}"]
+        run(maven, tmp_path / "golden", "-Dtest=PictureTest", *options)
+        assert reported() == {"tests": 6, "failures": 0, "errors": 0, "skipped": 0}
+    with pytest.raises(AssertionError, match=r"nowhere\.so"):  # so the library is what the session asks
+        run(maven, tmp_path / "golden", "-Dtest=PictureTest", f"-Doperators={tmp_path / 'nowhere.so'}")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("recipe", ["demo", "codebooks"])
@@ -83,6 +104,7 @@ def test_fifty_pictures_of_a_bundled_model(
     build(load_recipe(recipe), artifact, overwrite=False, progress=StageProgress(quiet=True))
     write_golden(tmp_path / "golden", artifact, tokenizers, captions("test", 50, seed=0))
     (tmp_path / "golden" / "walks.json").write_text("[]")
+    print(recipe, python_memory(artifact))
     libraries = [None, onnx_operators()] if recipe == "codebooks" and onnx_operators() else [None]
     for library in libraries:
         options = [] if library is None else [f"-Doperators={library}"]
@@ -113,6 +135,16 @@ def run(maven: list[str], golden: Path, *options: str) -> str:
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
     return "\n".join(line for line in ran.stdout.splitlines() if "resident" in line)
+
+
+def python_memory(artifact: Path) -> str:
+    """What a process that draws one picture says of its memory."""
+    code = (
+        "import sys; from turbopocket.export.artifact import Artifact; "
+        "Artifact.open(sys.argv[1]).generate('a red circle'); print(open('/proc/self/status').read())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, artifact], capture_output=True, text=True, check=True)
+    return "peak resident memory of Python: " + re.findall(r"VmHWM:\s*(.*)", ran.stdout)[0]
 
 
 def reported() -> dict[str, int]:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,6 +146,20 @@ def test_a_shipped_recipe_is_found_beside_a_folder_of_its_name(
     assert 'budget = "8MB"' in turbopocket("recipe", "show", "demo").out
 
 
+@pytest.mark.parametrize("options", [(), ("--distill",)])
+def test_a_shown_recipe_names_every_key_and_reads_back(
+    turbopocket: Run, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    file = tmp_path / "shown.toml"
+    file.write_text(turbopocket("recipe", "show", *options).out)
+    values = json.loads(turbopocket("recipe", "show", *options, "--json").out)
+    text = file.read_text()
+    for name, section in values.items():
+        for key in section if isinstance(section, dict) else (name,):
+            assert re.search(rf"^{key} = |\.{key}[,\]\n]", text, flags=re.MULTILINE), key
+    assert json.loads(turbopocket("recipe", "show", file, *options, "--json").out) == values
+
+
 def test_every_file_of_a_build_is_as_readable_as_the_users_others(artifact: Path) -> None:
     (artifact / "mine").touch()
     expected = (artifact / "mine").stat().st_mode
@@ -152,6 +167,26 @@ def test_every_file_of_a_build_is_as_readable_as_the_users_others(artifact: Path
     assert {
         path.name: path.stat().st_mode for path in files if path.is_file() and path.stat().st_mode != expected
     } == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--budget", "8 elephants"), "budget '8 elephants' is not a number with a unit"),
+        (("--target", "tflite"), "`tflite` is not a target"),
+        (
+            ("--recipe", "fast"),
+            "recipe 'fast' is neither a .toml file nor a shipped recipe; shipped are codebooks, demo",
+        ),
+        (("--set", "8MB"), "--set '8MB' is not KEY=VALUE"),
+        (("--pin", "unet"), "--pin 'unet' is not GLOB=FORMAT"),
+    ],
+)
+def test_a_mistake_in_the_request_is_told_before_pytorch_is_imported(asked: tuple[str, ...], message: str) -> None:
+    code = "import sys; sys.modules['torch'] = sys.modules['diffusers'] = None; " + MAIN
+    done = subprocess.run([sys.executable, "-c", code, "plan", *asked], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}"), done.stderr
 
 
 REQUIREMENTS = (
@@ -174,6 +209,7 @@ REQUIREMENTS = (
         ("torchao", "pip install 'torchao<0.19,>=0.18'"),
         ("numpy", None),
         ("nonsense", None),
+        ("turbopocket.nothing", None),
     ],
 )
 def test_what_is_not_installed_is_named_with_the_command_that_brings_it(

@@ -30,6 +30,7 @@ from turbopocket.ground.names import CallPlace
 from turbopocket.quant import fit as fits
 from turbopocket.quant import formats
 from turbopocket.quant.fit import SOLVERS, Fit
+from turbopocket.quant.fit.hessian import Hessian
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, PartSpec
 from turbopocket.quant.observe import OBSERVATIONS, Observation
 from turbopocket.runtimes.drawing.sampler import SAMPLERS, EulerSampler
@@ -64,7 +65,7 @@ class Coarse(LayerFormat):
     def part_specs(self, shape: tuple[int, ...]) -> dict[str, PartSpec]:
         return {"weight": PartSpec(torch.float16, shape)}
 
-    def encode(self, weight: Tensor, fit: Fit, hessian_KK: Tensor | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, fit: Fit, hessian: Hessian | None) -> dict[str, Tensor]:
         mantissa, exponent = torch.frexp(weight)
         return {"weight": torch.ldexp((mantissa * 32).round() / 32, exponent).half().contiguous()}
 

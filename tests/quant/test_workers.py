@@ -2,6 +2,7 @@
 """Work that is spread over processes comes back as if done here: values in order, errors with their hints."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,13 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.compress import compress
-from turbopocket.quant.fit import VQDM
+from turbopocket.quant.blockwise import calibrate_to_files
+from turbopocket.quant.compress import _job, _stored, compress
+from turbopocket.quant.fit import GPTQ, VQDM
 from turbopocket.quant.formats import parse_format
+from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.observe import SecondMoment
+from turbopocket.quant.plan import Choice
 from turbopocket.quant.sensitivity import compress_candidates
-from turbopocket.quant.workers import Spread, Workers, _end_with, in_turn
+from turbopocket.quant.workers import JOBS_AHEAD, Spread, Workers, _end_with, in_turn
 
 from .test_sequential import Chain
 
@@ -78,6 +84,51 @@ def test_candidates_stored_by_workers_are_the_same(two: Spread) -> None:
             assert all(torch.equal(part, other.parts[key]) for key, part in one.parts.items())
 
 
+def wait_for_the_last(job: tuple[int, Path]) -> bool:
+    """The first job ends when the last one has."""
+    index, done = job
+    if index == 0:
+        limit = time.monotonic() + 60
+        while not done.exists():
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.01)
+    elif index == 20:
+        done.touch()
+    return True
+
+
+def test_a_long_job_holds_nobody_up(two: Spread, tmp_path: Path) -> None:
+    assert all(two(wait_for_the_last, ((index, tmp_path / "done") for index in range(21))))
+
+
+def test_jobs_are_taken_when_a_worker_will_be_free(two: Spread) -> None:
+    taken: list[int] = []
+    results = two(pause, (taken.append(index) or index for index in range(50)))  # type: ignore[func-returns-value]
+    assert next(results) == 0
+    assert len(taken) <= 2 * JOBS_AHEAD + 4
+
+
+def pause(job: int) -> int:
+    time.sleep(0.05)
+    return job
+
+
+def test_a_job_names_the_file_of_its_hessian_and_holds_it_where_files_do_not_reach(tmp_path: Path) -> None:
+    model, inputs = nn.Sequential(nn.Linear(512, 16)), torch.randn(600, 512)
+    layers = compressible_layers("unet", model)
+    asked = {"unet": model}, {"unet.0": model[0]}, lambda: model(inputs), (SecondMoment,), tmp_path
+    stats = calibrate_to_files(*asked)
+    form = parse_format("int4-g32")
+    choice = Choice("unet.0", (16, 512), "int4-g32", form.nbytes((16, 512)), 0.0)
+    job = _job(layers, choice, GPTQ, stats)
+    assert len(pickle.dumps(job)) < 100_000 < 512**2 * 4 < len(pickle.dumps(job.carried()))
+    here, there, carried = (_stored(each) for each in (job, pickle.loads(pickle.dumps(job)), job.carried()))
+    for name, part in here.parts.items():
+        assert torch.equal(part, there.parts[name])
+        assert torch.equal(part, carried.parts[name])
+
+
 def test_an_error_of_a_worker_arrives_whole(two: Spread) -> None:
     found = two(refuse, range(4))
     assert [next(found), next(found)] == [0, 1]
@@ -124,7 +175,10 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address: str, complaint: st
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning")
 def test_ray_gives_the_same_bytes_and_the_same_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # where its workers find this test's functions
+    # Where its workers find this test's functions, and what it imports where that is not the installed package.
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    )
     chain = Chain()
     asked = chain.layers, chain.plan, VQDM, chain.stats()
     here = compress(*asked)

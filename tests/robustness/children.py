@@ -55,7 +55,9 @@ class Ran:
 
 
 class Children:
-    """One process that forks a child for each command."""
+    """One process that forks a child for each command. `planted` is code that each runs first: a fault to be found."""
+
+    planted = ""
 
     def __init__(self) -> None:
         command = [sys.executable, str(Path(__file__).with_name("zygote.py")), json.dumps(IMPORTED)]
@@ -72,7 +74,14 @@ class Children:
 
     def _run(self, folder: Path, seconds: float, **job: Any) -> Ran:
         out, err = folder / ".stdout", folder / ".stderr"
-        asked = {"folder": str(folder), "stdout": str(out), "stderr": str(err), "seconds": seconds, **job}
+        asked = {
+            "folder": str(folder),
+            "stdout": str(out),
+            "stderr": str(err),
+            "seconds": seconds,
+            "planted": self.planted,
+        }
+        asked |= job
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()

@@ -11,7 +11,7 @@ from random import Random
 
 import tomli_w
 
-from .children import Children, Ran
+from .children import SECONDS, Children, Ran
 from .mutations import damage_file, files_of, json_bytes, mutate_json, rehash
 
 PROMPT = "a red circle"
@@ -66,16 +66,19 @@ def damaged_models(children: Children, model: Path, scratch: Path, seeds: range)
     return tally
 
 
-def damaged_artifacts(children: Children, artifact: Path, scratch: Path, seeds: range) -> Tally:
+def damaged_artifacts(
+    children: Children, artifact: Path, scratch: Path, seeds: range, planted: str = "", seconds: float = SECONDS
+) -> Tally:
     """An artifact with damaged files, drawn with; of every other one the manifest agrees with the files.
 
-    What draws another picture although its manifest knows better is a wrong success.
+    What draws another picture although its manifest knows better is a wrong success. `planted` is run before each case.
     """
     with emptied(scratch) as folder:
         shutil.copytree(artifact, folder / "art")
         whole = _drawn(children, folder)
         expected = (folder / "out.png").read_bytes() if whole.code == 0 else b""
     assert expected, whole.err
+    children.planted = planted
     tally = Tally()
     for seed in seeds:
         random = Random(f"artifact {seed}")
@@ -85,11 +88,12 @@ def damaged_artifacts(children: Children, artifact: Path, scratch: Path, seeds: 
             what = _damaged(folder / "art", random, seed, manifest=0.3)
             if agrees:
                 _rehashed(folder / "art")
-            ran = _drawn(children, folder)
+            ran = _drawn(children, folder, seconds)
             picture = folder / "out.png"
             other = ran.code == 0 and picture.read_bytes() != expected
             wrong = "wrong success: another picture" if other and not agrees and "manifest.json" not in what else None
             tally.add(ran, what, wrong)
+    children.planted = ""
     return tally
 
 
@@ -124,8 +128,9 @@ def _rehashed(folder: Path) -> None:
         rehash(folder)
 
 
-def _drawn(children: Children, folder: Path) -> Ran:
-    return children.command(folder, "generate", "art", PROMPT, "--seed", 7, "--out", "out.png", "--json")
+def _drawn(children: Children, folder: Path, seconds: float = SECONDS) -> Ran:
+    asked = "generate", "art", PROMPT, "--seed", 7, "--out", "out.png", "--json"
+    return children.command(folder, *asked, seconds=seconds)
 
 
 def _request(random: Random, folder: Path, recipe: object) -> list[object]:

@@ -41,6 +41,22 @@ def artifacts(children: Children, tiny_sd: Path, tmp_path_factory: pytest.TempPa
     return folder / "all"
 
 
+PREPARED = """
+import os, threading, time, turbopocket.export.artifact as m
+zero = lambda file: file.write_bytes(bytes(file.stat().st_size))
+"""
+PLANTED = {
+    "bug": "lambda *_: [][0]",
+    "traceback": "lambda *_: (each := threading.Thread(target=lambda: [][0])).start() or each.join()",
+    "hang": "lambda *_: time.sleep(60)",
+    "native crash (signal 11)": "lambda *_: os.kill(os.getpid(), 11)",
+    "exit code 5": "lambda *_: os._exit(5)",
+    "a refusal without its sentence": "lambda *_: exit(1)",
+    "wrong success: another picture": "lambda folder, _: zero(folder / 'unet' / 'model.onnx.data')",
+}
+"""What the check of an artifact's files does in its place, by what the corpus is to call it."""
+
+
 def seeds(part: int, whole: int) -> range:
     return range(whole if WHOLE else part)
 
@@ -63,3 +79,12 @@ def test_damaged_artifacts_are_refused_or_draw_the_same(
 
 def test_hostile_requests_are_one_sentence(children: Children, artifacts: Path, tiny_sd: Path, tmp_path: Path) -> None:
     require_clean(hostile_requests(children, tiny_sd, artifacts / "onnx", tmp_path / "case", seeds(20, 300)))
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found(children: Children, artifacts: Path, tmp_path: Path, fault: str) -> None:
+    planted = f"{PREPARED}\nm.verify = {PLANTED[fault]}"
+    of = range(9) if "picture" in fault else range(3)  # every fourth manifest does not agree with its files
+    tally = damaged_artifacts(children, artifacts / "onnx", tmp_path / "case", of, planted, seconds=10)
+    assert tally.ends[fault] > 0, str(tally)
+    assert len(tally.faults) == sum(count for end, count in tally.ends.items() if end not in ("success", "refusal"))

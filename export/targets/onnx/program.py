@@ -55,11 +55,13 @@ def lower(
 
     `schemes` are as `Target.lower` has them.
 
-    Raises TurbopocketError when `weights` are not exactly the traced layers', ONNX can not store one of them, or what
-    layers share is not equal.
+    Raises TurbopocketError when `weights` are not exactly the traced layers', ONNX can not store one of them, what
+    layers share is not equal, or one that rounds by calibrated scales was not calibrated.
     """
     forms = _forms(traced, schemes_of(weights, schemes), options)
     require_equal_shares(weights)
+    for form in forms.values():
+        form.require_calibrated()
     graph = _Graph(traced, forms)
     target = folder / traced.component
     target.mkdir(parents=True, exist_ok=True)

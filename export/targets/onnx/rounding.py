@@ -77,13 +77,11 @@ class _IntegerForm(Form):
 
     @property
     def _qparams(self) -> StaticQParams:
-        ranges = self.options.ranges
-        return StaticQParams.of(ranges.get(self.layer.name, _UNKNOWN))
+        return StaticQParams.of(self.options.ranges.get(self.layer.name, _UNKNOWN))
 
-    def _known_qparams(self) -> StaticQParams:
-        if self.layer.name not in self.options.ranges:
+    def require_calibrated(self) -> None:
+        if self.scheme.is_static and self.layer.name not in self.options.ranges:
             raise TurbopocketError(f"{self.layer.name}: {self.scheme} needs the ranges that calibration saw")
-        return self._qparams
 
 
 class IntegerLinear(_IntegerForm):
@@ -161,9 +159,10 @@ class IntegerLinear(_IntegerForm):
         return row_functions(biased=len(node.input) > 2) if self._by_row else []
 
     def reference(self, module: nn.Module, weight: CompressedTensor) -> nn.Module:
+        self.require_calibrated()
         if self._by_row:
             return rounding(super().reference(module, weight), rounded_by_row, None)
-        return _static(super().reference(module, weight), self._known_qparams(), self.scheme.output is not None)
+        return _static(super().reference(module, weight), self._qparams, self.scheme.output is not None)
 
 
 class IntegerConv2d(_IntegerForm):
@@ -221,7 +220,8 @@ class IntegerConv2d(_IntegerForm):
         ]
 
     def reference(self, module: nn.Module, weight: CompressedTensor) -> nn.Module:
-        qparams, found = self._known_qparams(), super().reference(module, weight)
+        self.require_calibrated()
+        qparams, found = self._qparams, super().reference(module, weight)
         bias = found.bias
         if isinstance(bias, Tensor):
             step = weight.parts["scale"][:, 0].float() * qparams.input.scale

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....ground.errors import TurbopocketError
 
-NOT_BUILT = "vqdm searches in PyTorch, several times as slowly as in C++: `make search` was not run here"
+NOT_BUILT = "vqdm searches in PyTorch, several times as slowly as in C++, which `make search` builds in a checkout"
 BUILT = Path(__file__).parent / "lib" / platform.machine() / "libvqdm.so"
 
 

@@ -5,8 +5,6 @@ model."""
 import json
 import resource
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from turbopocket.export.build import build as module
@@ -28,9 +25,6 @@ from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant import compress
 from turbopocket.quant.workers import Spread
 from turbopocket.runtimes.manifest import load_manifest
-
-KILLED_BUILDS = Path(__file__).with_name("killed_builds.py")
-KILLS = 4
 
 
 @pytest.fixture
@@ -108,34 +102,6 @@ def staged(recipe: Recipe, out: Path, last: Any, **how: Any) -> Path:
 
 def with_budget(values: dict[str, Any], budget: str) -> Recipe:
     return make_recipe({**values, "compress": {**values["compress"], "budget": budget}}, "test")
-
-
-def killed_at_random(values: dict[str, Any], folder: Path, kills: int) -> dict[str, Any]:
-    asked = json.dumps(values), str(folder), str(kills), "0", str(torch.get_num_threads())
-    ran = subprocess.run([sys.executable, KILLED_BUILDS, *asked], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    found: dict[str, Any] = json.loads(ran.stdout)
-    print(f"undisturbed {found['seconds']:.1f} s; killed in {dict(Counter(stage for stage, _ in found['killed']))}")
-    return found
-
-
-def require_same_files(found: dict[str, Any], kills: int) -> None:
-    assert len(found["killed"]) == kills
-    files = found["files"]
-    undisturbed = files.pop("undisturbed")
-    assert undisturbed
-    assert files
-    assert all(each == undisturbed for each in files.values())
-
-
-def test_builds_killed_at_random_moments_end_with_the_same_bytes(values: dict[str, Any], tmp_path: Path) -> None:
-    require_same_files(killed_at_random(values, tmp_path / "kills", KILLS), KILLS)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_builds_killed_a_hundred_times_end_with_the_same_bytes(values: dict[str, Any], tmp_path: Path) -> None:
-    require_same_files(killed_at_random(values, tmp_path / "kills", 100), 100)
 
 
 def test_each_stage_is_done_once_whatever_command_needs_it(recipe: Recipe, tmp_path: Path, done: Counter[str]) -> None:

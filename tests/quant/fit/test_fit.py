@@ -11,7 +11,7 @@ from torch import Tensor
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.fit import ABSMAX, FITS, GPTQ, MSE, Fit, Grid, IntegerGrid, measuring_fit, parse_fit
 from turbopocket.quant.fit.base import Solver, storable_scale
-from turbopocket.quant.fit.gptq import DAMPING, error_feedback
+from turbopocket.quant.fit.gptq import DAMPING
 from turbopocket.quant.formats import parse_format
 
 GRIDS = [IntegerGrid(bits, symmetric, group) for bits in (4, 8) for symmetric in (True, False) for group in (8, 48)]
@@ -86,12 +86,19 @@ def test_importance_of_a_column_draws_the_scale_to_it() -> None:
     assert driven[0, :3].abs().sum() < plain[0, :3].abs().sum()
 
 
-def test_error_feedback_factorises_the_inverse_of_the_damped_hessian(correlated_hessian: Tensor) -> None:
-    feedback_KK = error_feedback(correlated_hessian).double()
-    damped_KK = correlated_hessian.double()
+def test_gptqs_codes_are_those_of_its_first_algorithm_in_float64(correlated_hessian: Tensor) -> None:
+    """Errors sent on by U of (H + damping)⁻¹ = UᵀU, as the paper has it, under the scales that the fit chose."""
+    weight_OK = torch.randn(64, 48)
+    fitted = GPTQ.choose(weight_OK, IntegerGrid(4, True, 48), correlated_hessian)
+    damped_KK, pending_OK, scale_O = correlated_hessian.double(), weight_OK.double(), fitted.scale_OG[:, 0].double()
     damped_KK.diagonal().add_(DAMPING * damped_KK.diagonal().mean())
-    assert torch.equal(feedback_KK, feedback_KK.triu())
-    assert torch.allclose(feedback_KK.T @ feedback_KK @ damped_KK, torch.eye(48).double(), atol=1e-4)
+    feedback_KK = torch.linalg.cholesky(torch.linalg.inv(damped_KK), upper=True)
+    codes_OK = torch.empty(64, 48)
+    for k in range(48):
+        codes_OK[:, k] = (pending_OK[:, k] / scale_O).round().clamp(-8, 7)
+        error_O = (pending_OK[:, k] - codes_OK[:, k] * scale_O) / feedback_KK[k, k]
+        pending_OK[:, k:] -= error_O.unsqueeze(1) * feedback_KK[k, k:]
+    assert float((codes_OK == fitted.codes_OK).float().mean()) > 0.995
 
 
 @pytest.mark.parametrize("group", [20, 200, 400])

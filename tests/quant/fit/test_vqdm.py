@@ -14,7 +14,7 @@ from turbopocket.quant.fit.codebook_solve import WEIGHTS_PER_NUMBER, sampled_row
 from turbopocket.quant.fit.grids import summed_vectors
 from turbopocket.quant.fit.residual import residual_kmeans
 from turbopocket.quant.fit.universal import universal_codebooks
-from turbopocket.quant.fit.vqdm import Refinement, Search, damped_hessian, lower_factor
+from turbopocket.quant.fit.vqdm import Refinement, Search, damped_in_place, lower_factor
 
 GRID = AdditiveGrid(2, 4, 4)
 
@@ -42,7 +42,7 @@ def hessian(columns: int, rank: int) -> Tensor:
 def test_no_step_ever_raises_the_loss_of_what_is_stored(grid: AdditiveGrid, rank: int) -> None:
     weight_OK, hessian_KK = torch.randn(40, 48) ** 3 * torch.logspace(-3, 3, 40).unsqueeze(1), hessian(48, rank)
     weight_OK[7] = 0.0
-    counted_KK = damped_hessian(hessian_KK)
+    counted_KK = damped_in_place(hessian_KK.clone())
     fitted = Refinement(weight_OK, hessian_KK, residual_kmeans(weight_OK, grid, hessian_KK), Search(beam=3))
     losses = [loss_of(weight_OK, fitted.codes(), counted_KK)]
     # What single precision can tell from nothing, of the loss of a weight that is not stored at all.
@@ -72,7 +72,7 @@ def test_a_wide_beam_finds_the_best_codes_there_are() -> None:
 
 def test_wider_beams_find_lower_losses() -> None:
     target_OK, codebooks_MPD, hessian_KK = torch.randn(200, 96), 0.7 * torch.randn(2, 16, 4), hessian(96, 96)
-    lower_KK = lower_factor(damped_hessian(hessian_KK)).float()
+    lower_KK = lower_factor(damped_in_place(hessian_KK.clone())).float()
     found = [best_codes(target_OK, codebooks_MPD, lower_KK, beam) for beam in (1, 4, 16)]
     losses = [float(row_losses(target_OK, codebooks_MPD, each, hessian_KK).sum()) for each in found]
     assert losses[1] < 0.9 * losses[0]
@@ -81,7 +81,7 @@ def test_wider_beams_find_lower_losses() -> None:
 
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     target_OK, codebooks_MPD = torch.randn(50, 80), torch.randn(2, 16, 4)
-    lower_KK = lower_factor(damped_hessian(hessian(80, 80))).float()
+    lower_KK = lower_factor(damped_in_place(hessian(80, 80))).float()
     for search in (torch_best_codes, best_codes):
         whole_MOJ = search(target_OK, codebooks_MPD, lower_KK, beam=4)
         monkeypatch.setattr("turbopocket.quant.fit.beam.CHUNK_CANDIDATES", 7 * 4 * 16)

@@ -15,7 +15,7 @@ from turbopocket.quant.fit.beam import torch_best_codes
 from turbopocket.quant.fit.grids import summed_vectors
 from turbopocket.quant.fit.kmeans import _Cloud
 from turbopocket.quant.fit.native import SearchLibrary, searched_with
-from turbopocket.quant.fit.vqdm import damped_hessian, lower_factor
+from turbopocket.quant.fit.vqdm import damped_in_place, lower_factor
 
 ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "quant" / "fit" / "native"
@@ -41,7 +41,7 @@ def losses(target_OK: Tensor, codebooks_MPD: Tensor, codes_MOJ: Tensor, hessian_
 def layer(outputs: int, columns: int, books: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Target, codebooks and Hessian of correlated inputs."""
     x_NK = torch.randn(400, columns) @ (torch.randn(columns, columns) * torch.logspace(0, -1.5, columns).unsqueeze(1))
-    return torch.randn(outputs, columns), 0.7 * torch.randn(*books), damped_hessian(x_NK.T @ x_NK / 400)
+    return torch.randn(outputs, columns), 0.7 * torch.randn(*books), damped_in_place(x_NK.T @ x_NK / 400)
 
 
 @pytest.mark.parametrize(

@@ -190,13 +190,13 @@ def test_packages_have_the_tensors_that_the_swift_package_asks_for(traced: dict[
         ),
         "unet": (
             {
-                "sample": ("float32", (1, 4, 8, 8)),
-                "timestep": ("float32", (1,)),
-                "encoder_hidden_states": ("float16", (1, 96, 1, 5)),
-                "time_ids": ("float32", (1, 6)),
-                "text_embeds": ("float16", (1, 64)),
+                "sample": ("float32", (2, 4, 8, 8)),
+                "timestep": ("float32", (2,)),
+                "encoder_hidden_states": ("float16", (2, 96, 1, 5)),
+                "time_ids": ("float32", (2, 6)),
+                "text_embeds": ("float16", (2, 64)),
             },
-            {"noise_pred": ("float16", (1, 4, 8, 8))},
+            {"noise_pred": ("float16", (2, 4, 8, 8))},
         ),
         "vae_decoder": ({"z": ("float16", (1, 4, 6, 10))}, {"image": ("float32", (1, 3, 6, 10))}),
     }
@@ -294,7 +294,8 @@ def test_every_layers_output_is_found_by_its_module_path(traced: dict[str, Trace
     (call,) = package_inputs(spec_of(evaluator.program, part), given)
     found = evaluator.run(call, also=[layer_value(path) for path in paths])
     for path in paths:
-        assert snr_db(found[layer_value(path)], seen[path]) >= 55, path
+        given_once = found[layer_value(path)][: len(seen[path])]  # a UNet's second item is the first again
+        assert snr_db(given_once, seen[path]) >= 55, path
 
 
 def test_every_linear_and_convolution_is_a_layer(traced: dict[str, Traced]) -> None:

@@ -122,7 +122,7 @@ def test_a_unet_that_is_told_its_guidance_takes_it_as_one_more_input(tmp_path: P
     graph = target.trace(component)
     target.lower(graph, compressed(component, graph), tmp_path)
     program = Program.open(tmp_path / "Unet.mlpackage")
-    assert tensors(program.inputs)["timestep_cond"] == ("float16", (1, 12))
+    assert tensors(program.inputs)["timestep_cond"] == ("float16", (2, 12))
     inputs = example(component, 1)
     found = package_outputs(tmp_path / "Unet.mlpackage", "unet", inputs)
     assert snr_db(found["out_sample"], torch_outputs(component, inputs)["out_sample"]) >= LEAST_SNR_DB

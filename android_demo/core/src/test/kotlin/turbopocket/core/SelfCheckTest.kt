@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 package turbopocket.core
 
+import kotlinx.serialization.json.JsonElement
 import kotlinx.serialization.json.JsonObject
 import kotlinx.serialization.json.JsonPrimitive
+import kotlinx.serialization.json.jsonObject
 import org.junit.jupiter.api.Assertions.assertEquals
 import org.junit.jupiter.api.Assertions.assertNull
 import org.junit.jupiter.api.Assertions.assertTrue
@@ -10,16 +12,13 @@ import org.junit.jupiter.api.Test
 import org.junit.jupiter.api.io.TempDir
 import turbopocket.core.artifact.Artifact
 import turbopocket.core.artifact.ComponentSpec
-import turbopocket.core.drawing.Drawer
+import turbopocket.core.artifact.sha256
 import turbopocket.core.drawing.Runtime
 import turbopocket.core.drawing.SelfCheck
 import turbopocket.core.drawing.Session
 import turbopocket.core.drawing.Tensor
-import turbopocket.core.drawing.Wish
 import turbopocket.core.onnx.OnnxRuntime
 import java.io.File
-import java.nio.ByteBuffer
-import java.nio.ByteOrder
 
 /** A device that computes wrong draws nothing. */
 class SelfCheckTest {
@@ -46,26 +45,17 @@ class SelfCheckTest {
         }
     }
 
-    private fun artifact(step: Int = 1): Artifact {
+    private fun artifact() = Artifact.open(Scratch(folder).folder)
+
+    /** The golden artifact's record with one value changed. */
+    private fun changed(key: String, value: JsonElement): Artifact {
         val scratch = Scratch(folder)
-        val latents = Drawer(Artifact.open(folder), OnnxRuntime()).latents(Wish("a red circle", 3), step + 1)
-        val bytes = ByteBuffer.allocate(4 * latents.size).order(ByteOrder.LITTLE_ENDIAN)
-        latents.forEach(bytes::putFloat)
-        scratch.add("self_check.bin", bytes.array())
-        scratch.set(
-            "self_check",
-            JsonObject(
-                mapOf(
-                    "prompt" to JsonPrimitive("a red circle"),
-                    "seed" to JsonPrimitive(3),
-                    "step" to JsonPrimitive(step),
-                    "file" to JsonPrimitive("self_check.bin"),
-                    "snr_floor_db" to JsonPrimitive(60),
-                ),
-            ),
-        )
+        scratch.set("self_check", JsonObject(scratch.json().getValue("self_check").jsonObject + (key to value)))
         return Artifact.open(folder)
     }
+
+    private fun output(file: String, floor: Int) =
+        JsonObject(mapOf("file" to JsonPrimitive(file), "snr_floor_db" to JsonPrimitive(floor)))
 
     @Test
     fun `a device that computes right passes, and is asked once`() {
@@ -87,19 +77,48 @@ class SelfCheckTest {
             assertRefused("this device computes wrong:") { SelfCheck(artifact, Wrong(0.5f)).requireOnce(seen, "chip") }
         }
         val result = SelfCheck(artifact, Wrong(0.5f)).run()!!
-        assertTrue(result.snrDb < 60 && result.snrDb > 0)
+        assertTrue(result.snrDb.getValue("latents") < 20)
         assertTrue(!SelfCheck(artifact, Wrong(Float.NaN)).run()!!.passed)
     }
 
     @Test
+    fun `what Python's build recorded is met with room to spare`() {
+        val result = SelfCheck(artifact(), OnnxRuntime()).run()!!
+        assertTrue(result.snrDb.values.min() > 40, "$result")
+    }
+
+    @Test
+    fun `a floor that nothing meets is refused, with the figure`() {
+        val artifact = changed("latents", output("self_check/latents.f32", 500))
+        assertRefused("this device computes wrong: latents of the self-check have") {
+            SelfCheck(artifact, OnnxRuntime()).requireOnce(seen, "chip")
+        }
+        assertTrue(!seen.exists())
+    }
+
+    @Test
+    fun `another picture is refused`() {
+        val scratch = Scratch(folder)
+        val file = File(folder, "self_check/picture.rgb")
+        file.writeBytes(ByteArray(file.length().toInt()) { (255 - it % 256).toByte() })
+        scratch.setFile("self_check/picture.rgb", "sha256" to JsonPrimitive(sha256(file)))
+        assertRefused("this device computes wrong: picture of the self-check have") {
+            SelfCheck(Artifact.open(folder), OnnxRuntime()).requireOnce(seen, "chip")
+        }
+    }
+
+    @Test
     fun `records that do not fit are refused`() {
-        artifact(step = 0)
-        File(folder, "self_check.bin").appendBytes(ByteArray(4))
-        assertRefused("self_check.bin has") { Artifact.open(folder) }
+        assertRefused("self_check is of step 99") { SelfCheck(changed("step", JsonPrimitive(99)), OnnxRuntime()).run() }
+        val other = changed("latents", output("self_check/picture.rgb", 20))
+        assertRefused("self_check/picture.rgb has") { SelfCheck(other, OnnxRuntime()).run() }
+        File(folder, "self_check/picture.rgb").appendBytes(ByteArray(4))
+        assertRefused("self_check/picture.rgb has") { Artifact.open(folder) }
     }
 
     @Test
     fun `an artifact without a record is not asked`() {
-        assertNull(SelfCheck(Artifact.open(File(Golden.all.artifact)), OnnxRuntime()).run())
+        Scratch(folder).set("self_check", null)
+        assertNull(SelfCheck(Artifact.open(folder), OnnxRuntime()).run())
     }
 }

@@ -172,14 +172,19 @@ enum class Operand {
 }
 
 /**
- * One walk that a device repeats before it draws: `file` holds the latents after `step` (float32, little-endian, [1, C,
- * h, w]); a device whose own have less than `snr_floor_db` dB of signal over difference computes wrong.
+ * One walk that a device repeats before it draws: of [prompt] and [seed], at the artifact's first size and own guidance,
+ * up to row [step] of the sampler's table. [latents]: those after that row, float32, little-endian, [1, C, h, w];
+ * [picture]: what the decoder makes of them, bytes [H, W, 3].
  */
 @Serializable
 data class SelfCheckSpec(
     val prompt: String,
     val seed: Long,
     val step: Int,
-    val file: String,
-    @SerialName("snr_floor_db") val snrFloorDb: Float,
+    val latents: ExpectedOutput,
+    val picture: ExpectedOutput,
 )
+
+/** The file of what has to be computed, and the least signal over difference, in dB. */
+@Serializable
+data class ExpectedOutput(val file: String, @SerialName("snr_floor_db") val snrFloorDb: Float)

@@ -77,7 +77,8 @@ private fun requireFiles(manifest: Manifest) {
     listed.groupBy { it }.values.find { it.size > 1 }?.let { refuse("files lists ${it[0]} more than once") }
     if (MANIFEST_NAME in listed) refuse("files lists $MANIFEST_NAME, which cannot hold its own hash")
     val used = manifest.components.values.flatMap { listOfNotNull(it.file, it.data) } +
-        manifest.tokenizers.values.map { "$it/tokenizer.json" } + listOfNotNull(manifest.selfCheck?.file)
+        manifest.tokenizers.values.map { "$it/tokenizer.json" } +
+        listOfNotNull(manifest.selfCheck?.latents?.file, manifest.selfCheck?.picture?.file)
     used.find { it !in listed }?.let { refuse("$it is used but not in files") }
 }
 

@@ -22,6 +22,15 @@ data class Wish(
 /** How far a drawing is: [done] of [total] calls, the last of [component]. */
 data class Progress(val component: String, val done: Int, val total: Int)
 
+/** A walk's [first] and last [latents], and the picture that the decoder makes of these; null for one not finite. */
+internal class CheckedWalk(
+    val first: FloatArray,
+    val latents: FloatArray,
+    val height: Int,
+    val width: Int,
+    val picture: Picture?,
+)
+
 /**
  * Text to image over a runtime, as the manifest's pipeline says it: the loop of `turbopocket generate`.
  *
@@ -59,10 +68,16 @@ class Drawer(private val artifact: Artifact, private val runtime: Runtime, priva
         decoded(latents, size, components).also { plan.called(manifest.pipeline.decoder.component) }
     }
 
-    /** The latents [1, C, h, w] after the first [rows] calls of a walk to the artifact's first size. */
-    internal fun latents(wish: Wish, rows: Int, cancellation: Cancellation = Cancellation()): FloatArray =
+    /** What the first [rows] calls of a walk to the artifact's first size come to. */
+    internal fun checked(wish: Wish, rows: Int, cancellation: Cancellation = Cancellation()): CheckedWalk =
         Components(artifact, runtime, keepOpen, cancellation).use { components ->
-            PlannedCalls(wish) {}.walk(components, sizeOf(wish), rows).values
+            val size = sizeOf(wish)
+            val latents = PlannedCalls(wish) {}.walk(components, size, rows)
+            val sample = sampled(latents, size, components)
+            val finite = sample.all { it.isFinite() }
+            val first = Walk(table, StandardNormal(wish.seed)::next).begin(latents.values.size)
+            val drawn = if (finite) picture(sample, size) else null
+            CheckedWalk(first, latents.values, size.height, size.width, drawn)
         }
 
     /** One drawing's calls, counted. */
@@ -144,12 +159,21 @@ class Drawer(private val artifact: Artifact, private val runtime: Runtime, priva
     }
 
     private fun decoded(latents: Tensor, size: PictureSize, components: Components): Picture {
+        val sample = sampled(latents, size, components)
+        val odd = sample.count { !it.isFinite() }
+        if (odd > 0) refuse("${manifest.name}: $odd of ${sample.size} values of the picture are not finite")
+        return picture(sample, size)
+    }
+
+    /** The decoder's output [1, 3, H, W] in -1..1. */
+    private fun sampled(latents: Tensor, size: PictureSize, components: Components): FloatArray {
         val decoder = manifest.pipeline.decoder
         val output = components.run(decoder.component, mapOf(decoder.latents to toVae(latents)), decoder.output)
         requireShape(decoder.component, output, intArrayOf(1, 3, size.height, size.width))
-        val sample = output.values
-        val odd = sample.count { !it.isFinite() }
-        if (odd > 0) refuse("${manifest.name}: $odd of ${sample.size} values of the picture are not finite")
+        return output.values
+    }
+
+    private fun picture(sample: FloatArray, size: PictureSize): Picture {
         val plane = size.height * size.width
         val pixels = ByteArray(3 * plane)
         for (index in 0 until plane) {
