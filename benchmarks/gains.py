@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 from turbopocket.export.build.bench import Workbench, make_workbench, parity_session, with_ranges
 from turbopocket.export.build.calibration import calibration_drawing
-from turbopocket.export.build.planning import planned
+from turbopocket.export.build.planning import proposals
 from turbopocket.export.build.probe import PROBE_PROMPTS, PROBE_STEPS, make_probe
 from turbopocket.export.families.components import component_name
 from turbopocket.export.progress import StageProgress
@@ -169,7 +169,7 @@ def drawn(
             update={"compress": bench.recipe.compress.model_copy(update={"budget": budget})}
         )
         try:
-            plan = planned(replace(bench, recipe=at_budget), stats, choices, folder)
+            plan = proposals(replace(bench, recipe=at_budget), stats, choices, {}, folder)[0]
         except OverBudget as error:
             rows[budget] = str(error)
             continue

@@ -22,11 +22,13 @@ from ..runtimes.drawing.tokenizer import open_tokenizers
 from ..runtimes.manifest import Manifest, load_manifest, verify
 from ..runtimes.open import open_runner
 from .build.manifest import planned_schemes
+from .build.rewriting import require_same_encoders, rewritten
 from .checkpoint.identity import model_identity
 from .checkpoint.load import load
-from .evidence import evidence_for
+from .evidence import Evidence, evidence_for
 from .families.base import LoadedModel
 from .families.components import layers_of
+from .families.graphs import Component
 from .families.sizes import size_notes
 from .output.kept import RANGES_FILE, WEIGHTS_FILE
 from .output.staging import report_folder, settle_output
@@ -164,7 +166,7 @@ def _compared(
         model = _model(artifact, manifest, recipe)
         evidence, tokenizers = evidence_for(model), open_tokenizers(artifact, manifest)
         session = Session.of_report(manifest, tokenizers, evidence, recipe.parity.pictures, recipe.seed)
-    components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
+    components = _components(target, model, manifest, recipe, evidence)
     kept, ranges = load_weights(stored), load_ranges(stored.parent / RANGES_FILE)
     weights = {name: kept[name] for name in layers_of(components) if name in kept}
     schemes = target.schemes_of(weights, planned_schemes(manifest), ranges)
@@ -224,14 +226,24 @@ def _recipe(artifact: Path, manifest: Manifest) -> Recipe:
 
 
 def _model(artifact: Path, manifest: Manifest, recipe: Recipe) -> LoadedModel:
-    """The float model. Raises TurbopocketError when its content is not that of the model the artifact was made from."""
+    """The float model. Raises TurbopocketError when its content is not that of the model the artifact was made from, or
+    its text encoders are not those of which the artifact holds constants."""
     model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
     if manifest.model is not None and model_identity(model) != manifest.model.sha256:
         raise TurbopocketError(
             f"{recipe.model.source} is not the model that {artifact} was made from, {manifest.model.name} with "
             f"sha256 {manifest.model.sha256[:12]}…: its weights, configs or tokenizers differ"
         )
+    require_same_encoders(manifest, model, artifact)
     return model
+
+
+def _components(
+    target: Target, model: LoadedModel, manifest: Manifest, recipe: Recipe, evidence: Evidence
+) -> list[Component]:
+    """The float model's graphs, with the rewrites of the artifact's."""
+    components = target.components(model, manifest.sizes, recipe.sampler.image_to_image)
+    return rewritten(model, components, recipe, evidence).components
 
 
 def _loosened(limit: float, own: float, target: str) -> str | None:

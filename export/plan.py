@@ -13,16 +13,17 @@ from rich.table import Table
 
 from ..ground.errors import TurbopocketError
 from ..quant.account import account
-from ..quant.plan import Candidate, Choice, LayerChoices, Plan, smallest_total_bytes
+from ..quant.plan import Candidate, Choice, LayerChoices, Plan, bytes_at, smallest_total_bytes
 from ..quant.plan import plan as least_loss
 from ..quant.scheme import Scheme, parse_scheme
 from ..quant.sensitivity import estimate_from_shapes, load_choices
 from .build.candidates import candidate_schemes, resolved, with_schemes
 from .build.fixed_bytes import Estimate, fixed_bytes, show_estimates
 from .build.forecast import Forecast, forecast, require_memory
+from .build.rewriting import shaped
 from .checkpoint.load import load_shapes
 from .families.base import LoadedModel
-from .families.components import component_name, group_name, layers_of, parameter_count, shapes_of
+from .families.components import component_name, described, group_name, layers_of, parameter_count, shapes_of
 from .families.sizes import drawn_sizes
 from .recipe import Recipe
 from .sampling.defaults import SamplingUnknown
@@ -132,6 +133,8 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1) -
     model = load_shapes(recipe.model.source, recipe.model.config)
     sizes = drawn_sizes(model, recipe.image.image_sizes)
     components = target.components(model, sizes, recipe.sampler.image_to_image)
+    pipeline = model.family.pipeline(model, {each.name: described(each) for each in components})
+    components = shaped(components, recipe, pipeline)
     shapes = shapes_of(layers_of(components))
     asked = candidate_schemes(target, shapes, recipe.compress.formats, recipe.compress.pin)
     if measured is None:
@@ -141,8 +144,10 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1) -
         known = _measured(Path(measured), target, shapes, asked)
     choices = list(known.values())
     beside = fixed_bytes(target, model, components, sizes[0], asked)
-    pins = recipe.compress.pin
-    decided = least_loss(choices, recipe.compress.budget_bytes, beside.total, pins)
+    pins, budget = recipe.compress.pin, recipe.compress.budget_bytes
+    if recipe.compress.average_bits is not None:
+        budget = beside.total + bytes_at(choices, recipe.compress.average_bits)
+    decided = replace(least_loss(choices, budget, beside.total, pins), budget_bytes=recipe.compress.budget_bytes)
     accounted = account(decided.choices)
     drawn, notes = _with_sampling(recipe, model)
     return Planned(

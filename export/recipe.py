@@ -32,6 +32,7 @@ from .checkpoint.lora.file import LoraFile
 from .checkpoint.source import BUNDLED
 from .output.kept import RECIPE_FILE
 from .output.staging import report_folder
+from .rewrites.registry import REWRITES, known_rewrite
 from .settings import Section, make_settings, parse_settings, read_settings
 from .target_options import TARGET_ENTRIES, known_target, with_several_sizes
 from .units import parse_bytes
@@ -102,6 +103,16 @@ class CompressSection(Section):
     """How values are chosen: absmax, mse, gptq (error feedback), or vqdm (gptq, and a tree search for `avq`)."""
     sequential: bool = False
     """Fit block by block, each to the inputs that the stored blocks before it cause; a killed build goes on there."""
+    average_bits: float | None = Field(default=None, gt=0, le=32)
+    """In the place of a budget: so many stored bits for each weight of all layers, scales and codebooks counted."""
+    content: tuple[str, ...] = ()
+    """Globs over layer names, such as ("*.ff.*", "*.attn2.*"): these are judged by 1 - SSIM of the picture, the others
+    by the denoiser's output; plans of several divisions of the budget are drawn with, and the best is taken."""
+    exempt: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the layers, those whose rounded activations lose most, that keep floats where a target can: 0.01."""
+    rewrites: tuple[str, ...] = ()
+    """Changes of the denoiser that change no output: "bos-aware" keeps the first text token's keys and values in float,
+    so that it does not ruin the ranges of what cross-attentions read."""
     pin: Mapping[str, str] = Field(default_factory=dict)
     """Glob over layer names to format or scheme, such as {"unet.conv_out" = "fp16"}."""
 
@@ -115,15 +126,21 @@ class CompressSection(Section):
     @field_validator("formats")
     @classmethod
     def _formats_are_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        first: dict[str, str] = {}
         for text in values:
-            weight = str(parse_scheme(text).weight)
-            if first.setdefault(weight, text) != text:
-                raise ValueError(
-                    f"{first[weight]} and {text} store a weight alike, and losses are of weights alone: "
-                    "ask for one, and pin layers to the other"
-                )
+            parse_scheme(text)
         return values
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.budget is not None and self.average_bits is not None:
+            raise ValueError(f"budget = {self.budget} and average_bits = {self.average_bits:g}: one is enough")
+        return self
+
+    @field_validator("rewrites")
+    @classmethod
+    def _rewrites_are_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        names = [known_rewrite(name) for name in values]
+        return tuple(name for name in REWRITES if name in names)
 
     @field_validator("pin")
     @classmethod

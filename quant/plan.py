@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layer gets which scheme under a byte budget. Pure: reads choices, looks at no weights."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
@@ -26,11 +27,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LayerChoices:
-    """Everything the planner knows of a layer: its name, weight shape and candidates."""
+    """Everything the planner knows of a layer: its name, weight shape and candidates.
+
+    `roundings` are the losses of each way to round its activations, alone; those of `candidates` include them once
+    these are whole schemes.
+    """
 
     layer: str
     shape: tuple[int, ...]
     candidates: tuple[Candidate, ...]
+    roundings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,11 @@ def plan(
         for layer, candidate in zip(allowed, chosen, strict=True)
     )
     return Plan(choices, fixed_bytes, budget_bytes)
+
+
+def bytes_at(layers: Sequence[LayerChoices], average_bits: float) -> int:
+    """Bytes of the layers' weights at so many bits for each weight."""
+    return int(average_bits * sum(math.prod(layer.shape) for layer in layers) / 8)
 
 
 def tradeoff(

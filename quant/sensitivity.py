@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..ground.errors import TurbopocketError, of_layer
 from ..ground.records import load_record, save_record
 from .fit import Fit
 from .formats import CompressedTensor, LayerFormat, matrix_view
+from .layer_rounding import Rounding
 from .layers import output_without_bias, weight_of, weight_shape
 from .observe import LayerStats, carried_for, hessian_for
 from .output_gradients import BlockTape, LayerCall
@@ -31,18 +33,23 @@ KEPT_BYTES = 2**28
 """How much of a model is kept between its blocks at once, where one row does not take more."""
 
 
+NO_ROUNDINGS: Mapping[str, Mapping[str, Rounding]] = MappingProxyType({})
+"""Of layers of which only weights are decided."""
+
+
 @dataclass(frozen=True)
 class RowwiseOutput:
     """The output y of a part of a model, in `rows` rows that do not see each other.
 
     `run` gives y [n, …] of a slice of the rows, by PyTorch's own modules, so that gradients can be taken. `blocks` are
     modules of the part that run again as wholes when they are: what one of them holds in memory is the most that there
-    is at once.
+    is at once. `energy` is what losses are shares of, ||y||² when None.
     """
 
     rows: int
     run: Callable[[slice], Tensor]
     blocks: Collection[nn.Module] = ()
+    energy: float | None = None
 
 
 def compress_candidates(
@@ -94,8 +101,13 @@ def measure(
     vectors: int = VECTORS,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
+    roundings: Mapping[str, Mapping[str, Rounding]] = NO_ROUNDINGS,
 ) -> dict[str, LayerChoices]:
     """Predicted loss of every layer in each candidate format: ||J dW||² / ||y||², to first order what y changes by.
+
+    The same of each way to round its activations, alone: ||J' e||² / ||y||², with J' the derivative of y in the layer's
+    output and e what rounding changes in that. Where both are done, losses add up, as errors that know nothing of each
+    other do.
 
     dW is the very error of the weight as `stored` has it, J the derivative of y in the weight. With v of independent
     standard normal numbers <v, J dW>² has the mean ||J dW||² (Hutchinson 1990), and <v, J dW> is the inner product of
@@ -103,10 +115,10 @@ def measure(
     no gradient of a weight is made. Rows do not see each other, so each is a sample of its own: S vectors give S·R. All
     candidates of all layers are measured with the same vectors, which are a function of `seed` and the rows.
 
-    A layer with one candidate is not measured and has loss 0: nothing is decided about it. `advance` is called for each
-    row that is done. TurbopocketError when y is zero or not finite.
+    A layer with one format and none of `roundings` is not measured and has loss 0: nothing is decided about it.
+    `advance` is called for each row that is done. TurbopocketError when y is zero or not finite.
     """
-    sums = _Losses(layers, candidates, stored)
+    sums = _Losses(layers, candidates, stored, roundings)
     generator = torch.Generator().manual_seed(seed)
     if not sums.measured:
         return sums.choices(1.0)
@@ -128,21 +140,22 @@ def measure(
         first += rows
         for _ in range(rows):
             advance()
-    return sums.choices(energy)
+    return sums.choices(energy if output.energy is None else output.energy)
 
 
 class _Losses:
-    """||J dW||² of all candidates, summed over rows."""
+    """||J dW||² of all candidates, and ||J' e||² of all roundings behind them, summed over rows."""
 
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
         candidates: Mapping[str, Sequence[LayerFormat]],
         stored: Mapping[str, Sequence[CompressedTensor]],
+        roundings: Mapping[str, Mapping[str, Rounding]],
     ) -> None:
-        self.layers, self.candidates, self.stored = layers, candidates, stored
-        self.measured = [name for name, formats in candidates.items() if len(formats) > 1]
-        self.losses = {name: [0.0] * len(formats) for name, formats in candidates.items()}
+        self.layers, self.candidates, self.stored, self.roundings = layers, candidates, stored, roundings
+        self.measured = [name for name, formats in candidates.items() if len(formats) > 1 or roundings.get(name)]
+        self.losses = {name: [0.0] * (len(own) + len(roundings.get(name, ()))) for name, own in candidates.items()}
         self.products: dict[tuple[str, int], Tensor] = {}
 
     def add(self, call: LayerCall, rows: int) -> None:
@@ -153,13 +166,22 @@ class _Losses:
         samples = rows if len(call.x) % rows == 0 else 1
         gradients = [each.reshape(samples, -1) for each in call.gradients]
         products = []
-        for compressed in self.stored[call.layer]:
-            change = compressed.format.decompress(compressed) - weight
-            changed = output_without_bias(layer, change, call.x).reshape(samples, -1)
-            products.append(torch.stack([torch.linalg.vecdot(each, changed) for each in gradients]))
+        for changed in self._changed(call.layer, layer, weight, call.x):
+            flat = changed.reshape(samples, -1)
+            products.append(torch.stack([torch.linalg.vecdot(each, flat) for each in gradients]))
         found_CSN = torch.stack(products).to(torch.float64)
         key = call.layer, samples
         self.products[key] = self.products[key] + found_CSN if key in self.products else found_CSN
+
+    def _changed(self, name: str, layer: nn.Module, weight: Tensor, x: Tensor) -> Iterator[Tensor]:
+        """What each candidate, then each rounding, changes in the layer's output."""
+        if len(self.candidates[name]) == 1:
+            yield torch.zeros(1).expand_as(output_without_bias(layer, weight, x))
+        else:
+            for compressed in self.stored[name]:
+                yield output_without_bias(layer, compressed.format.decompress(compressed) - weight, x)
+        for rounding in self.roundings.get(name, {}).values():
+            yield rounding.changed(layer, weight, x)
 
     def end_rows(self) -> None:
         """All calls that some rows make have been added."""
@@ -173,9 +195,11 @@ class _Losses:
         choices = {}
         for name, formats in self.candidates.items():
             shape = weight_shape(name, self.layers[name])
-            losses = zip(formats, self.losses[name], strict=True)
-            candidates = tuple(Candidate(str(each), each.nbytes(shape), loss / energy) for each, loss in losses)
-            choices[name] = LayerChoices(name, shape, candidates)
+            losses = [loss / energy for loss in self.losses[name]]
+            of_weights = zip(formats, losses, strict=False)
+            candidates = tuple(Candidate(str(each), each.nbytes(shape), loss) for each, loss in of_weights)
+            rounded = dict(zip(self.roundings.get(name, ()), losses[len(formats) :], strict=True))
+            choices[name] = LayerChoices(name, shape, candidates, rounded)
         return choices
 
 
@@ -255,4 +279,4 @@ def _layers(values: dict[str, Any], schema_version: int) -> dict[str, LayerChoic
 
 def _layer_from_json(entry: dict[str, Any], schema_version: int) -> LayerChoices:
     candidates = tuple(Candidate(**with_scheme(candidate, schema_version)) for candidate in entry["candidates"])
-    return LayerChoices(entry["layer"], tuple(entry["shape"]), candidates)
+    return LayerChoices(entry["layer"], tuple(entry["shape"]), candidates, entry.get("roundings", {}))

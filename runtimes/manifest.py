@@ -17,7 +17,7 @@ from ..ground.reading import parse_json, read_text
 from ..ground.records import schema_version
 from .ceilings import MOST_CHANNELS, MOST_LETTERS, MOST_VALUES
 from .image_size import MOST_PIXELS_ASIDE, ImageSize
-from .pipeline import Name, Pipeline, Record, RelativePath, SamplerTable, SelfCheck
+from .pipeline import Name, Pipeline, Record, RelativePath, RewriteSpec, SamplerTable, SelfCheck
 from .schedule import SamplerSpec, validation_summary
 from .upgrade import upgraded
 
@@ -31,6 +31,7 @@ __all__ = [
     "LoopTensor",
     "Manifest",
     "ModelOrigin",
+    "RewriteSpec",
     "SamplerSpec",
     "TensorSpec",
     "file_entries",
@@ -214,8 +215,10 @@ class Manifest(Record):
     """Names models and files without saying where they lay."""
     model: ModelOrigin | None = None
     """None in an artifact from before manifests had it."""
+    rewrites: list[RewriteSpec] = Field(default_factory=list)
+    """What was changed in the denoiser's graph; a reader that runs all of an artifact's files has nothing to do."""
     notes: list[str] = Field(default_factory=list)
-    """What the build assumed where neither the recipe nor the model said it, a sentence each."""
+    """What the build assumed where neither recipe nor model said it, and what rewrites found, a sentence each."""
     plan: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
     self_check: SelfCheck | None = None
@@ -274,6 +277,8 @@ class Manifest(Record):
             raise ValueError(f"{', '.join(sorted(missing))} is used but not in files")
         if strangers := set(self.tokenizers) - set(self.components):
             raise ValueError(f"tokenizers names {', '.join(sorted(strangers))}, which is not a component")
+        if strangers := {each for rewrite in self.rewrites for each in rewrite.text_encoders} - set(self.tokenizers):
+            raise ValueError(f"rewrites names {', '.join(sorted(strangers))}, which has no tokenizer")
         if strangers := set(self.prompt_replacements) - set(self.tokenizers):
             raise ValueError(f"prompt_replacements names {', '.join(sorted(strangers))}, which has no tokenizer")
         return self

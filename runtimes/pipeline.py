@@ -198,6 +198,18 @@ class SamplerTable(Record):
     rows: list[SamplerRow] = Field(min_length=1)
 
 
+class RewriteSpec(Record):
+    """A change of the denoiser that was made before it was lowered, and computes the same.
+
+    It holds constants of `text_encoders`, each with the hash of its weights and config: with another one the denoiser
+    would draw something else. `facts` are for people.
+    """
+
+    name: Name
+    text_encoders: dict[Name, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    facts: dict[str, float]
+
+
 class ExpectedOutput(Record):
     """What a device has to compute: the file that holds it, and the least signal over difference, in dB."""
 

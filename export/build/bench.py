@@ -2,6 +2,7 @@
 """What all stages of one build share."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from ...quant.calibrate import ranges_of
 from ...quant.fit import VQDM, Fit
 from ...quant.fit.native import search_notes
 from ...quant.formats import Additive, LayerFormat
+from ...quant.layer_rounding import Rounding, roundings_of
 from ...quant.observe import LayerStats
+from ...quant.ranges import Ranges
 from ...quant.scheme import Scheme
+from ...quant.split import content_of
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
 from ...runtimes.manifest import Manifest, ModelOrigin
@@ -27,8 +31,10 @@ from ..recipe import Recipe
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
 from ..verify.gaps import Session
-from .candidates import candidate_schemes, resolved
+from .candidates import candidate_schemes, resolved, with_floats
 from .draft import pipeline_manifest
+from .rewriting import rewritten
+from .walk import require_short
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class Workbench:
         """The weight formats of the candidates."""
         return {name: list(dict.fromkeys(each.weight for each in own)) for name, own in self.candidates.items()}
 
+    def roundings(self, ranges: Mapping[str, Ranges]) -> dict[str, dict[str, Rounding]]:
+        """How candidates of layers that saw these ranges round activations, where there is something to decide."""
+        return roundings_of({name: own for name, own in self.candidates.items() if len(own) > 1}, ranges)
+
     def made_from(self, identity: str) -> "Workbench":
         """The same, whose manifest says that the model has this identity."""
         origin = ModelOrigin(name=self.model.name, sha256=identity)
@@ -83,6 +93,10 @@ def make_workbench(recipe: Recipe, assumed: Sequence[str], progress: StageProgre
         components = target.components(
             model, drawn_sizes(model, recipe.image.image_sizes), recipe.sampler.image_to_image
         )
+    evidence = evidence_for(model)
+    with progress.stage("rewrite") if recipe.compress.rewrites else nullcontext():
+        rewrites = rewritten(model, components, recipe, evidence)
+    components, assumed = rewrites.components, (*assumed, *rewrites.remarks)
     for note in (*model.notes, *assumed):
         progress.remark(f"note: {note}")
     graphs = traced(target, components, progress, "trace")
@@ -90,12 +104,17 @@ def make_workbench(recipe: Recipe, assumed: Sequence[str], progress: StageProgre
     used = {name for graph in graphs.values() for name in graph.layers}
     layers = {name: layer for name, layer in layers_of(components).items() if name in used}
     candidates = candidate_schemes(target, shapes_of(layers), recipe.compress.formats, recipe.compress.pin)
+    if recipe.compress.exempt:
+        candidates = with_floats(target, shapes_of(layers), candidates)
     specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
+    draft = pipeline_manifest(model, recipe, specs, target.tools, assumed).model_copy(
+        update={"rewrites": list(rewrites.specs)}
+    )
+    if content_of(list(layers), recipe.compress.content):
+        require_short(draft)
     searched = any(isinstance(each.weight, Additive) for schemes in candidates.values() for each in schemes)
     for note in search_notes() if searched and recipe.compress.fit == VQDM.name else ():
         progress.remark(f"note: {note}")
-    draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
-    evidence = evidence_for(model)
     return Workbench(recipe, target, model, evidence, components, graphs, layers, candidates, draft, progress, spread)
 
 

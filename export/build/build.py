@@ -18,22 +18,20 @@ from ...ground.files import write_whole
 from ...quant.calibrate import ranges_of
 from ...quant.compress import compress_to_files, decompressed
 from ...quant.finetune import Calls, fine_tune
-from ...quant.fit import Fit, measuring_fit, parse_fit
+from ...quant.fit import parse_fit
 from ...quant.formats import CompressedTensor
 from ...quant.observe import LayerStats
-from ...quant.plan import LayerChoices, Plan
+from ...quant.plan import Plan
 from ...quant.ranges import Ranges
-from ...quant.sensitivity import candidates_to_files, load_choices, measure, save_choices
 from ...quant.sequential import compress_in_blocks
 from ...quant.store import load_weights, save_weights
 from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
 from ...runtimes.manifest import Manifest, write_manifest
-from ..families.components import component_name
 from ..families.sizes import size_notes
-from ..output.kept import CHOICES_FILE, WEIGHTS_FILE
+from ..output.kept import WEIGHTS_FILE
 from ..output.kept import keep as keep_measured
-from ..output.owned import refuse_build, refuse_journal, remove_journal, write_record
+from ..output.owned import refuse_build, refuse_journal, write_record
 from ..output.staging import Claim, claimed, output_path, report_folder, run_folder
 from ..progress import StageProgress
 from ..recipe import Recipe
@@ -43,15 +41,16 @@ from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
 from .calibration import calibrated, calibration_drawing, drawing_inputs, fitting_inputs
-from .candidates import curve, with_schemes
+from .candidates import curve
 from .forecast import foreseen
 from .journal import Journal, RunFolder, Stage, opened
 from .lowered import lower_component
 from .manifest import final_manifest, folder_bytes, require_budget
 from .measured import measurements
+from .measuring import measured_choices
 from .outcome import Built
-from .planning import planned, refuse_impossible
-from .probe import PROBE_PROMPTS, PROBE_STEPS, make_probe
+from .planning import proposals, refuse_impossible
+from .selecting import selected
 from .self_check import record_self_check, with_self_check
 
 
@@ -137,9 +136,9 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         stats = calibrated(bench, session, journal)
         reached("calibrate")
         bench = with_ranges(bench, stats)
-        choices = with_schemes(_measure(bench, session, stats, journal), bench.candidates)
+        choices, content = measured_choices(bench, session, stats, journal)
         reached("measure")
-        decided = planned(bench, stats, choices, artifact)
+        decided = selected(bench, session, stats, proposals(bench, stats, choices, content, artifact), journal)
         weights = _compress(bench, session, stats, decided, journal)
         stored, tuned = _fine_tune(bench, session, weights, decided, journal)
         reached("compress")
@@ -182,45 +181,6 @@ def _compare_with_diffusers(bench: Workbench, session: Session, journal: Journal
         folder = journal.product("reference", drawing_inputs(session, session.prompts, list(bench.modules)), make)
     differences = json.loads((folder / "differences.json").read_text(encoding="utf-8"))
     return ToDiffusers(tuple(Difference(**each) for each in differences))
-
-
-def _measure(
-    bench: Workbench, session: Session, stats: Mapping[str, LayerStats], journal: Journal
-) -> dict[str, LayerChoices]:
-    """Predicted loss of each layer in each format the target can store."""
-    prompts = bench.evidence.prompts("measure", PROBE_PROMPTS, bench.recipe.seed)
-    fit = bench.fit(measuring_fit(parse_fit(bench.recipe.compress.fit)))
-    inputs = {
-        **fitting_inputs(bench, session, journal, fit),
-        **drawing_inputs(session, prompts, list(bench.modules)),
-        "steps": PROBE_STEPS,
-        "candidates": {name: [str(each) for each in formats] for name, formats in bench.formats.items()},
-    }
-
-    def make(folder: Path) -> None:
-        probing = replace(session, prompts=prompts).of_one_size()  # whose calls go in one batch
-        kept = journal.store("compress", fitting_inputs(bench, session, journal, fit))
-        save_choices(folder / CHOICES_FILE, _measured(bench, probing, stats, fit, kept))
-        if fit.name != bench.recipe.compress.fit:  # else these are what is shipped
-            remove_journal(journal.folder, kept)
-
-    return load_choices(journal.product("measure", inputs, make) / CHOICES_FILE)
-
-
-def _measured(
-    bench: Workbench, probing: Session, stats: Mapping[str, LayerStats], fit: Fit, kept: Path
-) -> dict[str, LayerChoices]:
-    with bench.progress.stage("try formats", len(bench.layers)) as advance:
-        asked = bench.layers, stats, bench.formats, fit, kept
-        stored = candidates_to_files(*asked, bench.spread, advance)
-    with bench.progress.stage("probe", len(probing.prompts)) as advance:
-        outputs = make_probe(probing, bench.components, PROBE_STEPS, advance).outputs()
-    choices: dict[str, LayerChoices] = {}
-    with bench.progress.stage("measure", sum(output.rows for _, output in outputs)) as advance:
-        for components, output in outputs:
-            own = {name: formats for name, formats in bench.formats.items() if component_name(name) in components}
-            choices |= measure(bench.layers, own, stored, output, seed=bench.recipe.seed, advance=advance)
-    return {name: choices[name] for name in bench.formats}
 
 
 def _compress(

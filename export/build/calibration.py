@@ -48,6 +48,7 @@ def drawing_inputs(session: Session, prompts: Sequence[str], components: Sequenc
         "sampler": manifest.sampler.model_dump(mode="json"),
         "sizes": [list(size) for size in manifest.sizes],
         "components": list(components),
+        "rewrites": [rewrite.name for rewrite in manifest.rewrites],
     }
 
 

@@ -10,9 +10,10 @@ from ...ground.errors import OverBudget
 from ...quant.compress import decompressed
 from ...quant.finetune import stand_ins
 from ...quant.observe import LayerStats
-from ...quant.plan import LayerChoices, Plan, plan, refuse_over_budget, smallest_total_bytes
+from ...quant.plan import LayerChoices, Plan, bytes_at, plan, refuse_over_budget, smallest_total_bytes
 from ...quant.scheme import Scheme
 from ...quant.sensitivity import estimate_from_shapes
+from ...quant.split import SHARES, different, split_plan
 from ..families.components import shapes_of
 from .bench import Workbench, traced, with_ranges
 from .candidates import resolved, with_schemes
@@ -22,18 +23,24 @@ PASSES = 3
 """How often schemes are chosen anew, with what the files of the last choice need."""
 
 
-def planned(
-    bench: Workbench, stats: Mapping[str, LayerStats], choices: Mapping[str, LayerChoices], artifact: Path
-) -> Plan:
-    """The plan for graphs as they are; before fine-tuning, for graphs whose norms and biases all differ.
+def proposals(
+    bench: Workbench,
+    stats: Mapping[str, LayerStats],
+    choices: Mapping[str, LayerChoices],
+    content: Mapping[str, LayerChoices],
+    artifact: Path,
+) -> list[Plan]:
+    """The plan for graphs as they are; before fine-tuning, for graphs whose norms and biases all differ, since a graph
+    keeps equal ones once, and tuned ones are not equal.
 
-    A graph keeps equal ones once, and tuned ones are not equal.
+    More where `content` are other losses of some layers: one for each division of the budget, after that of least loss
+    of quality alone.
     """
     if not bench.recipe.finetune.iterations:
-        return _plan_for(bench, choices, artifact)
+        return _plans_for(bench, choices, content, artifact)
     with decompressed(bench.modules, stand_ins(bench.modules)):
         graphs = traced(bench.target, bench.components, bench.progress, "trace for fine-tuning")
-        return _plan_for(with_ranges(replace(bench, traced=graphs), stats), choices, artifact)
+        return _plans_for(with_ranges(replace(bench, traced=graphs), stats), choices, content, artifact)
 
 
 def refuse_impossible(bench: Workbench, artifact: Path) -> None:
@@ -45,10 +52,12 @@ def refuse_impossible(bench: Workbench, artifact: Path) -> None:
     whole = resolved(bench.target, shapes, bench.candidates)
     if bench.recipe.compress.budget_bytes is None or any(each.is_static for own in whole.values() for each in own):
         return
-    _plan_for(bench, with_schemes(estimate_from_shapes(shapes, bench.formats), whole), artifact)
+    _plans_for(bench, with_schemes(estimate_from_shapes(shapes, bench.formats), whole), {}, artifact)
 
 
-def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: Path) -> Plan:
+def _plans_for(
+    bench: Workbench, choices: Mapping[str, LayerChoices], content: Mapping[str, LayerChoices], artifact: Path
+) -> list[Plan]:
     compression, target, graphs = bench.recipe.compress, bench.target, bench.traced.values()
     to_come = [path for spec in bench.draft.components.values() for path in target.files(spec)]
     small = folder_bytes(artifact)
@@ -60,7 +69,34 @@ def _plan_for(bench: Workbench, choices: Mapping[str, LayerChoices], artifact: P
         )
 
     first = small + sum(target.fixed_bytes(graph, bench.candidates) for graph in graphs)
-    return best_fitting(list(choices.values()), compression.budget_bytes, compression.pin, first, file_bytes)
+    layers, budget, pins = list(choices.values()), compression.budget_bytes, compression.pin
+
+    def divided(share: float) -> Propose:
+        def propose(allowed: int | None, fixed: int) -> Plan:
+            if allowed is None:
+                return plan(layers, None, fixed, pins)
+            return split_plan(layers, content, share, allowed, fixed, pins)
+
+        return propose
+
+    shares = SHARES if content else ()
+    if compression.average_bits is not None:
+        allowed = bytes_at(layers, compression.average_bits)
+        of_layers = [plan(layers, allowed, 0, pins), *(divided(share)(allowed, 0) for share in shares)]
+        return [_with_exact_bytes(each, file_bytes) for each in different(of_layers)]
+    of_quality = best_fitting(layers, budget, pins, first, file_bytes)
+    divisions = [best_fitting(layers, budget, pins, first, file_bytes, divided(share)) for share in shares]
+    return different([of_quality, *divisions])
+
+
+def _with_exact_bytes(proposed: Plan, file_bytes: Callable[[Mapping[str, Scheme]], int]) -> Plan:
+    """A plan of layers alone as one of all files, which have no limit."""
+    fixed = file_bytes(proposed.schemes) - sum(choice.nbytes for choice in proposed.choices)
+    return replace(proposed, budget_bytes=None, fixed_bytes=fixed)
+
+
+Propose = Callable[[int | None, int], Plan]
+"""A plan within so many bytes, or any number, of which so many are fixed."""
 
 
 def best_fitting(
@@ -69,18 +105,21 @@ def best_fitting(
     pins: Mapping[str, str],
     fixed_bytes: int,
     file_bytes: Callable[[Mapping[str, Scheme]], int],
+    propose: Propose | None = None,
 ) -> Plan:
     """The plan of least loss, of those tried, whose files fit the budget; its `fixed_bytes` are exact.
 
     How many bytes there are beside the layers' weights depends on the schemes: a graph needs more nodes for some,
     codebooks are shared by layers. So the first pass takes `fixed_bytes`, and each later one what `file_bytes` counts
     for the schemes of the pass before it. If none of the plans fits, one is made with the largest count so far, and
-    then the smallest of all. Raises OverBudget when that does not fit either.
+    then the smallest of all. Raises OverBudget when that does not fit either. Plans are those that `propose` makes, by
+    default of least loss.
     """
+    propose = propose or (lambda allowed, fixed: plan(layers, allowed, fixed, pins))
     tried: list[Plan] = []
 
     def attempt(fixed: int, allowed: int | None) -> int:
-        proposed = plan(layers, allowed, fixed, pins)
+        proposed = propose(allowed, fixed)
         exact = file_bytes(proposed.schemes) - sum(choice.nbytes for choice in proposed.choices)
         tried.append(replace(proposed, budget_bytes=budget_bytes, fixed_bytes=exact))
         return exact

@@ -21,17 +21,9 @@ def model_identity(model: LoadedModel) -> str:
 
     It reads every weight: about a second for each gigabyte and core.
     """
-    owners = {
-        f"{component}.{path}.{name}": (owner, name)
-        for component, module in model.modules.items()
-        for path, owner in module.named_modules()
-        for name, _ in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
-    }
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashlib lets go of Python's lock
-        digests = dict(zip(owners, threads.map(_digest, *zip(*owners.values(), strict=True)), strict=True))
     told = {
         "family": model.family.name,
-        "tensors": digests,
+        "tensors": _digests(model.modules),
         "configs": {name: _plain(module.config) for name, module in model.modules.items()},
         "scheduler": _plain(model.scheduler_config),
         "pipeline": _plain(model.pipeline_config),
@@ -43,6 +35,24 @@ def model_identity(model: LoadedModel) -> str:
         },
     }
     return sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def module_identity(module: nn.Module) -> str:
+    """64 hexadecimal digits over the tensors and config of one module, as they were loaded."""
+    told = {"tensors": _digests({"": module}), "config": _plain(module.config)}
+    return sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digests(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The hash of each tensor by its module and name."""
+    owners = {
+        f"{component}.{path}.{name}": (owner, name)
+        for component, module in modules.items()
+        for path, owner in module.named_modules()
+        for name, _ in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
+    }
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashlib lets go of Python's lock
+        return dict(zip(owners, threads.map(_digest, *zip(*owners.values(), strict=True)), strict=True))
 
 
 def _digest(owner: nn.Module, name: str) -> str:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from ...ground.errors import TurbopocketError
 
 Floats = NDArray[np.float64]
-_SSIM_WINDOW = 11
+SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
-_SSIM_K1, _SSIM_K2 = 0.01, 0.03
+SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
 def max_abs_error(candidate: NDArray[Any], reference: NDArray[Any]) -> float:
@@ -49,17 +49,24 @@ def ssim(candidate: NDArray[Any], reference: NDArray[Any]) -> float:
     whole; the mean over positions and channels.
     Raises TurbopocketError when a side is under 11 pixels.
     """
-    if min(reference.shape[:2]) < _SSIM_WINDOW:
-        raise TurbopocketError(f"SSIM needs sides of {_SSIM_WINDOW} pixels or more, found {reference.shape[:2]}")
+    if min(reference.shape[:2]) < SSIM_WINDOW:
+        raise TurbopocketError(f"SSIM needs sides of {SSIM_WINDOW} pixels or more, found {reference.shape[:2]}")
     x, y = unit_range(candidate), unit_range(reference)
     _difference(x, y)
     mean_x, mean_y = _windowed_mean(x), _windowed_mean(y)
     variance_x = _windowed_mean(x * x) - mean_x**2
     variance_y = _windowed_mean(y * y) - mean_y**2
     covariance = _windowed_mean(x * y) - mean_x * mean_y
-    c1, c2 = _SSIM_K1**2, _SSIM_K2**2
+    c1, c2 = SSIM_K1**2, SSIM_K2**2
     likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     return float(np.mean(likeness / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))))
+
+
+def ssim_weights() -> Floats:
+    """The window's weights along one side; those of both are their outer product."""
+    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    weights = np.exp(-(offsets**2) / (2 * _SSIM_SIGMA**2))
+    return weights / weights.sum()
 
 
 def unit_range(picture: NDArray[Any]) -> Floats:
@@ -69,11 +76,9 @@ def unit_range(picture: NDArray[Any]) -> Floats:
 
 def _windowed_mean(picture: Floats) -> Floats:
     """Gaussian-weighted mean around every pixel whose window lies inside: [H, W, C] -> [H-10, W-10, C]."""
-    offsets = np.arange(_SSIM_WINDOW) - _SSIM_WINDOW // 2
-    weights = np.exp(-(offsets**2) / (2 * _SSIM_SIGMA**2))
-    weights /= weights.sum()
-    rows = sliding_window_view(picture, _SSIM_WINDOW, axis=0) @ weights
-    return sliding_window_view(rows, _SSIM_WINDOW, axis=1) @ weights
+    weights = ssim_weights()
+    rows = sliding_window_view(picture, SSIM_WINDOW, axis=0) @ weights
+    return sliding_window_view(rows, SSIM_WINDOW, axis=1) @ weights
 
 
 def _difference(candidate: NDArray[Any], reference: NDArray[Any]) -> Floats:

@@ -38,9 +38,10 @@ def test_shipped_recipe_loads(name: str) -> None:
         ),
         ({"compress": {"pin": {"*": "fp32+a9-static"}}}, "`a9-static` is no format of activations"),
         (
-            {"compress": {"formats": ["int8-row", "fp16", "int8-row+a8-static"]}},
-            r"int8-row and int8-row\+a8-static store a weight alike.*ask for one, and pin layers to the other",
+            {"compress": {"budget": "1MB", "average_bits": 5}},
+            "budget = 1MB and average_bits = 5: one is enough",
         ),
+        ({"compress": {"rewrites": ["bos"]}}, "bos is no rewrite, known are bos-aware"),
         ({"compress": {"fit": "best"}}, "`best` is not a fit: known are absmax, mse, gptq"),
         ({"compress": {"budget": "8"}}, "'8' is not a number with a unit"),
         ({"target": {"name": "tflite"}}, "`tflite` is not a target: known are onnx, coreml, executorch"),

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant import sensitivity
-from turbopocket.quant.calibrate import calibrate
+from turbopocket.quant.calibrate import calibrate, ranges_of
 from turbopocket.quant.compress import compress, decompressed
 from turbopocket.quant.fit import ABSMAX, MSE, Fit
 from turbopocket.quant.formats import LayerFormat, parse_format
+from turbopocket.quant.layer_rounding import roundings_of
 from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.observe import LayerStats
 from turbopocket.quant.plan import LayerChoices, plan
+from turbopocket.quant.scheme import parse_scheme
 from turbopocket.quant.sensitivity import (
     RowwiseOutput,
     compress_candidates,
@@ -281,3 +283,39 @@ def test_file_that_holds_no_choices_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(TurbopocketError, match=r"choices\.json: not a file of choices"):
         load_choices(path)
+
+
+@pytest.mark.parametrize("name", ["a8-static", "a4-dynamic", "a6-static"])
+def test_the_loss_of_a_rounding_is_the_error_it_makes(
+    name: str, denoiser: nn.Module, latents: Tensor, layers: dict[str, nn.Module], stats: dict[str, LayerStats]
+) -> None:
+    schemes = {layer: [parse_scheme(f"int8-row+{name}")] for layer in layers}
+    roundings = roundings_of(schemes, ranges_of(stats))
+    formats = {layer: [each.weight for each in own] for layer, own in schemes.items()}
+    output = RowwiseOutput(len(latents), lambda rows: denoiser(latents[rows]))
+    choices = measure(layers, formats, {}, output, MANY, roundings=roundings)
+    with torch.no_grad():
+        expected = denoiser(latents)
+        for layer, module in layers.items():
+            [(own, rounding)] = roundings[layer].items()
+            before = module.register_forward_pre_hook(lambda m, x, r=rounding: (r.of_input(m, x[0]), *x[1:]))
+            after = module.register_forward_hook(lambda m, _, y, r=rounding: r.of_output(m, y))
+            error = float((denoiser(latents) - expected).square().sum() / expected.square().sum())
+            before.remove(), after.remove()
+            assert own == name
+            assert 0 < error == pytest.approx(choices[layer].roundings[name], rel=0.15)
+            assert [each.loss for each in choices[layer].candidates] == [0.0]
+
+
+def test_losses_are_shares_of_the_energy_that_is_given(
+    layers: dict[str, nn.Module], stats: dict[str, LayerStats], denoiser: nn.Module, latents: Tensor
+) -> None:
+    def run(rows: slice) -> Tensor:
+        return denoiser(latents[rows])
+
+    own = measured(layers, stats, RowwiseOutput(len(latents), run))
+    with torch.no_grad():
+        energy = float(denoiser(latents).square().sum(dtype=torch.float64))
+    given = measured(layers, stats, RowwiseOutput(len(latents), run, energy=2 * energy))
+    for name, each in own.items():
+        assert loss_of(given[name], "int4-row") == pytest.approx(loss_of(each, "int4-row") / 2, rel=1e-6)

@@ -35,6 +35,8 @@ data class Manifest(
     val recipe: String,
     /** What it was made from; artifacts may come without. */
     val model: ModelOrigin? = null,
+    /** What was changed in the denoiser's graph; whoever runs all of an artifact's files has nothing to do. */
+    val rewrites: List<JsonObject> = emptyList(),
     val notes: List<String> = emptyList(),
     val plan: JsonObject? = null,
     val parity: JsonObject? = null,

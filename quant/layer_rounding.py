@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rounding a layer's input and output changes in what it gives, in PyTorch.
+
+N rows or pictures, C channels, h w sides of a picture.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..ground.errors import TurbopocketError
+from .activations import ActivationFormat, QParams
+from .layers import output_without_bias
+from .ranges import Ranges
+from .rounding import rounded
+from .scheme import Scheme
+
+_SMALLEST_SCALE = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How one layer rounds: formats of its input and output, None leaves either as it is, and what it saw, where scales
+    are static."""
+
+    input: ActivationFormat | None
+    output: ActivationFormat | None
+    ranges: Ranges | None = None
+
+    @classmethod
+    def of(cls, layer: str, scheme: Scheme, ranges: Mapping[str, Ranges]) -> "Rounding":
+        """That of a scheme. Raises TurbopocketError for static scales of a layer that was not calibrated."""
+        if scheme.is_static and layer not in ranges:
+            raise TurbopocketError(f"{layer}: {scheme} needs the ranges that calibration saw")
+        return cls(scheme.input, scheme.output, ranges.get(layer))
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.input is None and self.output is None
+
+    def of_input(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The layer's input as it is rounded."""
+        return x if self.input is None else _rounded(layer, self.input, x, self.ranges.input if self.ranges else None)
+
+    def of_output(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """The layer's output, bias and all, as it is rounded."""
+        return (
+            y if self.output is None else _rounded(layer, self.output, y, self.ranges.output if self.ranges else None)
+        )
+
+    def changed(self, layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+        """What it alone changes in the output for input x: the weight is not rounded."""
+        change = output_without_bias(layer, weight, self.of_input(layer, x) - x)
+        if self.output is None:
+            return change
+        y = output_without_bias(layer, weight, x)
+        bias = layer.bias
+        if isinstance(bias, Tensor):
+            y = y + (bias[:, None, None] if isinstance(layer, nn.Conv2d) else bias)
+        return self.of_output(layer, y + change) - y
+
+
+def roundings_of(
+    candidates: Mapping[str, Sequence[Scheme]], ranges: Mapping[str, Ranges]
+) -> dict[str, dict[str, Rounding]]:
+    """Every way in which a layer's candidates round, by `activations_name`; layers with none are left out."""
+    found = {
+        name: {activations_name(each): Rounding.of(name, each, ranges) for each in own if not each.is_weight_only}
+        for name, own in candidates.items()
+    }
+    return {name: own for name, own in found.items() if own}
+
+
+def activations_name(scheme: Scheme) -> str:
+    """What a scheme's name has behind the weight format: `a8-static`; nothing where activations stay as they are."""
+    return str(scheme).partition("+")[2]
+
+
+def _rounded(layer: nn.Module, format: ActivationFormat, x: Tensor, seen: tuple[float, float] | None) -> Tensor:
+    if format.scales == "dynamic":
+        return _rounded_dynamically(layer, format.bits, x)
+    assert seen is not None
+    return rounded(x, QParams.over(*seen, format.bits))
+
+
+def _rounded_dynamically(layer: nn.Module, bits: int, x: Tensor) -> Tensor:
+    """Scale and zero point of each row (Linear), pixel (Conv2d of one tap) or picture (any other), 0 exact."""
+    dimensions: tuple[int, ...] = (-1,)
+    if isinstance(layer, nn.Conv2d):
+        dimensions = (1,) if math.prod(layer.kernel_size) == 1 else (1, 2, 3)
+    least, greatest = x.amin(dimensions, keepdim=True).clamp(max=0), x.amax(dimensions, keepdim=True).clamp(min=0)
+    scale = ((greatest - least) / (2**bits - 1)).clamp(min=_SMALLEST_SCALE)
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    zero_point = lowest - torch.round(least / scale)
+    codes = (torch.round(x / scale) + zero_point).clamp(lowest, highest)
+    return (codes - zero_point) * scale
