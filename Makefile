@@ -79,6 +79,7 @@ synthetic-sdxl: setup
 # VQDM beside residual k-means on every layer of pocket: about half an hour of one core.
 bench-vqdm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vqdm_search.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fit_times.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vqdm.py
 
 # Codebooks of 2, 3 and 4 bits step by step beside scalar formats, and one block of SDXL: about an hour and a half of one core.

@@ -7,7 +7,9 @@ Layers are made: rows of normal weights with log-normal scales, and inputs of 51
 1 / n, and noise. Each is fitted in a process of its own; seconds are processor time on one thread, memory is the
 largest that the process held on top of weight and (half) Hessian. A layer of O outputs and K columns takes
 a K³ + b O K + c O K² seconds, with a, b and c by least squares on relative errors; the UNet is the sum over its
-published layers. Shapes are added to what the results hold, so that single ones can be run when there is room.
+published layers. Of vqdm it says too much: codebooks are solved for on a sample of a million weights, which of layers
+of few rows is all of them. Shapes are added to what the results hold, so that single ones can be run when there is
+room.
 """
 
 import argparse
