@@ -30,10 +30,14 @@ from .options import (
     DistillRecipeFile,
     EmulatedCpus,
     Formats,
+    Guidance,
+    Keep,
     Loras,
+    MaxRam,
     OptionalSource,
     PictureFile,
     Pins,
+    Prompts,
     Ray,
     RecipeFile,
     RunFolder,
@@ -103,17 +107,14 @@ def build(
     fit: Annotated[str | None, typer.Option(help=f"How values are chosen: {FIT_NAMES}.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")] = None,
     size: Sizes = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance the artifact ships with; 1 or less: none.")
-    ] = None,
+    guidance: Guidance = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is not empty.")] = False,
     workers: WorkerCount = 1,
     ray: Ray = None,
     run: RunFolder = None,
-    keep: Annotated[
-        bool | None, typer.Option(help="Whether intermediate results stay; default: when they are not over 1 GiB.")
-    ] = None,
+    max_ram: MaxRam = None,
+    keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:
     """Compresses a model to a budget, lowers it, checks and reports.
@@ -133,6 +134,7 @@ def build(
         "sampler.steps": steps,
         "image.sizes": size or None,
         "sampler.guidance": guidance,
+        "machine.max_ram": max_ram,
         "seed": seed,
     }
     asked = asked_recipe(recipe, overrides, assigned)
@@ -161,9 +163,7 @@ def distill(
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="Student updates.")] = None,
     guidance: Annotated[float | None, typer.Option(help="The teacher's guidance; default: what it ships with.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line; default: the model's own.")
-    ] = None,
+    prompts: Prompts = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT when it is a student.")] = False,
     as_json: AsJson = False,
@@ -207,6 +207,7 @@ def plan(
     formats: Formats = None,
     pin: Pins = None,
     measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
+    max_ram: MaxRam = None,
     as_json: AsJson = False,
 ) -> None:
     """Says in seconds what fits a budget, from a model's configs.
@@ -220,6 +221,7 @@ def plan(
         "compress.budget": budget,
         "compress.formats": formats and formats.split(","),
         "compress.pin": asked_pins(pin),
+        "machine.max_ram": max_ram,
     }
     asked = asked_recipe(recipe, overrides, assigned)
     from . import plan as run_plan

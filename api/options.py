@@ -52,10 +52,19 @@ Assigned = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 SET_DISTILL_HELP = "Any other key, such as distill.method=mse; see `recipe show --distill`. May be repeated."
 AssignedToDistill = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_DISTILL_HELP)]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
+MAX_RAM_HELP = "Most memory of all processes together, such as 8GB: refused when it can not hold, kept to when it can."
+MaxRam = Annotated[str | None, typer.Option("--max-ram", help=MAX_RAM_HELP)]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats or schemes, comma-separated; see `formats`.")]
 LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
 Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help=LORA_HELP)]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT (or scheme) for layers that must keep it.")]
+Keep = Annotated[
+    bool | None, typer.Option(help="Whether intermediate results stay; default: when they are not over 1 GiB.")
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance the artifact ships with; 1 or less: none.")
+]
+Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line; default: the model's own.")]
 
 SIZE_HELP = "WIDTHxHEIGHT of pictures in pixels, such as 768x512"
 SEVERAL = f"For {' or '.join(with_several_sizes())} several times, the default first. Default: the model's own."

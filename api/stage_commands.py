@@ -13,6 +13,7 @@ from .options import (
     Budget,
     Config,
     Formats,
+    MaxRam,
     OptionalSource,
     Ray,
     RecipeFile,
@@ -48,6 +49,7 @@ def _add(stage: "Stage") -> None:
         workers: WorkerCount = 1,
         ray: Ray = None,
         run: RunFolder = None,
+        max_ram: MaxRam = None,
         as_json: AsJson = False,
     ) -> None:
         overrides = {
@@ -56,6 +58,7 @@ def _add(stage: "Stage") -> None:
             "target.name": target,
             "compress.budget": budget,
             "compress.formats": formats and formats.split(","),
+            "machine.max_ram": max_ram,
         }
         asked = asked_recipe(recipe, overrides, assigned)
         from . import Workers

@@ -27,9 +27,8 @@ from scipy.stats import spearmanr
 
 from turbopocket.export.build.bench import Workbench, make_workbench, parity_session, with_ranges
 from turbopocket.export.build.calibration import calibration_drawing
-from turbopocket.export.build.measuring import PROBE_PROMPTS, PROBE_STEPS
 from turbopocket.export.build.planning import proposals
-from turbopocket.export.build.probe import make_probe
+from turbopocket.export.build.probe import PROBE_PROMPTS, PROBE_STEPS, make_probe
 from turbopocket.export.families.components import component_name
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
@@ -62,7 +61,7 @@ def workbench(model: str, pictures: int) -> Workbench:
         "compress": {"formats": [*FORMATS, "fp16"]},
         "parity": {"pictures": pictures},
     }
-    return make_workbench(make_recipe(values, "benchmark"), StageProgress(), in_turn)
+    return make_workbench(make_recipe(values, "benchmark"), (), StageProgress(), in_turn)
 
 
 def one_by_one(

@@ -126,6 +126,7 @@ FORMS: dict[str, tuple[Target, str]] = {
 EXECUTORCH_FORMS: dict[str, tuple[Target, str]] = {
     "executorch fp32": (ExecuTorch(), "fp32"),
     "executorch static": (ExecuTorch(ExecuTorchOptions(activations="static")), "int8-row"),
+    "executorch dynamic": (ExecuTorch(), "int8-row"),
 }
 
 

@@ -19,6 +19,7 @@ from ..quant.scheme import Scheme, parse_scheme
 from ..quant.sensitivity import estimate_from_shapes, load_choices
 from .build.candidates import candidate_schemes, resolved, with_schemes
 from .build.fixed_bytes import Estimate, fixed_bytes, show_estimates
+from .build.forecast import Forecast, forecast, require_memory
 from .build.rewriting import shaped
 from .checkpoint.load import load_shapes
 from .families.base import LoadedModel
@@ -58,6 +59,7 @@ class Planned:
         parts: bytes of codes, scales, codebooks and so on of all layers together.
         average_bits: stored bits for each weight of a compressed layer; kept: layers in floating point.
         notes: what of the model and its sampling was assumed, or will be asked for by a build.
+        forecast: what a build will take of this machine; None where it is not known how pictures are drawn.
     """
 
     model: str
@@ -73,6 +75,7 @@ class Planned:
     average_bits: float
     kept: tuple[str, ...]
     notes: tuple[str, ...]
+    forecast: Forecast | None
 
     @property
     def total_bytes(self) -> int:
@@ -115,10 +118,11 @@ class Planned:
             "average_bits": self.average_bits,
             "kept": list(self.kept),
             "layers": self.layers,
+            "forecast": None if self.forecast is None else self.forecast.summary(),
         }
 
 
-def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
+def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1) -> Planned:
     """Says in seconds what a recipe's model will weigh, from its configs alone: no weights are read.
 
     With `measured` (a build's choices.json) losses are measured ones, else every weight counts alike. Of several
@@ -145,6 +149,7 @@ def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
         budget = beside.total + bytes_at(choices, recipe.compress.average_bits)
     decided = replace(least_loss(choices, budget, beside.total, pins), budget_bytes=recipe.compress.budget_bytes)
     accounted = account(decided.choices)
+    drawn, notes = _with_sampling(recipe, model)
     return Planned(
         model=model.name,
         target=recipe.target.name,
@@ -158,7 +163,8 @@ def plan(recipe: Recipe, measured: Path | str | None = None) -> Planned:
         parts=accounted.part_bytes,
         average_bits=accounted.average_bits(),
         kept=tuple(accounted.kept),
-        notes=(*model.notes, *_notes_on_sampling(recipe, model), *_notes_on_scales(decided, measured is None)),
+        notes=(*model.notes, *notes, *_notes_on_scales(decided, measured is None)),
+        forecast=None if drawn is None else _forecast(drawn, model, target, workers),
     )
 
 
@@ -169,12 +175,20 @@ def _notes_on_scales(decided: Plan, from_shapes: bool) -> tuple[str, ...]:
     return (f"at most {static} layers have static scales of activations: calibration leaves some of them dynamic",)
 
 
-def _notes_on_sampling(recipe: Recipe, model: LoadedModel) -> tuple[str, ...]:
-    """What a build would assume, or ask for: bytes do not depend on it."""
+def _forecast(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> Forecast:
+    """Raises TurbopocketError when it is over the recipe's `max_ram`."""
+    foreseen = forecast(recipe, model, target, workers)
+    if (allowed := recipe.machine.max_ram_bytes) is not None:
+        require_memory(foreseen, allowed, "max_ram allows")
+    return foreseen
+
+
+def _with_sampling(recipe: Recipe, model: LoadedModel) -> tuple[Recipe | None, tuple[str, ...]]:
+    """What a build would assume, or ask for: then there is no recipe. Bytes do not depend on it."""
     try:
-        return with_sampling(recipe, model)[1]
+        return with_sampling(recipe, model)
     except SamplingUnknown as error:
-        return (f"build will ask for it: {error} ({error.hint})",)
+        return None, (f"build will ask for it: {error} ({error.hint})",)
 
 
 def _measured(
@@ -258,3 +272,5 @@ def show_plan(planned: Planned, console: Console) -> None:
     within = f" of {format_bytes(planned.budget_bytes)} allowed" if planned.budget_bytes else ""
     console.print(f"total {format_bytes(planned.total_bytes)}{within}", highlight=False)
     console.print(f"smallest possible {format_bytes(planned.smallest_bytes)}", highlight=False)
+    for line in planned.forecast.lines() if planned.forecast else ():
+        console.print(line, highlight=False, soft_wrap=True)

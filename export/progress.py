@@ -4,7 +4,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,71 +12,117 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..ground.errors import TurbopocketError
+from ..ground.memory import PeakBytes
+from .units import format_bytes
+
 Advance = Callable[[], None]
 WHOLE = "all"
 
 
+NOT_DONE = 0.02
+"""Of what a step should have taken: one that took less was found done, and says nothing of how quick the others are."""
+
+
 @dataclass
 class _Running:
-    """A stage under way: `total` steps, None where it has no steps, and when the last one was done (seconds)."""
+    """A stage under way: `total` steps, None where it has no steps, the seconds that each should take, if anything is
+    expected, and when steps were done (seconds)."""
 
     name: str
     total: int | None
     clock: Callable[[], float]
+    expected: Sequence[float] = ()
     done: int = 0
     start: float = field(init=False)
     last_step: float = field(init=False)
+    took: float = 0.0
+    should_have_taken: float = 0.0
 
     def __post_init__(self) -> None:
         self.start = self.last_step = self.clock()
+        if self.total and len(self.expected) != self.total:  # as much for each step
+            self.expected = (sum(self.expected) / self.total,) * self.total if self.expected else ()
 
     def step(self) -> None:
+        now = self.clock()
+        if self.done < len(self.expected) and now - self.last_step > NOT_DONE * self.expected[self.done]:
+            self.took += now - self.last_step
+            self.should_have_taken += self.expected[self.done]
         self.done += 1
-        self.last_step = self.clock()
+        self.last_step = now
 
-    def seconds_left(self, expected: float | None) -> float | None:
-        """Steps still to come at the mean pace of all so far, less what the current one has had; before the first step
-        what was expected, if anything was. A window of the last half minute, which bars commonly keep, says nothing
-        where a step takes longer."""
+    def seconds_left(self) -> float | None:
+        """What the steps to come should take, as much off as those so far were; where nothing is expected, at the mean
+        pace of those so far. Less what the current one has had. A window of the last half minute, which bars commonly
+        keep, says nothing where a step takes longer."""
+        now = self.clock() - self.last_step
+        if self.expected:
+            off = self.took / self.should_have_taken if self.should_have_taken else 1.0
+            return max(0.0, off * sum(self.expected[self.done :]) - now)
         if self.total and self.done:
-            pace = (self.last_step - self.start) / self.done
-            return max(0.0, pace * (self.total - self.done) - (self.clock() - self.last_step))
-        return None if expected is None else max(0.0, expected - (self.clock() - self.start))
+            return max(0.0, (self.last_step - self.start) / self.done * (self.total - self.done) - now)
+        return None
 
 
 class StageProgress:
     """Shows each stage: on a terminal a live bar with time left, elsewhere a line every `interval` seconds.
 
-    With `expect` there is a second bar for all stages together. `clock` gives seconds.
+    With `expect` there is a second bar for all stages together. `clock` gives seconds, `peak` the most memory that was
+    seen. Afterwards `stage_seconds` and `stage_peak_bytes` say what each stage took.
     """
 
     def __init__(
-        self, quiet: bool = False, interval: float = 60.0, clock: Callable[[], float] = time.monotonic
+        self,
+        quiet: bool = False,
+        interval: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        peak: PeakBytes | None = None,
     ) -> None:
         self.stage_seconds: dict[str, float] = {}
+        self.stage_peak_bytes: dict[str, int] = {}
         self._console = Console(stderr=True, quiet=quiet, markup=False)
         self._live = sys.stderr.isatty() and not quiet
         self._quiet, self._interval, self._clock = quiet, interval, clock
-        self._expected: dict[str, float] = {}
+        self._expected: dict[str, tuple[float, ...]] = {}
+        self._peak = peak or PeakBytes()
+        self._max_ram: int | None = None
 
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """Tells which stages are to come and how long each should take; those that are done count as they went."""
-        self._expected = dict(seconds)
+    def expect(self, seconds: Mapping[str, Sequence[float]]) -> None:
+        """Tells which stages are to come and how long each step of each should take; those that are done count as they
+        went."""
+        self._expected = {name: tuple(each) for name, each in seconds.items()}
+
+    def hold_to(self, max_ram: int | None) -> None:
+        """From now on a stage raises TurbopocketError after a step in which more memory was seen than so many bytes."""
+        self._max_ram = max_ram
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
         """Runs one stage of `total` steps; calling the value it yields marks one step done."""
-        running = _Running(name, total, self._clock)
-        with self._bars(running) if self._live else self._lines(running) as shown:
+        running = _Running(name, total, self._clock, self._expected.get(name, ()))
+        self._peak.restart()
+        with self._peak.watched(), self._bars(running) if self._live else self._lines(running) as shown:
 
             def advance() -> None:
                 running.step()
                 shown()
+                self._require_held(name)
 
             yield advance
         self.stage_seconds[name] = self._clock() - running.start
+        self.stage_peak_bytes[name] = self._peak.bytes
+        self._require_held(name)
         if not self._live:
             self._console.print(f"{name:<12} {self.stage_seconds[name]:6.1f} s")
+
+    def _require_held(self, name: str) -> None:
+        if self._max_ram is not None and self._peak.bytes > self._max_ram:
+            raise TurbopocketError(
+                f"{name} took {format_bytes(self._peak.bytes)} of memory, and max_ram allows "
+                f"{format_bytes(self._max_ram)}: it was foreseen to take less",
+                hint="what is done is kept; the same command with more memory, or none given, goes on there",
+            )
 
     @contextmanager
     def _bars(self, running: _Running) -> Iterator[Advance]:
@@ -84,12 +130,14 @@ class StageProgress:
         left = _Left(lambda task: self._left(running, whole=task.description == WHOLE))
         with Progress(*columns, TextColumn("left"), left, console=self._console) as bar:
             task = bar.add_task(running.name, total=running.total)
-            whole = (
-                bar.add_task(WHOLE, total=len(self._expected), completed=self._stages_done())
-                if self._expected
-                else None
-            )
-            yield lambda: bar.advance(task)
+            whole = bar.add_task(WHOLE, total=100, completed=self._percent(running)) if self._expected else None
+
+            def advance() -> None:
+                bar.advance(task)
+                if whole is not None:
+                    bar.update(whole, completed=self._percent(running))
+
+            yield advance
             bar.update(task, total=running.total or 1, completed=running.total or 1)
             if whole is not None:
                 bar.remove_task(whole)  # or a copy of it would stay behind for each stage
@@ -122,20 +170,29 @@ class StageProgress:
 
     def _left(self, running: _Running, whole: bool) -> float | None:
         """Seconds of this stage, or of all. Stages to come are expected to be off as those before them were."""
-        own = running.seconds_left(self._expected.get(running.name))
+        own = running.seconds_left()
         if not whole:
             return own
         if running.name not in self._expected or own is None:
             return None
-        names = list(self._expected)
-        to_come = sum(self._expected[name] for name in names[names.index(running.name) + 1 :])
-        took = sum(self.stage_seconds[name] for name in names if name in self.stage_seconds)
-        took += self._clock() - running.start + own
-        expected = sum(self._expected[name] for name in names if name in self.stage_seconds or name == running.name)
+        totals = {name: sum(each) for name, each in self._expected.items()}
+        names = list(totals)
+        to_come = sum(totals[name] for name in names[names.index(running.name) + 1 :])
+        # Those that were found done say nothing of how quick this machine is.
+        past = [
+            name
+            for name in names
+            if name != running.name and self.stage_seconds.get(name, 0.0) > NOT_DONE * totals[name]
+        ]
+        took = sum(self.stage_seconds[name] for name in past) + self._clock() - running.start + own
+        expected = sum(totals[name] for name in (*past, running.name))
         return own + to_come * (took / expected if expected else 1.0)
 
-    def _stages_done(self) -> int:
-        return sum(name in self.stage_seconds for name in self._expected)
+    def _percent(self, running: _Running) -> int:
+        """Of what all stages should take, what is done."""
+        done = sum(sum(each) for name, each in self._expected.items() if name in self.stage_seconds)
+        done += sum(running.expected[: running.done])
+        return round(100 * done / (sum(map(sum, self._expected.values())) or 1.0))
 
     def remark(self, text: str) -> None:
         """Prints one line at once, above a live bar if there is one."""

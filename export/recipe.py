@@ -222,6 +222,24 @@ class ParitySection(Section):
     """
 
 
+class MachineSection(Section):
+    """What a build may take of the machine that it runs on; no part of what is shipped."""
+
+    max_ram: str | None = None
+    """Most memory of all its processes together, such as "8GB": it is refused, or keeps to that."""
+
+    @field_validator("max_ram")
+    @classmethod
+    def _memory_has_a_unit(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value, "max_ram")
+        return value
+
+    @property
+    def max_ram_bytes(self) -> int | None:
+        return None if self.max_ram is None else parse_bytes(self.max_ram, "max_ram")
+
+
 class Recipe(Section):
     """One build, whole: the sections of a recipe file."""
 
@@ -233,6 +251,7 @@ class Recipe(Section):
     calibrate: CalibrateSection = CalibrateSection()
     finetune: FineTuneOptions = FineTuneOptions()
     parity: ParitySection = ParitySection()
+    machine: MachineSection = MachineSection()
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -247,7 +266,8 @@ class Recipe(Section):
         return self
 
     def without_places(self, model: str) -> Self:
-        """Returns the recipe as it is shipped: `model` and the names of files in the place of paths on this machine."""
+        """Returns the recipe as it is shipped: `model` and the names of files in the place of paths on this machine,
+        of which it says nothing."""
 
         def name(text: str) -> str:
             return Path(text).name if _is_here(text) else text
@@ -260,7 +280,8 @@ class Recipe(Section):
         }
         prompts = self.calibrate.prompts and Path(self.calibrate.prompts.name)
         calibrate = self.calibrate.model_copy(update={"prompts": prompts})
-        return self.model_copy(update={"model": own.model_copy(update=section), "calibrate": calibrate})
+        shipped = {"model": own.model_copy(update=section), "calibrate": calibrate, "machine": MachineSection()}
+        return self.model_copy(update=shipped)
 
     def with_whole_paths(self) -> Self:
         """Returns the same for a reader in any folder: paths on this machine from its root."""

@@ -20,7 +20,7 @@ from ...quant.split import content_of
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
 from ...runtimes.manifest import Manifest, ModelOrigin
-from ..checkpoint.load import load, load_shapes
+from ..checkpoint.load import load
 from ..evidence import Evidence, evidence_for
 from ..families.base import LoadedModel
 from ..families.components import layers_of, shapes_of
@@ -28,7 +28,6 @@ from ..families.graphs import Component
 from ..families.sizes import drawn_sizes
 from ..progress import StageProgress
 from ..recipe import Recipe
-from ..sampling.spec import with_sampling
 from ..targets.base import Target, Traced
 from ..targets.registry import open_target
 from ..verify.gaps import Session
@@ -86,10 +85,9 @@ class Workbench:
         return replace(fit, group_scale_digits=self.target.group_scale_digits)
 
 
-def make_workbench(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workbench:
+def make_workbench(recipe: Recipe, assumed: Sequence[str], progress: StageProgress, spread: Spread) -> Workbench:
+    """Of a recipe that says how pictures are drawn; `assumed` are sentences on what of that it did not say before."""
     with progress.stage("load"):
-        # From the configs, so that what nobody can tell is asked for before gigabytes are fetched and read.
-        recipe, assumed = with_sampling(recipe, load_shapes(recipe.model.source, recipe.model.config))
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
         target = open_target(recipe.target)
         components = target.components(

@@ -42,6 +42,7 @@ from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, mea
 from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
 from .calibration import calibrated, calibration_drawing, drawing_inputs, fitting_inputs
 from .candidates import curve
+from .forecast import foreseen
 from .journal import Journal, RunFolder, Stage, opened
 from .lowered import lower_component
 from .manifest import final_manifest, folder_bytes, require_budget
@@ -122,9 +123,9 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         if stage == last:
             raise _Reached
 
-    progress = run.progress
+    recipe, assumed, workers = foreseen(recipe, workers, run.path, run.progress)
     with claim.staged(out, report_folder(out)) as (artifact, report), workers.open() as spread:
-        bench = make_workbench(recipe, progress, spread)
+        bench = make_workbench(recipe, assumed, run.progress, spread)
         journal = run.journal(bench.model)
         bench = bench.made_from(journal.model)
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
@@ -163,7 +164,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         page = write_report(report, data)
         write_record(report)
     return Built(
-        out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, notes, progress.stage_seconds
+        out, report_folder(out) / page.name, built_bytes, decided, gaps, unverified, notes, run.progress.stage_seconds
     )
 
 

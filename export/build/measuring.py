@@ -24,11 +24,9 @@ from .calibration import drawing_inputs, fitting_inputs
 from .candidates import exempted, narrowed, with_schemes
 from .content import SsimForm
 from .journal import Journal
-from .probe import make_probe
+from .probe import PROBE_PROMPTS, PROBE_STEPS, make_probe
 from .walk import make_walk
 
-PROBE_PROMPTS = 3
-PROBE_STEPS = 4
 CONTENT_FILE = "content.json"
 
 

@@ -18,6 +18,8 @@ from ...runtimes.pipeline import Pipeline, TextFeed
 from ..families.graphs import Component
 from ..verify.gaps import Session, torch_runner
 
+PROBE_PROMPTS = 3
+PROBE_STEPS = 4
 LATENT_SIDE = 32
 """Of what is decoded at most, a crop from the middle: convolutions are the same everywhere, and gradients of a block
 of the decoder at 512 x 512 pixels take gigabytes."""

@@ -22,7 +22,7 @@ from ..verify.gaps import Session, torch_runner
 from .bench import Workbench
 from .calibration import drawing_inputs, fitting_inputs
 from .journal import Journal
-from .measuring import PROBE_PROMPTS
+from .probe import PROBE_PROMPTS
 
 SELECTION_PROMPTS = 4
 SCORES_FILE = "scores.json"

@@ -46,8 +46,10 @@ def test_a_weight_format_is_told_with_the_activations_that_a_target_runs_it_with
     dynamic, static = "int8-row+a8-dynamic", "int8-row+a8-static"
     for target in ("onnx", "coreml"):
         assert told["int8-row", target] == ("int8-row", None)
-        for name in (dynamic, static):
-            assert told[name, target] == (None, "activations beside int8-row are not rounded")
+    for name in (dynamic, static):
+        assert told[name, "coreml"] == (None, "activations beside int8-row are not rounded")
+        assert told[name, "onnx"] == (name, None)
+    assert len({row["stored_as"] for row in rows if row["target"] == "onnx"}) == 3
     assert told["int8-row", "executorch"] == told[dynamic, "executorch"] == (dynamic, None)
     assert told[static, "executorch"] == (static, None)
     assert len({row["stored_as"] for row in rows if row["target"] == "executorch"}) == 2

@@ -53,7 +53,7 @@ def test_a_build_says_where_in_drawing_each_layer_ran(
         {"model": {"source": str(tiny_sd)}, "sampler": asked, "calibrate": {"pictures": 2}, "parity": {"pictures": 1}},
         "test",
     )
-    bench = make_workbench(recipe, StageProgress(quiet=True), in_turn)
+    bench = make_workbench(recipe, (), StageProgress(quiet=True), in_turn)
     bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, tmp_path)
     stats = calibrated(bench, parity_session(bench, tmp_path), Journal(tmp_path / "run", "any model"))
     for name, layer in stats.items():
