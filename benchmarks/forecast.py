@@ -25,6 +25,8 @@ from turbopocket.export.output.owned import journal_files
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.settings import with_values
 
+ELSEWHERE = ("memory",)
+"""Stages whose time passes in other processes."""
 SHORT_S = 2.0
 """Stages that take less, and so may be off by a large part of nothing."""
 
@@ -56,12 +58,13 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Foreseen over measured: the peak, all seconds, and the stages that are off by more than a quarter."""
     stages = found["stages"]
     peaks = [max(each["memory_bytes"][side] for each in stages.values()) for side in (0, 1)]
-    seconds = [sum(each["seconds"][side] for each in stages.values()) for side in (0, 1)]
+    here = [each["seconds"] for name, each in stages.items() if name not in ELSEWHERE]
+    seconds = [sum(each[side] for each in here) for side in (0, 1)]
     off = {
         f"{name} {what}": round(each[what][0] / max(each[what][1], 1e-9), 2)
         for name, each in stages.items()
         for what in ("memory_bytes", "seconds")
-        if (what == "memory_bytes" or max(each[what]) > SHORT_S)
+        if (what == "memory_bytes" or (name not in ELSEWHERE and max(each[what]) > SHORT_S))
         and not 0.75 < each[what][0] / max(each[what][1], 1e-9) < 1.25
     }
     return {

@@ -35,12 +35,22 @@ _LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 def anonymous_bytes(pid: int | None = None) -> int:
     """Anonymous bytes in memory of a process, this one by default, and all that it started, native libraries' included.
 
-    Where the system does not tell them (it is not Linux), all bytes of theirs that are in memory.
+    One that has not begun a program of its own yet does not count: it still shows its parent's memory, twice what there
+    is. Where the system does not tell them (it is not Linux), all bytes of theirs that are in memory.
     """
     pid = os.getpid() if pid is None else pid
     if sys.platform != "linux":
         return sum(_resident(each) for each in (pid, *_all_started_by(pid)))
-    return _anonymous(pid) + sum(anonymous_bytes(child) for child in _started_by(pid))
+    own = _command(pid)
+    return _anonymous(pid) + sum(anonymous_bytes(child) for child in _started_by(pid) if _command(child) != own)
+
+
+def _command(pid: int) -> bytes:
+    """What it was started with, which is its parent's until then."""
+    try:
+        return (_PROCESSES / str(pid) / "cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def _anonymous(pid: int) -> int:

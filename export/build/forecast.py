@@ -156,13 +156,19 @@ def _asked(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> 
         probe_steps=PROBE_STEPS,
         runtimes=len(target.runtime_names),
         formats=formats,
-        budget_bytes=recipe.compress.budget_bytes,
+        budget_bytes=_budget_bytes(recipe, sum(each.weights for each in works.values())),
         fit=parse_fit(recipe.compress.fit),
         sequential=recipe.compress.sequential,
         tuning=recipe.finetune,
         rates=measured_rates(torch.get_num_threads()),
         workers=workers,
     )
+
+
+def _budget_bytes(recipe: Recipe, weights: int) -> int | None:
+    """What is allowed for so many weights, in bytes or in bits for each."""
+    bits = recipe.compress.average_bits
+    return recipe.compress.budget_bytes if bits is None else round(bits * weights / 8)
 
 
 def _calls(component: ComponentWork, steps: int, twice: int) -> int:

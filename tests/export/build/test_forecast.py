@@ -148,6 +148,19 @@ def test_processes_that_are_started_count() -> None:
     assert anonymous_bytes() - before < 100e6
 
 
+def test_a_process_that_was_not_made_another_yet_shows_no_memory_of_its_own() -> None:
+    code = (
+        "import os, sys; held = bytearray(b'x') * 200_000_000; child = os.fork()\n"
+        "if child: print('there', flush=True)\n"
+        "sys.stdin.read(); os._exit(0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"there\n"
+        assert 190e6 < anonymous_bytes(parent.pid) < 300e6
+        parent.communicate(b"")
+
+
 def test_a_stage_that_takes_more_than_is_allowed_ends_after_its_step(capsys: pytest.CaptureFixture[str]) -> None:
     held = [100]
     progress = StageProgress(peak=PeakBytes(lambda: held[0]))
@@ -179,9 +192,13 @@ def anonymous(pid):
         own = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
         tasks = Path(f"/proc/{pid}/task").iterdir()
         children = [each for task in tasks for each in (task / "children").read_text().split()]
+        begun = [each for each in children if command(each) != command(pid)]  # else it shows its parent's memory
     except OSError:
         return 0
-    return 1024 * sum(own) + sum(map(anonymous, children))
+    return 1024 * sum(own) + sum(map(anonymous, begun))
+
+def command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 def look_on():
     while True:
