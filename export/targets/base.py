@@ -47,7 +47,7 @@ class GraphShare:
     """Bytes of a target's graphs beside the layers' weights: for plans that trace nothing.
 
     For each Linear, each Conv2d and each component, and for each value that is no layer's weight. Fitted to the traced
-    graphs of `pocket-turbo` (334 layers in `int8-row`), whose sum they meet within 3 %; `form_bytes` is extra.
+    graphs of `pocket-turbo` (334 layers in `int8-row`), whose sum they meet within 4 %; `form_bytes` is extra.
     """
 
     linear: int

@@ -16,6 +16,7 @@ from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.components import layers_of, parameter_count, shapes_of
 from turbopocket.export.plan import plan
 from turbopocket.export.recipe import make_recipe
+from turbopocket.export.sampling.spec import image_spec
 from turbopocket.export.target_options import ExecuTorchOptions
 from turbopocket.export.targets.executorch.target import ExecuTorch
 from turbopocket.export.targets.onnx.target import Onnx
@@ -126,7 +127,10 @@ def test_small_files_that_are_there_are_counted_to_the_byte(target: str, tiny_sd
     found = fixed_bytes(opened, model, components, model.image_size, dict.fromkeys(shapes, ()))
     weights = sum(math.prod(shape) for shape in shapes.values())
     tensors = opened.graph_share.value * (sum(map(parameter_count, components)) - weights)
-    assert found.counted == tensors + written
+    image = image_spec(model, model.image_size)
+    latents = image.latent_channels * image.latent_height * image.latent_width
+    self_check = 4 * latents + 3 * image.height * image.width
+    assert found.counted == tensors + written + self_check
     assert {each.what for each in found.estimates} == {"graphs", "manifest"}
 
 

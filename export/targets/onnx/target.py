@@ -60,7 +60,7 @@ class Onnx(Target):
     tools = ("onnx", "onnxruntime")
     max_lowering_error = 1e-4
     runtime_names = ("onnxruntime",)
-    graph_share = GraphShare(linear=1650, conv2d=1400, component=4_000, value=2)
+    graph_share = GraphShare(linear=1650, conv2d=2150, component=4_000, value=2)
     tokenizer_files = ("tokenizer.json", *TOKENIZER_FILES)
 
     def components(
