@@ -92,7 +92,7 @@ def test_narrow_convolutions_between_group_norms_are_no_larger_than_planned(tmp_
         ("int4-g32-asym", "linear", (64, 64), "no zero point"),
         ("int4-row", "linear", (64, 33), "an even number of columns, not 33"),
         ("int8-g32", "linear", (64, 64), "groups of scales for 4 bits only"),
-        ("lut4", "linear", (64, 64), "no compressed linear for lut4"),
+        ("lut4", "linear", (64, 64), "turbopocket writes no linear for ExecuTorch in lut4"),
         ("vq8-d4", "conv2d", (64, 64, 3, 3), None),
         ("avq2x8-d8-shared", "linear", (64, 64), None),
         ("avq2x8-d8", "linear", (64, 20), "not a multiple of vector length 8"),

@@ -172,9 +172,9 @@ enum class Operand {
 }
 
 /**
- * One walk that a device repeats before it draws: of [prompt] and [seed], at the artifact's first size and own guidance,
- * up to row [step] of the sampler's table. [latents]: those after that row, float32, little-endian, [1, C, h, w];
- * [picture]: what the decoder makes of them, bytes [H, W, 3].
+ * One walk that a device repeats before it draws: of [prompt] and [seed], at the artifact's first size and own
+ * guidance, up to row [step] of the sampler's table. [latents]: those after that row, float32, little-endian,
+ * [1, C, h, w]; [picture]: what the decoder makes of them, bytes [H, W, 3].
  */
 @Serializable
 data class SelfCheckSpec(
