@@ -48,7 +48,7 @@ def guided(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path_factory: pyt
 def test_the_folder_is_the_one_that_the_swift_package_reads(built: Built) -> None:
     names = {path.name for path in built.folder.iterdir()}
     packages = {f"{name}.mlpackage" for name in ("TextEncoder", "TextEncoder2", "Unet", "VAEDecoder")}
-    assert names == packages | {"vocab.json", "merges.txt", "tokenizer", "tokenizer_2", "manifest.json"}
+    assert names == packages | {"vocab.json", "merges.txt", "tokenizer", "tokenizer_2", "manifest.json", "self_check"}
 
 
 def test_all_three_arithmetics_are_in_the_parity_table(built: Built) -> None:

@@ -6,7 +6,7 @@ import json
 import resource
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from turbopocket.export.build import build as module
-from turbopocket.export.build import calibration, journal
+from turbopocket.export.build import calibration, journal, measuring
 from turbopocket.export.build.bench import Workbench
 from turbopocket.export.build.build import build, make_stage
 from turbopocket.export.progress import StageProgress
@@ -47,11 +47,11 @@ def benches() -> dict[str, Workbench]:
 def traced_once(benches: dict[str, Workbench], monkeypatch: pytest.MonkeyPatch) -> None:
     honest = module.make_workbench
 
-    def make(recipe: Recipe, progress: StageProgress, spread: Spread) -> Workbench:
+    def make(recipe: Recipe, assumed: Sequence[str], progress: StageProgress, spread: Spread) -> Workbench:
         unbounded = recipe.compress.model_copy(update={"budget": None})
         key = recipe.model_copy(update={"compress": unbounded}).to_toml()
         if key not in benches:
-            benches[key] = honest(recipe, progress, spread)
+            benches[key] = honest(recipe, assumed, progress, spread)
         asked = benches[key].recipe.model_copy(update={"compress": recipe.compress})
         return replace(benches[key], recipe=asked, progress=progress, spread=spread)
 
@@ -74,7 +74,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     counting(module, "compare_with_diffusers")
     counting(calibration, "calibrate_to_files")
-    counting(module, "make_probe")
+    counting(measuring, "make_probe")
     counting(compress, "save_weights")
     return counted
 
