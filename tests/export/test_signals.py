@@ -2,6 +2,7 @@
 """Told to stop, a command clears up, says so and ends with the code that shells expect."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_a_build_that_is_told_to_stop_leaves_no_output_and_nobody(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as build:
         try:
             assert build.stderr is not None
-            while not build.stderr.readline().startswith("calibrate"):
+            while not re.fullmatch(r"calibrate +[\d.]+ s\n", build.stderr.readline()):
                 assert build.poll() is None
             workers: list[psutil.Process] = []
             while len(workers) < 2:
