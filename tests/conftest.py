@@ -7,6 +7,8 @@ once (its scale is 2, not the published 8), so that code which assumes 8 fails h
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the networ
 CONTEXT_TOKENS = 77
 WORDS = ("a", "an", "blue", "cat", "circle", "green", "on", "red", "square", "the", "triangle", "white")
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def turbopocket(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs the command in this process; a traceback fails the test, since main() lets only unknown errors through."""
+    from turbopocket.cli import main
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr("sys.argv", ["turbopocket", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capfd.readouterr()
+        return Ran(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
 
 
 def _byte_letters() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .export.conftest import Ran
+from .conftest import Ran
 from .export.published_sdxl import write_configs
 
 ROOT = Path(__file__).parents[1]
@@ -45,20 +45,6 @@ MAKE = [
 
 class Reached(BaseException):
     """A verb was called: its request was understood."""
-
-
-@pytest.fixture
-def turbopocket(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    from turbopocket.cli import main
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr("sys.argv", ["turbopocket", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capfd.readouterr()
-        return Ran(int(stop.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def test_pages_show_commands() -> None:

@@ -31,7 +31,7 @@ from .forecast_stages import Asked, Stage
 from .forecast_work import ComponentWork, component_work
 from .probe import PROBE_PROMPTS, PROBE_STEPS
 
-# Measured on two x86 cores with PyTorch 2.12; `benchmarks/forecast.py` measures forecasts beside builds.
+# Measured on two x86 cores with PyTorch 2.13; `benchmarks/forecast.py` measures forecasts beside builds.
 IMPORTS_BYTES = 110e6
 """Of what a build imports after it was foreseen: exporters, diffusers' pipelines, runtimes."""
 GRAPH_BYTES = 11e3

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small artifact for all tests that only read one, and the command as a user runs it."""
+"""One small artifact for all tests that only read one."""
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,6 @@ BUILD = {
     "parity": {"pictures": 1},
     "compress": {"formats": ["int4-g32", "int8-g32", "fp16"], "budget": "1900kB"},
 }
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What one command did."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(autouse=True)
@@ -97,18 +87,3 @@ def artifact(built: Any, tmp_path: Path) -> Path:
     for folder in (built.folder, built.report.parent):
         shutil.copytree(folder, tmp_path / folder.name)
     return tmp_path / built.folder.name
-
-
-@pytest.fixture
-def turbopocket(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Runs the command in this process; a traceback fails the test, since main() lets only unknown errors through."""
-    from turbopocket.cli import main
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr("sys.argv", ["turbopocket", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capfd.readouterr()
-        return Ran(int(stop.value.code or 0), captured.out, captured.err)
-
-    return run

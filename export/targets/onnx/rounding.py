@@ -10,6 +10,7 @@ O outputs, I inputs.
 """
 
 import struct
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,12 +59,12 @@ class _IntegerForm(Form):
         flat = self._stored(codes_OK).flatten().view(torch.uint8)
         return [(pack(flat[None], 4) if self.format.bits == 4 else flat).numpy(), scale_O1[:, 0].numpy()]
 
-    def _stored_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _stored_shape(self) -> tuple[int, ...]: ...
 
+    @abstractmethod
     def _stored(self, codes_OK: Tensor) -> Tensor:
         """The codes in the order of `_stored_shape`."""
-        raise NotImplementedError
 
     def prepare(self) -> list[NodeProto]:
         nodes = [cast_to_fp32(self._value("scale"), self._value("scale32"))]
