@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from turbopocket.export.checkpoint.load import load_shapes
-from turbopocket.export.recipe import make_recipe
-from turbopocket.export.sampling.spec import asks_twice, sampler_spec
 from turbopocket.export.verify.diffusers_reference import compare_with_diffusers
 from turbopocket.export.verify.gaps import Session
 from turbopocket.ground.errors import TurbopocketError
@@ -64,15 +62,6 @@ def test_an_sdxl_lcm_that_is_told_its_guidance(tiny_sdxl: Path, tmp_path: Path) 
     told = drawer(folder, tmp_path / "art", "unet", guidance=7.5)
     told.assert_draws_like_diffusers()
     assert list(told.inputs("unet"))[3:] == ["timestep_cond", "text_embeds", "time_ids"]  # optimum's order
-
-
-def test_only_a_unet_that_is_not_told_its_guidance_is_asked_twice(tiny_sd: Path, tmp_path: Path) -> None:
-    """By which a Core ML package's batch is chosen."""
-    folder = checkpoint(tiny_sd, tmp_path / "model", unet=unet(time_cond_proj_dim=32))
-    section = make_recipe({"sampler": {"steps": 1, "guidance": 4.0}}, "test").sampler
-    told, plain = load_shapes(str(folder)), load_shapes(str(tiny_sd))
-    assert not asks_twice(told, sampler_spec(told, section))
-    assert asks_twice(plain, sampler_spec(plain, section))
 
 
 @pytest.mark.parametrize("base", ["tiny_sd", "tiny_sdxl"])
