@@ -4,8 +4,9 @@ BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
 .PHONY: setup search fuzz-search demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality \
-	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq synthetic-sdxl train-pocket distill-pocket \
-	distill-baseline test-optimum test-clients kernels kernels-arm64 fuzz-kernels clean
+	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq synthetic-sdxl train-pocket \
+	train-pocket-dit distill-pocket distill-baseline test-optimum test-clients kernels kernels-arm64 fuzz-kernels \
+	clean
 
 setup: .venv/.installed
 	@$(MAKE) --no-print-directory search || echo "without it VQDM searches in PyTorch" >&2
@@ -146,6 +147,11 @@ arm64: setup
 
 train-pocket: setup
 	$(BIN)/python -m turbopocket.pocket.train all
+
+# A transformer of PixArt's topology that draws the same scenes, with the VAE and the judge of pocket.
+train-pocket-dit: export OMP_NUM_THREADS = 1
+train-pocket-dit: setup
+	$(BIN)/python -m turbopocket.pocket.train pocket-dit --folder build/pocket-dit --preview build/pocket-dit-preview
 
 # The shipped student, then the baseline it has to beat: regression for as many network evaluations.
 DISTILL := $(RUN) distill --recipe pocket-turbo

@@ -5,15 +5,17 @@ python -m turbopocket.pocket.evaluate --out result.json
 """
 
 import argparse
+import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -61,9 +63,14 @@ def first_noise(seeds: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.stack(draws))
 
 
-def pipeline_images(pipeline: StableDiffusionXLPipeline, steps: int, guidance: float) -> ImagesFor:
-    """Draws with a diffusers pipeline; each picture depends on its prompt and seed alone."""
+def pipeline_images(pipeline: Any, steps: int, guidance: float) -> ImagesFor:
+    """Draws with a diffusers pipeline; each picture depends on its prompt and seed alone.
+
+    Where a pipeline would look for the nearest size that it was trained at, or clean prompts, it is told not to.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    known = inspect.signature(pipeline.__call__).parameters
+    plain = {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}
 
     def images_for(prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
         pictures: NDArray[np.float32] = pipeline(
@@ -74,6 +81,7 @@ def pipeline_images(pipeline: StableDiffusionXLPipeline, steps: int, guidance: f
             num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="np",
+            **plain,
         ).images
         return np.round(pictures * 255).astype(np.uint8)
 
@@ -147,7 +155,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="likewise")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    pipeline = StableDiffusionXLPipeline.from_pretrained(options.model, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(options.model, dtype=torch.float32)
     own = json.loads((options.model / SAMPLING_FILE).read_text())
     steps = options.steps or own["steps"]
     guidance = own["guidance_scale"] if options.guidance is None else options.guidance

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two CLIP tokenizers of the pocket model: a byte-pair vocabulary learned from the scene language.
+"""Tokenizers of the bundled models: CLIP's two, a byte-pair vocabulary learned from the scene language, and T5's.
 
-Laid out as OpenAI's: 256 bytes, 256 bytes that end a word, merges, start of text, end of text. Every word of
+CLIP's are laid out as OpenAI's: 256 bytes, 256 bytes that end a word, merges, start of text, end of text. Every word of
 a caption is one token; any other text still encodes, byte by byte.
 """
 
@@ -11,12 +11,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from .scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES
 
 MAX_TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
+T5_TOKENS = 120
+"""As many as PixArt-Alpha's pipeline pads a prompt to."""
+T5_SPACE = "\u2581"
+T5_EXTRA_IDS = 100
 
 Word = tuple[str, ...]
 Pair = tuple[str, str]
@@ -85,3 +89,15 @@ def write_tokenizer(folder: Path, pad_token: str, merges: Sequence[Pair] | None 
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's tokenizer: each word of the scene language is one piece; of any other text, each printable ASCII character.
+
+    Marks and the 100 extra ids stand where the published vocabularies have them.
+    """
+    marks = [(mark, 0.0) for mark in ("<pad>", "</s>", "<unk>")]
+    words = [(T5_SPACE + word, -2.0) for word in scene_words()]
+    characters = [(character, -8.0) for character in (T5_SPACE, *map(chr, range(0x21, 0x7F)))]
+    extra = [(f"<extra_id_{index}>", 0.0) for index in reversed(range(T5_EXTRA_IDS))]
+    return T5Tokenizer(vocab=[*marks, *words, *characters, *extra], extra_ids=T5_EXTRA_IDS, model_max_length=T5_TOKENS)
