@@ -67,12 +67,18 @@ class BlockInputs:
 
     def replay(self, name: str, block: nn.Module, after: Callable[[], None] = lambda: None) -> None:
         """Calls the block as it was called, in the same order, at the same places."""
-        for call in self.calls[name]:
-            leaves = [self._read(leaf) for leaf in call["leaves"]]
-            args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(call["structure"]))
+        for index, call in enumerate(self.calls[name]):
+            args, kwargs = self.arguments(name, index)
             with torch.inference_mode(), at_place(**call["place"]):
                 block(*args, **kwargs)
             after()
+
+    def arguments(self, name: str, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the block was given in one call, positional and by name, as copies."""
+        call = self.calls[name][index]
+        leaves = [self._read(leaf) for leaf in call["leaves"]]
+        args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(call["structure"]))
+        return args, kwargs
 
     def _write(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Keeps one call; False, and nothing kept, when it can not be."""

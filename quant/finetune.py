@@ -153,14 +153,15 @@ def stand_ins(modules: Mapping[str, nn.Module]) -> dict[str, CompressedTensor]:
     """For norms and biases of components, values of which no two are equal, by parameter name."""
     random = torch.Generator().manual_seed(0)
     return {
-        f"{component}.{path}": _held(torch.rand(parameter.shape, generator=random) + 0.5)
+        f"{component}.{path}": held_vector(torch.rand(parameter.shape, generator=random) + 0.5)
         for component, module in modules.items()
         for path, parameter in module.named_parameters()
         if parameter.ndim == 1
     }
 
 
-def _held(value: Tensor) -> CompressedTensor:
+def held_vector(value: Tensor) -> CompressedTensor:
+    """A norm or a bias [N] as it is stored, float32."""
     return CompressedTensor(Dense(32), tuple(value.shape), {"weight": value})
 
 
@@ -172,7 +173,7 @@ def _batches(calls: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 @dataclass
-class _Trained:
+class Trained:
     """A tensor as its root mean square times a parameter, which is what Adam moves."""
 
     value: Tensor
@@ -196,19 +197,19 @@ class _Student:
         own = dict(module.named_parameters())
         self.module = module
         self.layers = {name: stored for name, stored in weights.items() if f"{name}.weight" in own}
-        shared: dict[tuple[LayerFormat, str], _Trained] = {}
-        self.parts: dict[str, dict[str, _Trained]] = {}
+        shared: dict[tuple[LayerFormat, str], Trained] = {}
+        self.parts: dict[str, dict[str, Trained]] = {}
         for name, stored in self.layers.items():
             if isinstance(stored.format, Dense):
                 continue
             self.parts[name] = {
-                part: _Trained(value) for part, value in stored.parts.items() if value.is_floating_point()
+                part: Trained(value) for part, value in stored.parts.items() if value.is_floating_point()
             }
             for part in stored.format.shared_parts:  # one for all, so that they stay equal
                 self.parts[name][part] = shared.setdefault((stored.format, part), self.parts[name][part])
         held = {name: stored.format.decompress(stored) for name, stored in weights.items() if name in own}
         self.vectors = {
-            name: _Trained(held.get(name, parameter))
+            name: Trained(held.get(name, parameter))
             for name, parameter in own.items()
             if parameter.ndim == 1 and name.removesuffix(".weight") not in self.layers
         }
@@ -233,7 +234,7 @@ class _Student:
         """Everything in its stored type again; layers in the order in which they were given."""
         stored = {name: self._stored(name, group_scale_digits) for name in self.layers}
         for name, each in self.vectors.items():
-            stored[name] = _held(each().detach().clone())
+            stored[name] = held_vector(each().detach().clone())
         return stored
 
     def _decoded(self, name: str) -> Tensor:

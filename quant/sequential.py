@@ -75,7 +75,7 @@ def compress_in_blocks(
             if not all(file.is_file() for file in files.values()):
                 # Before any block of it is stored, so that one that goes on later draws the same.
                 own_blocks = {name: blocks[name] for name in members}
-                walk = _Walk(own_blocks, partial(calls_of, component), checkpoints / OUTPUTS_FOLDER)
+                walk = Walk(own_blocks, partial(calls_of, component), checkpoints / OUTPUTS_FOLDER)
             for block, own in members.items():
                 if walk is not None and not files[block].is_file():
                     wanted = {choice.layer: layers[choice.layer] for choice in own}
@@ -97,7 +97,7 @@ def _block_of(layer: str, blocks: Mapping[str, nn.Module]) -> str:
 
 
 def _seen(
-    component: str, module: nn.Module, walk: "_Walk", block: str, wanted: Mapping[str, nn.Module], fit: Fit
+    component: str, module: nn.Module, walk: "Walk", block: str, wanted: Mapping[str, nn.Module], fit: Fit
 ) -> Mapping[str, LayerStats]:
     seen = calibrate({component: module}, lambda: walk.up_to(block), set(wanted), (needed_by(fit),))
     give_back_freed()
@@ -108,7 +108,7 @@ class _Reached(Exception):
     """The block whose inputs are wanted has had its last call."""
 
 
-class _Walk:
+class Walk:
     """A component's calls, each up to one of its blocks; what blocks before that gave is read from files."""
 
     def __init__(self, blocks: Mapping[str, nn.Module], draw: Callable[[], Calls], folder: Path) -> None:

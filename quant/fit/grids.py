@@ -117,15 +117,21 @@ class VectorGrid(Grid["VectorCodes"]):
 
     def rows_of(self, codes_RC: Tensor, codebook_GPD: Tensor) -> Tensor:
         """float32 [O, K]: the codebook's vectors in the matrix's places, not yet scaled."""
-        code_rows, code_columns = codes_RC.shape
-        groups, entries, length = codebook_GPD.shape
-        first_entry_G11 = entries * torch.arange(groups).reshape(-1, 1, 1)
-        indices = (codes_RC.reshape(groups, -1, code_columns) + first_entry_G11).flatten()
-        vectors = codebook_GPD.to(torch.float32).reshape(-1, length)[indices]
+        indices = self.entries(codes_RC, codebook_GPD)
+        return self.placed(codebook_GPD.to(torch.float32).flatten(0, 1)[indices], *codes_RC.shape)
+
+    def entries(self, codes_RC: Tensor, codebook_GPD: Tensor) -> Tensor:
+        """int64 [G * N]: where each code's vector is among those of all codebooks, in the order of the codes."""
+        groups, entries, _ = codebook_GPD.shape
+        first_entry_G1 = entries * torch.arange(groups).reshape(-1, 1)
+        return (codes_RC.reshape(groups, -1) + first_entry_G1).flatten()
+
+    def placed(self, vectors_ND: Tensor, code_rows: int, code_columns: int) -> Tensor:
+        """[O, K]: vectors, one for each code in the order of the codes, in the matrix's places."""
+        vectors = vectors_ND.reshape(code_rows, code_columns, self.length)
         if self.along_outputs:
-            vectors = vectors.reshape(code_rows, code_columns, length).transpose(1, 2)
-            return vectors.reshape(code_rows * length, code_columns).contiguous()
-        return vectors.reshape(code_rows, code_columns * length)
+            return vectors.transpose(1, 2).reshape(code_rows * self.length, code_columns).contiguous()
+        return vectors.reshape(code_rows, code_columns * self.length)
 
 
 @dataclass(frozen=True)

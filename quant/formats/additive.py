@@ -6,6 +6,7 @@ M codebooks, P = 2^bits entries of one, D length of a vector, J = K / D vectors 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...ground.bits import packed_bytes
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
-from ..fit.grids import AdditiveCodes, AdditiveGrid
+from ..fit.grids import AdditiveCodes, AdditiveGrid, VectorCodes, VectorGrid
 from ..fit.hessian import Hessian
 from ..fit.universal import LENGTHS
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
@@ -103,3 +104,19 @@ class Additive(LayerFormat):
         parts = compressed.parts
         planes = [unpack(codes_Ob, self.bits, columns // self.length, signed=False) for codes_Ob in parts["codes"]]
         return torch.stack(planes), parts["codebooks"], parts["scale"]
+
+    def vector_codes(self, compressed: CompressedTensor) -> tuple[VectorCodes, ...]:
+        grid = VectorGrid(self.bits, self.length)
+        codes_MOJ, codebooks_MPD, scale_O = self.unpack(compressed)
+        return tuple(
+            VectorCodes(grid, codes_OJ, codebook_PD.unsqueeze(0), scale_O)
+            for codes_OJ, codebook_PD in zip(codes_MOJ, codebooks_MPD, strict=True)
+        )
+
+    def with_vector_codes(self, compressed: CompressedTensor, codes: Sequence[VectorCodes]) -> CompressedTensor:
+        parts = {
+            "codes": torch.stack([pack(each.codes_RC, self.bits) for each in codes]),
+            "codebooks": torch.cat([each.codebook_GPD for each in codes]),
+            "scale": codes[0].scale_O,
+        }
+        return CompressedTensor(self, compressed.shape, parts)

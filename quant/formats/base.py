@@ -6,6 +6,7 @@ O outputs, I inputs, K columns of the matrix view, kh kw kernel height and width
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
+from ..fit.grids import VectorCodes
 from ..fit.hessian import Hessian
 
 Shape = tuple[int, ...]
@@ -92,6 +94,14 @@ class LayerFormat(ABC):
     @abstractmethod
     def decode(self, compressed: CompressedTensor) -> Tensor:
         """The stored weight as float32 in its original shape."""
+
+    def vector_codes(self, compressed: CompressedTensor) -> tuple[VectorCodes, ...]:
+        """The codebooks whose vectors make the weight, their sum where there are several; none in other formats."""
+        return ()
+
+    def with_vector_codes(self, compressed: CompressedTensor, codes: Sequence[VectorCodes]) -> CompressedTensor:
+        """The weight with other codes, codebooks and scale in the place of those that `vector_codes` gave."""
+        raise TurbopocketError(f"{self} has no codebooks of vectors")
 
     def nbytes(self, shape: Shape) -> int:
         """Exact stored bytes of a weight of this shape, shared parts aside; TurbopocketError when it does not fit."""

@@ -6,6 +6,7 @@ P = 2^bits entries, R rows and C columns of the codes.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -98,6 +99,14 @@ class Codebook(LayerFormat):
         parts = compressed.parts
         _, code_columns = self._grid.codes_shape(*matrix_shape(compressed.shape))
         return unpack(parts["codes"], self.bits, code_columns, signed=False), parts["codebook"], parts["scale"]
+
+    def vector_codes(self, compressed: CompressedTensor) -> tuple[VectorCodes, ...]:
+        return (VectorCodes(self._grid, *self.unpack(compressed)),)
+
+    def with_vector_codes(self, compressed: CompressedTensor, codes: Sequence[VectorCodes]) -> CompressedTensor:
+        (own,) = codes
+        parts = {"codes": pack(own.codes_RC, self.bits), "codebook": own.codebook_GPD, "scale": own.scale_O}
+        return CompressedTensor(self, compressed.shape, parts)
 
     @property
     def _grid(self) -> VectorGrid:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each vector of a weight as a mixture of a few codebook entries, of which training leaves one.
+
+Deng et al. 2024, "VQ4DiT: Efficient Post-Training Vector Quantization for Diffusion Transformers" (arXiv 2408.17131),
+section 3.2: n candidates for each vector, the entries nearest to it, mixed by ratios that are the softmax of logits.
+
+G groups that share a codebook, N vectors of a group, n candidates, P entries of a codebook, D length of a vector, O
+outputs, K columns of the matrix view.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag, one_hot, softmax
+
+from ..ground.errors import TurbopocketError
+from .finetune import Trained
+from .fit.grids import VectorCodes
+from .formats import CompressedTensor
+from .formats.base import from_matrix_view, matrix_view
+
+Start = Literal["equal", "distance"]
+Schedule = Literal["joint", "freeze"]
+
+FROZEN_RATIO = 0.99
+"""From here on a vector has one candidate, in the schedule `freeze`."""
+_DISTANCES = 2**24
+"""Distances that are held at once while candidates are looked for."""
+_LEAST_DISTANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class CandidateOptions:
+    """Training of codes, codebooks and biases by block; these are the keys of a recipe's `[candidates]`.
+
+    Attributes:
+        count: n, the candidates of each vector, 1 to 4; 0 leaves the stage out, 1 trains codebooks and biases alone.
+        start: ratios that are all 1/n, as in the paper, or nearer entries larger, as in its released code.
+        schedule: `joint` trains ratios and codebooks together, as in the paper; `freeze` trains ratios first, each
+            frozen when it is nearly 1, and then the codebook, as released.
+        iterations: of each block, one call of it in each. Ratios have half of them at most, then the largest stays.
+        pictures: drawn by the float model; its calls are what is trained on, every eighth held out.
+        ratio_weight: of what drives ratios to 0 and 1, beside the block's error relative to that before training.
+        ratio_learning_rate: of logits, by RMSprop.
+        learning_rate: of codebooks, scales and biases in units of their root mean square, by RMSprop; it falls to zero.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    count: int = 0
+    start: Start = "distance"
+    schedule: Schedule = "joint"
+    iterations: int = 400
+    pictures: int = 16
+    ratio_weight: float = 0.3
+    ratio_learning_rate: float = 5e-2
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("count", 0, 4), ("iterations", 1, 10**9), ("pictures", 1, 16384)):
+            if not least <= getattr(self, name) <= most:
+                raise TurbopocketError(f"candidates: {name} = {getattr(self, name)}: allowed are {least:,} to {most:,}")
+        for name in ("ratio_learning_rate", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise TurbopocketError(f"candidates: {name} = {getattr(self, name)}: more than 0 is needed")
+        if not 0 <= self.ratio_weight < float("inf"):
+            raise TurbopocketError(f"candidates: ratio_weight = {self.ratio_weight}: 0 or more is needed")
+
+
+def has_candidates(stored: CompressedTensor) -> bool:
+    """Whether a stored weight is made of vectors of a codebook, one or a sum."""
+    return bool(stored.format.vector_codes(stored))
+
+
+class SoftWeight:
+    """A weight whose vectors are mixtures of candidates, until `harden`; codes of a sum have candidates each."""
+
+    def __init__(self, weight: Tensor, stored: CompressedTensor, count: int, start: Start) -> None:
+        """From the float weight, and codes for it that are the first candidates."""
+        self.stored = stored
+        codes = stored.format.vector_codes(stored)
+        self.scale = Trained(codes[0].scale_O)
+        self.trains_codebook = not stored.format.shared_parts  # those stay equal in all layers
+        scale_O1 = codes[0].scale_O.float().unsqueeze(1)
+        values = [each.grid.rows_of(each.codes_RC, each.codebook_GPD) for each in codes]
+        left_OK = matrix_view(weight.detach().float()) - scale_O1 * torch.stack(values).sum(0)
+        self.planes = [
+            _Plane(left_OK + scale_O1 * own_OK, each, count, start) for own_OK, each in zip(values, codes, strict=True)
+        ]
+
+    @property
+    def logits(self) -> list[nn.Parameter]:
+        """Of all codes that have more than one candidate."""
+        return [plane.logits for plane in self.planes if plane.logits is not None]
+
+    @property
+    def values(self) -> list[nn.Parameter]:
+        """Of codebooks and the scale, as far as they are the layer's own."""
+        own = [plane.codebook.parameter for plane in self.planes] if self.trains_codebook else []
+        return [*own, self.scale.parameter]
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether each vector has one candidate."""
+        return not self.logits
+
+    def __call__(self) -> Tensor:
+        """The weight in its own shape, float32, as a function of what is trained."""
+        rows_OK = torch.stack([plane() for plane in self.planes]).sum(0)
+        return from_matrix_view(rows_OK * self.scale().unsqueeze(1), self.stored.shape)
+
+    def indecision(self, schedule: Schedule) -> Tensor:
+        """How far ratios are from 0 and 1, averaged: 1 - |2R - 1| (the paper's L_r), or R (1 - R) n as released."""
+        ratios = torch.cat([plane.ratios().flatten() for plane in self.planes if plane.logits is not None])
+        if schedule == "joint":
+            return (1 - (2 * ratios - 1).abs()).mean()
+        return (ratios * (1 - ratios)).mean() * self.planes[0].count
+
+    def freeze(self) -> float:
+        """Ratios above `FROZEN_RATIO` become 1 for good; returns the share of vectors of which that holds."""
+        frozen = [plane.freeze() for plane in self.planes if plane.logits is not None]
+        return float(torch.cat(frozen).float().mean()) if frozen else 1.0
+
+    @torch.no_grad()
+    def harden(self) -> None:
+        """Each vector keeps the candidate of the largest ratio."""
+        for plane in self.planes:
+            plane.harden()
+
+    @torch.no_grad()
+    def compressed(self) -> CompressedTensor:
+        """As it is stored, codebooks and scale in fp16; where training left the range of fp16 it stays what it was."""
+        scale_O = _as_fp16(self.scale(), self.planes[0].codes.scale_O)
+        codes = [replace(plane.stored(self.trains_codebook), scale_O=scale_O) for plane in self.planes]
+        return self.stored.format.with_vector_codes(self.stored, codes)
+
+
+class _Plane:
+    """One codebook's vectors: what each is a mixture of, and how much of each candidate is in it."""
+
+    def __init__(self, target_OK: Tensor, codes: VectorCodes, count: int, start: Start) -> None:
+        grid = codes.grid
+        self.codes, self.count = codes, min(count, 2**grid.bits)
+        self.codebook = Trained(codes.codebook_GPD)
+        scale_OK = codes.scale_O.float().unsqueeze(1).expand_as(target_OK)
+        points_GND, scales_GND = grid.vectors(target_OK), grid.vectors(scale_OK)
+        codes_GN = codes.codes_RC.reshape(len(points_GND), -1)
+        groups = zip(points_GND, scales_GND, codes.codebook_GPD.float(), codes_GN, strict=True)
+        found = [_nearest(*group, self.count) for group in groups]
+        self.candidates_GNn = torch.stack([each for each, _ in found])
+        distances_GNn = torch.stack([each for _, each in found])
+        self.frozen_GN = torch.zeros(self.candidates_GNn.shape[:2], dtype=torch.bool)
+        self.logits: nn.Parameter | None = None
+        if self.count > 1:
+            farthest_GN1 = distances_GNn.amax(-1, keepdim=True).clamp(min=_LEAST_DISTANCE)
+            by_distance = torch.log(farthest_GN1 / (distances_GNn + _LEAST_DISTANCE))
+            self.logits = nn.Parameter(by_distance if start == "distance" else torch.zeros_like(distances_GNn))
+
+    def ratios(self) -> Tensor:
+        """[G, N, n], of which each vector's add up to 1."""
+        assert self.logits is not None
+        soft = softmax(self.logits, -1)
+        if not self.frozen_GN.any():
+            return soft
+        chosen = one_hot(self.logits.detach().argmax(-1), self.count).to(soft.dtype)
+        return torch.where(self.frozen_GN.unsqueeze(-1), chosen, soft)
+
+    def __call__(self) -> Tensor:
+        """[O, K], not yet scaled."""
+        entries = self._entries()
+        flat = self.codebook().flatten(0, 1)
+        if self.logits is None:
+            vectors = flat.index_select(0, entries[:, 0])
+        else:
+            vectors = embedding_bag(entries, flat, mode="sum", per_sample_weights=self.ratios().flatten(0, 1))
+        return self.codes.grid.placed(vectors, *self.codes.codes_RC.shape)
+
+    def _entries(self) -> Tensor:
+        """int64 [G * N, n] among the entries of all codebooks."""
+        first_G11 = self.codes.codebook_GPD.shape[1] * torch.arange(len(self.candidates_GNn)).reshape(-1, 1, 1)
+        return (self.candidates_GNn + first_G11).flatten(0, 1)
+
+    def freeze(self) -> Tensor:
+        self.frozen_GN |= self.ratios().detach().amax(-1) > FROZEN_RATIO
+        return self.frozen_GN
+
+    def harden(self) -> None:
+        if self.logits is not None:
+            best_GN1 = self.logits.argmax(-1, keepdim=True)
+            self.candidates_GNn = self.candidates_GNn.gather(-1, best_GN1)
+            self.logits = None
+
+    def stored(self, trains_codebook: bool) -> VectorCodes:
+        assert self.logits is None
+        codes_RC = self.candidates_GNn.squeeze(-1).reshape(self.codes.codes_RC.shape).to(torch.uint8)
+        before = self.codes.codebook_GPD
+        return replace(
+            self.codes,
+            codes_RC=codes_RC,
+            codebook_GPD=_as_fp16(self.codebook(), before) if trains_codebook else before,
+        )
+
+
+def _as_fp16(values: Tensor, before: Tensor) -> Tensor:
+    rounded = values.to(torch.float16)
+    return torch.where(torch.isfinite(rounded), rounded, before)
+
+
+def _nearest(
+    points_ND: Tensor, scales_ND: Tensor, codebook_PD: Tensor, codes_N: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Candidates, int64 [N, n], and their distances [N, n] to the points: the code that is stored, then the nearest
+    others, nearest first. A point is compared with its scale times an entry."""
+    parts = []
+    for points, scales, codes in zip(*_in_chunks(len(codebook_PD), points_ND, scales_ND, codes_N), strict=True):
+        # Σ (x - s c)² = Σ x² - 2 Σ s x c + Σ s² c²
+        square = scales.square() @ codebook_PD.square().T - 2 * (scales * points) @ codebook_PD.T
+        distance = (square + points.square().sum(1, keepdim=True)).clamp_(min=0).sqrt_()
+        stored_N1 = codes.to(torch.int64).unsqueeze(1)
+        others = distance.scatter(1, stored_N1, torch.inf).topk(count - 1, largest=False).indices
+        chosen = torch.cat([stored_N1, others], 1)
+        parts.append((chosen, distance.gather(1, chosen)))
+    return torch.cat([chosen for chosen, _ in parts]), torch.cat([distance for _, distance in parts])
+
+
+def _in_chunks(entries: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    for each in tensors:
+        yield each.split(max(1, _DISTANCES // entries))
