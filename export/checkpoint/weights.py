@@ -26,6 +26,7 @@ MAPPED_DTYPES = ("F32", "F16", "BF16")
 """Those that fp32 holds exactly."""
 # transformers saved this constant buffer in older files; the module computes it.
 HARMLESS_EXTRA = re.compile(r"(.*\.)?embeddings\.position_ids")
+ROWS_COMPARED = 1024
 NAMES_SHOWN = 5
 ABOUT_FILE = ("_class_name", "_diffusers_version")
 """What a diffusers config keeps beside the constructor's parameters."""
@@ -115,11 +116,25 @@ def _renamed(stored: Mapping[str, StoredTensor], spec: ModuleSpec) -> dict[str, 
 
 
 def _with_tied(stored: dict[str, StoredTensor], spec: ModuleSpec) -> dict[str, StoredTensor]:
-    """The tensors under both names of those that have two; where both are stored, the class reads the owner's."""
+    """The tensors under both names of those that have two; raises TurbopocketError where two different ones are stored,
+    of which a class reads either."""
     for alias, owner in spec.tied.items():
+        if owner in stored and alias in stored and not _equal(stored[owner], stored[alias]):
+            raise TurbopocketError(
+                f"{stored[alias].file}: {owner} and {alias} are one table, and two different ones are stored"
+            )
         if (tensor := stored.get(owner, stored.get(alias))) is not None:
             stored[owner] = stored[alias] = tensor
     return stored
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether both have the same values; read in parts, since such tables are large."""
+    if one.shape != other.shape:
+        return False
+    found = _read({"one": one, "other": other}, torch.Tensor.detach)
+    parts = zip(found["one"].split(ROWS_COMPARED), found["other"].split(ROWS_COMPARED), strict=True)
+    return all(torch.equal(a.float(), b.float()) for a, b in parts)
 
 
 def _check_names_and_shapes(

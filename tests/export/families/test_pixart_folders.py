@@ -71,6 +71,70 @@ def test_a_tied_embedding_is_read_under_either_name_and_kept_once(stored: tuple[
     assert encoder.shared.weight.data_ptr() == encoder.encoder.embed_tokens.weight.data_ptr()
 
 
+def test_two_different_tables_of_a_tied_embedding_are_refused(sigma: Path) -> None:
+    tensors = load_file(sigma / TEXT_FILE)
+    other = tensors[SHARED].clone()
+    other[-1, -1] += 1
+    save_file(tensors | {EMBEDDED: other}, sigma / TEXT_FILE)
+    with pytest.raises(TurbopocketError, match=f"{SHARED} and {EMBEDDED} are one table, and two different ones are st"):
+        load(str(sigma))
+
+
+def without_t5_folder(sigma: Path) -> None:
+    shutil.rmtree(sigma / "text_encoder")
+
+
+def without_t5_in_the_index(sigma: Path) -> None:
+    """As repositories write it that hold a transformer for pipelines of which the rest lies elsewhere."""
+    edit(sigma / "model_index.json", text_encoder=[None, None])
+
+
+def without_t5_weights(sigma: Path) -> None:
+    (sigma / TEXT_FILE).unlink()
+
+
+MISSING: dict[Callable[[Path], None], str] = {
+    without_t5_folder: "has no folder 'text_encoder', which its model_index.json names",
+    without_t5_in_the_index: "has no 'text_encoder', which every PixArtSigmaPipeline needs",
+    without_t5_weights: "text_encoder has no weights: no model.safetensors",
+}
+
+
+@pytest.mark.parametrize("change", MISSING, ids=lambda change: change.__name__)
+def test_a_folder_without_its_t5_is_refused_in_one_sentence(change: Callable[[Path], None], sigma: Path) -> None:
+    change(sigma)
+    with pytest.raises(TurbopocketError, match=MISSING[change]) as refused:
+        load(str(sigma))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_stored_position_table_is_refused_by_name(sigma: Path) -> None:
+    """Positions are computed for the size that is built; a table in the file is of one size, which nobody states."""
+    file = sigma / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"pos_embed.pos_embed": torch.zeros(1, 16, 96)}, file)
+    with pytest.raises(TurbopocketError, match=r"1 tensors are not in the model of config.json: pos_embed.pos_embed"):
+        load(str(sigma))
+
+
+SCHEDULERS = {
+    "SASolverScheduler": "scheduler class 'SASolverScheduler' ",
+    "FlowMatchEulerDiscreteScheduler": "scheduler class 'FlowMatchEulerDiscreteScheduler': the model was trained on",
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_scheduler_without_a_sampler_here_is_refused_alike_by_plan_and_build(
+    scheduler: str, sigma: Path, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    edit(sigma / "model_index.json", scheduler=["diffusers", scheduler])
+    edit(sigma / "scheduler/scheduler_config.json", _class_name=scheduler)
+    planned, built = turbopocket("plan", sigma), turbopocket("build", sigma, "--out", tmp_path / "art")
+    assert (planned.code, built.code) == (1, 1)
+    assert SCHEDULERS[scheduler] in planned.err
+    assert planned.err.splitlines()[-1] == built.err.splitlines()[-1]
+    assert "Traceback" not in planned.err
+
+
 def test_an_encoder_without_its_embedding_is_refused(sigma: Path) -> None:
     tensors = load_file(sigma / TEXT_FILE)
     del tensors[SHARED]
