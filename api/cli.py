@@ -5,7 +5,6 @@ import copy
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,13 +38,16 @@ from .options import (
     PictureFile,
     Pins,
     Prompts,
+    Quiet,
     Ray,
     RecipeFile,
     RunFolder,
+    ShowVersion,
     Size,
     Sizes,
     TargetName,
     TargetNames,
+    Verbose,
     WorkerCount,
     asked_pins,
     asked_recipe,
@@ -66,30 +68,8 @@ app.add_typer(arm64_app, name="arm64")
 app.add_typer(stages_app)
 
 
-def _verbose(asked: bool) -> None:
-    manner.tracebacks |= asked
-
-
-def _quiet(asked: bool) -> None:
-    manner.quiet |= asked
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"turbopocket {version('turbopocket')}")
-        raise typer.Exit
-
-
 @app.callback()
-def _options(
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", callback=_verbose, help="Show the traceback of a bug.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="Show no progress.")] = False,
-    show_version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and end.")
-    ] = False,
-) -> None:
+def _options(verbose: Verbose = False, quiet: Quiet = False, show_version: ShowVersion = False) -> None:
     """Options of every command, which it takes before its name or behind."""
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands have, and what they are turned into."""
+"""Options of every command and those that several have, and what they are turned into."""
 
 from collections.abc import Sequence
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,26 @@ from .runtimes.arm64.cpus import CPUS, PREFIX
 if TYPE_CHECKING:
     from . import Recipe, StageProgress
 
+
+def _verbose(asked: bool) -> None:
+    manner.tracebacks |= asked
+
+
+def _quiet(asked: bool) -> None:
+    manner.quiet |= asked
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"turbopocket {version('turbopocket')}")
+        raise typer.Exit
+
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_verbose, help="Show the traceback of a bug.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="Show no progress.")]
+ShowVersion = Annotated[
+    bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and end.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, a single-file checkpoint, or a hub id."
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
