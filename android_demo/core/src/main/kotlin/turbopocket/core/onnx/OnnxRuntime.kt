@@ -46,7 +46,7 @@ class OnnxRuntime(
             OrtSession.SessionOptions().use { options ->
                 options.setCPUArenaAllocator(false)
                 options.setMemoryPatternOptimization(false)
-                // which ends the process in ONNX Runtime 1.29.0 at UNets with weights in fp16
+                // which ends the process in ONNX Runtime 1.29.0 at artifacts from before manifests had `runtime`
                 options.addConfigEntry(DISABLED, "FuseFp16InitializerToFp32NodeTransformer")
                 options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
                 threads?.let(options::setIntraOpNumThreads)
