@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import ParityFailed, TurbopocketError
+from . import OverBudget, ParityFailed, TurbopocketError
 from .door import emit, manner, run_command
 from .options import (
     DISTILL_RECIPES,
@@ -27,6 +27,7 @@ from .options import (
     Budget,
     Cache,
     Config,
+    Devices,
     DistillRecipeFile,
     EmulatedCpus,
     Formats,
@@ -208,11 +209,12 @@ def plan(
     pin: Pins = None,
     measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
     max_ram: MaxRam = None,
+    device: Devices = None,
     as_json: AsJson = False,
 ) -> None:
     """Says in seconds what fits a budget, from a model's configs.
 
-    Weights are not read, and need not be there.
+    Weights are not read, and need not be there. Exits with 2 when a phone that was named has too little memory.
     """
     overrides = {
         "model.source": source,
@@ -227,8 +229,10 @@ def plan(
     from . import plan as run_plan
     from .export.plan import show_plan
 
-    planned = run_plan(asked, measured)
+    planned = run_plan(asked, measured, devices=device or ())
     emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
+    if not all(each.fits for each in planned.devices):
+        raise typer.Exit(OverBudget.exit_code)
 
 
 @app.command()

@@ -54,6 +54,10 @@ AssignedToDistill = Annotated[list[str] | None, typer.Option("--set", metavar="K
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 MAX_RAM_HELP = "Most memory of all processes together, such as 8GB: refused when it can not hold, kept to when it can."
 MaxRam = Annotated[str | None, typer.Option("--max-ram", help=MAX_RAM_HELP)]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", metavar="NAME", help="A phone that it must draw on, such as android-8gb; several times."),
+]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats or schemes, comma-separated; see `formats`.")]
 LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
 Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help=LORA_HELP)]
