@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..quant.candidates import CandidateOptions
 from ..quant.finetune import FineTuneOptions
 from ..quant.fit import parse_fit
 from ..quant.scheme import parse_scheme
@@ -249,6 +250,7 @@ class Recipe(Section):
     image: ImageSection = ImageSection()
     sampler: SamplerSection = SamplerSection()
     calibrate: CalibrateSection = CalibrateSection()
+    candidates: CandidateOptions = CandidateOptions()
     finetune: FineTuneOptions = FineTuneOptions()
     parity: ParitySection = ParitySection()
     machine: MachineSection = MachineSection()
@@ -264,6 +266,11 @@ class Recipe(Section):
                     f"build one artifact for each, or one for {', '.join(with_several_sizes())}, which takes several"
                 )
         return self
+
+    @property
+    def moves_vectors(self) -> bool:
+        """Whether training changes norms or biases, which are part of a graph."""
+        return bool(self.candidates.count or self.finetune.iterations)
 
     def without_places(self, model: str) -> Self:
         """Returns the recipe as it is shipped: `model` and the names of files in the place of paths on this machine,

@@ -7,11 +7,10 @@ same call, so its loss counts errors that came before. One block is trained at a
 with ratios and candidates of the whole model in memory.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 
 from ..ground.errors import TurbopocketError
-from ..ground.files import write_whole
 from ..ground.memory import give_back_freed
 from ..ground.names import LayerName
 from .block_inputs import BlockInputs
@@ -35,7 +33,7 @@ from .layers import weight_of
 from .sequential import OUTPUTS_FOLDER, Calls, Walk
 from .store import load_weights, save_tensors, save_weights
 
-INPUTS_FOLDER, TARGETS_FOLDER = "inputs", "targets"
+INPUTS_FOLDER = "inputs"
 DECIDED = 0.05
 """Ratios are hardened when they are so near to 0 and 1 (L_r), in the schedule `joint`."""
 FROZEN_SHARE = 0.99
@@ -104,7 +102,7 @@ def train_in_blocks(
             _train_component(component, module, blocks, layers, weights, order, own, calls_of, options, folder, seed)
         for name in own:
             stored |= load_weights(_weights_file(folder, name))
-            losses[name] = BlockLosses(**json.loads(_losses_file(folder, name).read_text(encoding="utf-8")))
+            losses[name] = BlockLosses(*load_file(_losses_file(folder, name))["losses"].tolist())
             advance()
     return stored, losses
 
@@ -140,7 +138,7 @@ def _train_component(
         if LayerName.parse(layer).component == component and layer in weights:
             members.setdefault(_block_of(layer, blocks), {})[layer] = weights[layer]
     walk = Walk({name: blocks[name] for name in members}, partial(calls_of, component), folder / OUTPUTS_FOLDER)
-    targets, inputs = folder / TARGETS_FOLDER, folder / INPUTS_FOLDER
+    targets, inputs = folder / OUTPUTS_FOLDER, folder / INPUTS_FOLDER
     _record_outputs({name: blocks[name] for name in wanted}, walk.calls, targets)
     with ExitStack() as prefix:
         for name, own in members.items():
@@ -157,27 +155,25 @@ def _train_component(
                 calls = BlockCalls(name, given, targets)
                 trained, losses = train_block(name, blocks[name], floats, own, calls, options, seed)
                 save_weights(_weights_file(folder, name), trained)
-                with write_whole(_losses_file(folder, name)) as file:
-                    file.write_text(json.dumps(asdict(losses)), encoding="utf-8")
+                save_tensors(_losses_file(folder, name), {"losses": torch.tensor(astuple(losses), dtype=torch.float64)})
                 shutil.rmtree(inputs)
                 give_back_freed()
             own = load_weights(_weights_file(folder, name)) if name in wanted else own
             prefix.enter_context(decompressed({component: module}, own))
-    for each in (folder / OUTPUTS_FOLDER, targets):
-        shutil.rmtree(each, ignore_errors=True)
+    shutil.rmtree(folder / OUTPUTS_FOLDER, ignore_errors=True)
 
 
 def _weights_file(folder: Path, block: str) -> Path:
-    return folder / f"{block}.safetensors"
+    return folder / f"000-{block}.safetensors"
 
 
 def _losses_file(folder: Path, block: str) -> Path:
     """Written last: a block that has one is done."""
-    return folder / f"{block}.json"
+    return folder / f"001-{block}.safetensors"
 
 
 def _target_file(folder: Path, block: str, index: int) -> Path:
-    return folder / f"{block}-{index}.safetensors"
+    return folder / f"{index}-{block}-target.safetensors"
 
 
 def _record_outputs(blocks: Mapping[str, nn.Module], calls: Calls, folder: Path) -> None:

@@ -2,17 +2,13 @@
 """From a recipe to a checked artifact and its report: each verb once, top to bottom."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...ground.arrays import Arrays
 from ...ground.errors import ParityFailed, TurbopocketError
 from ...ground.files import write_whole
 from ...quant.calibrate import ranges_of
@@ -39,6 +35,7 @@ from ..report.collect import drawn_pictures, tradeoff_points
 from ..report.page import HeldOutLoss, LoweringCost, ReportData, write_report
 from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
+from .assigning import as_tensors, calls_of, with_candidates
 from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
 from .calibration import calibrated, calibration_drawing, drawing_inputs, fitting_inputs
 from .candidates import curve
@@ -140,6 +137,8 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         reached("measure")
         decided = selected(bench, session, stats, proposals(bench, stats, choices, content, artifact), journal)
         weights = _compress(bench, session, stats, decided, journal)
+        fitted = _fitted_inputs(bench, session, decided, journal)
+        weights, candidates = with_candidates(bench, session, weights, stats, fitted, journal)
         stored, tuned = _fine_tune(bench, session, weights, decided, journal)
         reached("compress")
         made_from = _tuning_inputs(bench, session, decided, journal)
@@ -157,7 +156,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
             plan=decided,
             tradeoff=tradeoff_points(curve(list(choices.values()), decided.fixed_bytes, recipe.compress.pin)),
             parity=gaps.lowering,
-            measurements=measurements(bench, artifact, gaps, tuned, costs),
+            measurements=measurements(bench, artifact, gaps, tuned, candidates, costs),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
         data.save(report)
@@ -195,16 +194,9 @@ def _compress(
             return compress_to_files(bench.layers, decided, fit, stats, folder, bench.spread, advance)
         folder = journal.store("sequential", {**inputs, "formats": _formats(decided)})
         asked = bench.modules, bench.blocks, bench.layers, decided, fit, stats
-        return compress_in_blocks(*asked, partial(_calls_of, bench, session), folder, bench.spread, advance)
-
-
-def _calls_of(bench: Workbench, session: Session, name: str) -> list[Callable[[], object]]:
-    """A component's calls while calibration pictures are drawn with what the modules hold now."""
-    recorder = Recorder(torch_runner(bench.components))
-    calibration_drawing(bench, session, recorder, bench.recipe.calibrate.pictures)()
-    component = next(each for each in bench.components if each.name == name)
-    own = [call for call in recorder.calls if call.component == name]
-    return [partial(component.module, *_tensors(call.inputs, component.example_inputs)) for call in own]
+        return compress_in_blocks(
+            *asked, partial(calls_of, bench, session, bench.recipe.calibrate.pictures), folder, bench.spread, advance
+        )
 
 
 def _formats(decided: Plan) -> dict[str, str]:
@@ -234,10 +226,18 @@ def _fine_tune(
 def _tuning_inputs(bench: Workbench, session: Session, decided: Plan, journal: Journal) -> dict[str, Any]:
     """What the weights that are lowered depend on."""
     return {
+        **_fitted_inputs(bench, session, decided, journal),
+        "candidates": asdict(bench.recipe.candidates),
+        "finetune": asdict(bench.recipe.finetune),
+    }
+
+
+def _fitted_inputs(bench: Workbench, session: Session, decided: Plan, journal: Journal) -> dict[str, Any]:
+    """What they depend on before anything is trained."""
+    return {
         **fitting_inputs(bench, session, journal, bench.fit(parse_fit(bench.recipe.compress.fit))),
         "sequential": bench.recipe.compress.sequential,
         "formats": _formats(decided),
-        "finetune": asdict(bench.recipe.finetune),
     }
 
 
@@ -254,7 +254,7 @@ def _fine_tuned(
         calls = [call for call in recorder.calls if call.component == component.name]
         seen = Calls.of(
             [
-                (_tensors(call.inputs, component.example_inputs), _tensors(call.outputs, component.output_names))
+                (as_tensors(call.inputs, component.example_inputs), as_tensors(call.outputs, component.output_names))
                 for call in calls
             ]
         )
@@ -262,10 +262,6 @@ def _fine_tuned(
         stored |= tuned.weights
         losses[component.name] = HeldOutLoss(before=tuned.before, after=tuned.after)
     return stored, losses
-
-
-def _tensors(arrays: Arrays, names: Iterable[str]) -> list[Tensor]:
-    return [torch.from_numpy(arrays[name]) for name in names]
 
 
 def _lowered(
@@ -280,7 +276,7 @@ def _lowered(
     """Writes the components; the draft then says what their files are. Also says what each one took."""
     rest = {name: value for name, value in stored.items() if name not in bench.layers}
     with decompressed(bench.modules, rest):
-        if bench.recipe.finetune.iterations:
+        if bench.recipe.moves_vectors:
             graphs = traced(bench.target, bench.components, bench.progress, "trace again")
             bench = with_ranges(replace(bench, traced=graphs), stats)
         return _written(bench, decided, stored, artifact, inputs, journal)

@@ -30,6 +30,7 @@ from . import forecast_stages as stages
 from .candidates import candidate_schemes
 from .forecast_rates import measured_rates
 from .forecast_stages import Asked, Stage
+from .forecast_training import train_candidates
 from .forecast_work import ComponentWork, component_work
 from .probe import PROBE_PROMPTS, PROBE_STEPS
 
@@ -158,6 +159,7 @@ def _asked(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> 
         budget_bytes=_budget_bytes(recipe, sum(each.weights for each in works.values())),
         fit=parse_fit(recipe.compress.fit),
         sequential=recipe.compress.sequential,
+        candidates=recipe.candidates,
         tuning=recipe.finetune,
         rates=measured_rates(torch.get_num_threads()),
         workers=workers,
@@ -209,10 +211,11 @@ def _together(asked: Asked, resident: Mapping[str, float]) -> Forecast:
         "try formats": stages.try_formats(asked),
         "probe": stages.probe(asked),
         "measure": stages.measure(asked),
-        **({"trace for fine-tuning": stages.trace(asked)} if asked.tuning.iterations else {}),
+        **({"trace for fine-tuning": stages.trace(asked)} if asked.moves_vectors else {}),
         "compress": stages.compress(asked),
+        **({"candidates": train_candidates(asked)} if asked.candidates.count else {}),
         **({"fine-tune": stages.fine_tune(asked)} if asked.tuning.iterations else {}),
-        **({"trace again": stages.trace(asked)} if asked.tuning.iterations else {}),
+        **({"trace again": stages.trace(asked)} if asked.moves_vectors else {}),
         "lower": stages.lower(asked),
         "compare": stages.compare(asked),
         "self-check": stages.self_check(asked),

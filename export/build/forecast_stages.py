@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...quant.candidates import CandidateOptions
 from ...quant.finetune import FineTuneOptions
 from ...quant.fit import Fit, measuring_fit
 from ...quant.formats import LayerFormat
@@ -71,6 +72,7 @@ class Asked:
     budget_bytes: int | None
     fit: Fit
     sequential: bool
+    candidates: CandidateOptions
     tuning: FineTuneOptions
     rates: Rates
     workers: int
@@ -84,6 +86,11 @@ class Asked:
     def blocks(self) -> list[tuple[ComponentWork, BlockWork]]:
         """Of all components."""
         return [(each, block) for each in self.components.values() for block in each.blocks.values()]
+
+    @property
+    def moves_vectors(self) -> bool:
+        """Whether norms or biases are trained, which are part of a graph."""
+        return bool(self.candidates.count or self.tuning.iterations)
 
     @cached_property
     def picture(self) -> Work:

@@ -2,11 +2,13 @@
 """The numbers of a finished artifact that its report shows and no other file holds."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
+from ...quant.candidate_training import BlockLosses
 from ...runtimes.memory import MemoryFigures
 from ..families.components import parameter_count
-from ..report.page import HeldOutLoss, LoweringCost, Measurements
+from ..report.page import CandidateLosses, HeldOutLoss, LoweringCost, Measurements
 from ..verify.gaps import Gaps
 from ..verify.timed import machine_name
 from .bench import Workbench
@@ -18,6 +20,7 @@ def measurements(
     artifact: Path,
     gaps: Gaps,
     tuned: Mapping[str, HeldOutLoss],
+    candidates: Mapping[str, BlockLosses],
     costs: Mapping[str, LoweringCost],
 ) -> Measurements:
     """Returns what was measured of the artifact, whose files are all there; measures memory and the size of a download.
@@ -29,6 +32,7 @@ def measurements(
         parameters=sum(parameter_count(component) for component in bench.components),
         layer_snr_db=gaps.layer_snr_db,
         fine_tuning=dict(tuned),
+        candidates={name: CandidateLosses(**asdict(each)) for name, each in candidates.items()},
         compression=gaps.compression,
         total=gaps.total,
         alignment=gaps.alignment,

@@ -36,7 +36,7 @@ def proposals(
     More where `content` are other losses of some layers: one for each division of the budget, after that of least loss
     of quality alone.
     """
-    if not bench.recipe.finetune.iterations:
+    if not bench.recipe.moves_vectors:
         return _plans_for(bench, choices, content, artifact)
     with decompressed(bench.modules, stand_ins(bench.modules)):
         graphs = traced(bench.target, bench.components, bench.progress, "trace for fine-tuning")

@@ -66,6 +66,18 @@ class HeldOutLoss(BaseModel):
     after: float
 
 
+class CandidateLosses(BaseModel):
+    """Relative squared error of a block's outputs on calls held out, while the candidates of its codes were trained: as
+    stored before, right before and right after each vector was left one, and in the end."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: float
+    soft: float
+    hard: float
+    after: float
+
+
 class Measurements(BaseModel):
     """Numbers of a build that no other file holds.
 
@@ -98,6 +110,7 @@ class Measurements(BaseModel):
     stage_seconds: dict[str, float]
     lowering: dict[str, LoweringCost] = Field(default_factory=dict)
     fine_tuning: dict[str, HeldOutLoss] = Field(default_factory=dict)
+    candidates: dict[str, CandidateLosses] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(model: Model, tmp_path: Path, m
     assert seen == ["unet.first", "unet.second", "unet.second"]
     assert same(resumed[0], whole[0])
     assert resumed[1] == whole[1]
-    assert sorted(path.suffix for path in (tmp_path / "stopped").iterdir()) == [".json"] * 2 + [".safetensors"] * 2
+    kept = [f"00{kind}-unet.{block}.safetensors" for kind in (0, 1) for block in ("first", "second")]
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == kept
 
 
 def test_the_model_keeps_its_own_weights(model: Model, tmp_path: Path) -> None:
