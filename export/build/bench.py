@@ -111,9 +111,9 @@ def make_workbench(recipe: Recipe, assumed: Sequence[str], progress: StageProgre
     if recipe.compress.exempt:
         candidates = with_floats(target, shapes_of(layers), candidates)
     specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
-    draft = pipeline_manifest(model, recipe, specs, target.tools, assumed).model_copy(
-        update={"rewrites": list(rewrites.specs)}
-    )
+    draft = pipeline_manifest(model, recipe, specs, target.tools, assumed)
+    only_these_steps = draft.only_these_steps or rewrites.only_these_steps
+    draft = draft.model_copy(update={"rewrites": list(rewrites.specs), "only_these_steps": only_these_steps})
     if content_of(list(layers), recipe.compress.content):
         require_short(draft)
     searched = any(isinstance(each.weight, Additive) for schemes in candidates.values() for each in schemes)
