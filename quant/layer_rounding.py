@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError
+from ..ground.names import current_place
 from .activations import ActivationFormat, QParams
 from .layers import output_without_bias
 from .ranges import Ranges, StepRange
@@ -43,7 +44,8 @@ class Rounding:
         return self.input is None and self.output is None
 
     def of_input(self, layer: nn.Module, x: Tensor, timestep: float | None = None) -> Tensor:
-        """The layer's input as it is rounded in a call at that timestep; where it is not told, in one range for all."""
+        """The layer's input as it is rounded in a call at that timestep, by default that of the current place; where
+        neither is known, in one range for all."""
         seen = self._seen(self.input, timestep)
         return x if self.input is None else _rounded(layer, self.input, x, seen.input if seen else None)
 
@@ -53,8 +55,10 @@ class Rounding:
         return y if self.output is None else _rounded(layer, self.output, y, seen.output if seen else None)
 
     def _seen(self, format: ActivationFormat | None, timestep: float | None) -> Ranges | StepRange | None:
-        by_step = format is not None and format.scales == "step" and timestep is not None
-        return self.ranges.at(timestep) if by_step and self.ranges and timestep is not None else self.ranges
+        timestep = current_place().timestep if timestep is None else timestep
+        if self.ranges is None or timestep is None or format is None or format.scales != "step":
+            return self.ranges
+        return self.ranges.at(timestep)
 
     def changed(self, layer: nn.Module, weight: Tensor, x: Tensor, timesteps: Sequence[float] | None = None) -> Tensor:
         """What it alone changes in the output for input x: the weight is not rounded.

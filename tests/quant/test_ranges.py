@@ -58,6 +58,8 @@ def test_a_call_has_the_range_of_the_nearest_step(stepped: tuple[nn.Linear, Rang
     errors = [float((rounding.of_input(layer, x, each) - x).abs().max()) for each in (799.0, 400.0, 10.0)]
     assert errors[0] > 3 * errors[1] > 3 * errors[2] > 0
     assert torch.equal(rounding.of_input(layer, x), rounding.of_input(layer, x, 799.0)), "one range of all calls"
+    with at_place(timestep=10.0):
+        assert torch.equal(rounding.of_input(layer, x), rounding.of_input(layer, x, 10.0)), "the place of the call"
 
 
 def test_what_rounding_changes_is_told_for_each_row_by_its_timestep(stepped: tuple[nn.Linear, Ranges]) -> None:
