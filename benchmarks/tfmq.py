@@ -5,8 +5,9 @@
 
 The UNet is rewritten with `bos-aware`, its weights are stored in `int8-row` (absmax), and it is lowered as a build
 lowers it: every Linear rounds its input, every Conv2d its input and output, as `a8-static` or as `a8-step`. ONNX
-Runtime draws test prompts with both files, text encoders and decoder are PyTorch's in float; PSNR is that of the
-pictures against the float model's. Calibration prompts, of which each row says how many, are not among these.
+Runtime draws test prompts with both files, text encoders and decoder are PyTorch's in float. PSNR is that of all
+pictures together against the float model's, and of single ones the median and the least. Calibration prompts, of which
+each row says how many, are not among these.
 
 Times are of one call of both UNets and of fp32, in turns in one process, one thread: the least processor time of a run,
 which others on the machine disturb least, so that only ratios are to be read. A row that is in the output file is not
@@ -148,7 +149,7 @@ class Subject:
             for layer, each in traced.layers.items()
         }
         spec = self.target.lower(traced, self.weights if rounding else self._dense(), folder, schemes)
-        return OnnxRunner(folder, OneComponent({DENOISER: spec}))  # type: ignore[arg-type]
+        return OnnxRunner(folder, OneComponent({DENOISER: spec}), threads=1)  # type: ignore[arg-type]
 
     def _dense(self) -> dict[str, CompressedTensor]:
         return {
@@ -207,7 +208,12 @@ def main() -> None:
                 row = f"{name}, {pictures} calibration pictures"
                 if row not in result["rows"]:
                     found = subject.draw(subject.lowered(name, rounding, pictures), test)
-                    result["rows"][row] = {"psnr_db": psnr_db(found, floats())}
+                    each = [psnr_db(one, other) for one, other in zip(found, floats(), strict=True)]
+                    result["rows"][row] = {
+                        "psnr_db": psnr_db(found, floats()),
+                        "median_psnr_db": float(np.median(each)),
+                        "least_psnr_db": min(each),
+                    }
                     write_json(asked.out, result)
                     print(row, result["rows"][row], flush=True)
         if "milliseconds" not in result:
