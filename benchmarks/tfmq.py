@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranges of activations by timestep beside one range for all, in exported ONNX files of a bundled model's UNet.
 
-    python benchmarks/tfmq.py [--model pocket-turbo] [--prompts 32] [--calibration 8 16 32 64] [--out ...]
+    python benchmarks/tfmq.py [--model pocket-turbo] [--prompts 32] [--calibration 32 64] [--out ...]
 
 The UNet is rewritten with `bos-aware`, its weights are stored in `int8-row` (absmax), and it is lowered as a build
 lowers it: every Linear rounds its input, every Conv2d its input and output, as `a8-static` or as `a8-step`. ONNX
@@ -191,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket-turbo")
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--calibration", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--calibration", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tfmq_ranges.json"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
