@@ -112,7 +112,8 @@ class CompressSection(Section):
     """Share of the layers, those whose rounded activations lose most, that keep floats where a target can: 0.01."""
     rewrites: tuple[str, ...] = ()
     """Changes of the denoiser that change no output: "bos-aware" keeps the first text token's keys and values in float,
-    so that it does not ruin the ranges of what cross-attentions read."""
+    so that it does not ruin the ranges of what cross-attentions read; "time-cache" has tables of what
+    the UNet makes of the shipped timesteps alone."""
     pin: Mapping[str, str] = Field(default_factory=dict)
     """Glob over layer names to format or scheme, such as {"unet.conv_out" = "fp16"}."""
 

@@ -39,7 +39,7 @@ from ..report.collect import drawn_pictures, tradeoff_points
 from ..report.page import HeldOutLoss, LoweringCost, ReportData, write_report
 from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
-from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
+from .bench import Workbench, few_calls_notes, make_workbench, parity_session, traced, with_ranges
 from .calibration import calibrated, calibration_drawing, drawing_inputs, fitting_inputs
 from .candidates import curve
 from .forecast import foreseen
@@ -136,6 +136,8 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         stats = calibrated(bench, session, journal)
         reached("calibrate")
         bench = with_ranges(bench, stats)
+        for note in few_calls_notes(bench.candidates, ranges_of(stats)):
+            run.progress.remark(f"note: {note}")
         choices, content = measured_choices(bench, session, stats, journal)
         reached("measure")
         decided = selected(bench, session, stats, proposals(bench, stats, choices, content, artifact), journal)
