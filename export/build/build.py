@@ -52,6 +52,7 @@ from .outcome import Built
 from .planning import proposals, refuse_impossible
 from .selecting import selected
 from .self_check import record_self_check, with_self_check
+from .temporal import temporal_figures
 
 
 def build(
@@ -146,6 +147,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         bench, costs = _lowered(bench, stats, decided, stored, artifact, made_from, journal)
         reached("lower")
         gaps, draft = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
+        temporal = temporal_figures(bench, session, decided, stored, ranges_of(stats))
         manifest = final_manifest(draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
@@ -157,7 +159,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
             plan=decided,
             tradeoff=tradeoff_points(curve(list(choices.values()), decided.fixed_bytes, recipe.compress.pin)),
             parity=gaps.lowering,
-            measurements=measurements(bench, artifact, gaps, tuned, costs),
+            measurements=measurements(bench, artifact, gaps, tuned, costs, temporal),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
         data.save(report)
