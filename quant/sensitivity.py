@@ -8,6 +8,7 @@ R rows of the model's output y, S vectors, N rows of a layer's input, C candidat
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -102,6 +103,7 @@ def measure(
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
     roundings: Mapping[str, Mapping[str, Rounding]] = NO_ROUNDINGS,
+    kept: Path | None = None,
 ) -> dict[str, LayerChoices]:
     """Predicted loss of every layer in each candidate format: ||J dW||² / ||y||², to first order what y changes by.
 
@@ -116,13 +118,19 @@ def measure(
     candidates of all layers are measured with the same vectors, which are a function of `seed` and the rows.
 
     A layer with one format and none of `roundings` is not measured and has loss 0: nothing is decided about it.
-    `advance` is called for each row that is done. TurbopocketError when y is zero or not finite.
+    `advance` is called for each row that is done. `kept` is a file that holds what is known after each run of the
+    model; where it is there already, measuring goes on from it, to the same losses. TurbopocketError when y is zero or
+    not finite.
     """
     sums = _Losses(layers, candidates, stored, roundings)
-    generator = torch.Generator().manual_seed(seed)
     if not sums.measured:
         return sums.choices(1.0)
+    generator = torch.Generator().manual_seed(seed)
     first, at_once, energy = 0, 1, 0.0
+    if kept is not None and kept.is_file():
+        first, at_once, energy = load_record(kept, "sums of losses", 1, partial(sums.restore, generator))
+        for _ in range(first):
+            advance()
     while first < output.rows:
         rows = min(at_once, output.rows - first)
         tape = BlockTape({name: layers[name] for name in sums.measured}, output.blocks)
@@ -138,6 +146,8 @@ def measure(
                 sums.add(call, rows)
         sums.end_rows()
         first += rows
+        if kept is not None:
+            sums.save(kept, generator, {"rows": first, "at_once": at_once, "energy": energy})
         for _ in range(rows):
             advance()
     return sums.choices(energy if output.energy is None else output.energy)
@@ -189,6 +199,21 @@ class _Losses:
             squares_C = products_CSN.square().mean(1).sum(1)
             self.losses[name] = [loss + float(more) for loss, more in zip(self.losses[name], squares_C, strict=True)]
         self.products = {}
+
+    def save(self, path: Path, generator: torch.Generator, place: Mapping[str, float]) -> None:
+        """Writes the sums, the place that they were summed up to, and where the generator is."""
+        state = generator.get_state().numpy().tobytes().hex()
+        save_record(path, {"schema_version": 1, **place, "generator": state, "losses": self.losses})
+
+    def restore(
+        self, generator: torch.Generator, values: Mapping[str, Any], schema_version: int
+    ) -> tuple[int, int, float]:
+        """Takes up saved sums; returns their place: rows, rows at once, energy."""
+        if {name: len(own) for name, own in values["losses"].items()} != {n: len(o) for n, o in self.losses.items()}:
+            raise TurbopocketError("its losses are of other layers or candidates")
+        self.losses = values["losses"]
+        generator.set_state(torch.frombuffer(bytearray.fromhex(values["generator"]), dtype=torch.uint8))
+        return int(values["rows"]), int(values["at_once"]), float(values["energy"])
 
     def choices(self, energy: float) -> dict[str, LayerChoices]:
         """The losses as shares of the output's energy."""

@@ -28,6 +28,8 @@ from .probe import PROBE_PROMPTS, PROBE_STEPS, make_probe
 from .walk import make_walk
 
 CONTENT_FILE = "content.json"
+SUMS_FILE = "{}-{}.json"
+"""What is known of losses while one of the outputs is measured in a stage."""
 
 
 Choices = dict[str, LayerChoices]
@@ -61,9 +63,11 @@ def _measured_losses(
     def make(folder: Path) -> None:
         probing = replace(session, prompts=prompts).of_one_size()  # whose calls go in one batch
         kept = journal.store("compress", fitting_inputs(bench, session, journal, fit))
-        quality, content = _measured(bench, probing, stats, fit, kept)
+        quality, content = _measured(bench, probing, stats, fit, kept, folder)
         save_choices(folder / CHOICES_FILE, quality)
         save_choices(folder / CONTENT_FILE, content)
+        for sums in folder.glob(SUMS_FILE.format("measure*", "*")):
+            sums.unlink()
         if fit.name != bench.recipe.compress.fit:  # else these are what is shipped
             remove_journal(journal.folder, kept)
 
@@ -72,15 +76,16 @@ def _measured_losses(
 
 
 def _measured(
-    bench: Workbench, probing: Session, stats: Mapping[str, LayerStats], fit: Fit, kept: Path
+    bench: Workbench, probing: Session, stats: Mapping[str, LayerStats], fit: Fit, kept: Path, folder: Path
 ) -> tuple[Choices, Choices]:
+    """`kept` is for layers in their formats, `folder` for sums of losses, which a killed build goes on from."""
     with bench.progress.stage("try formats", len(bench.layers)) as advance:
         asked = bench.layers, stats, bench.formats, fit, kept
         stored = candidates_to_files(*asked, bench.spread, advance)
     with bench.progress.stage("probe", len(probing.prompts)) as advance:
         outputs = make_probe(probing, bench.components, PROBE_STEPS, advance).outputs()
     ranges = ranges_of(stats)
-    quality = _losses(bench, stored, outputs, ranges, list(bench.layers), "measure")
+    quality = _losses(bench, stored, outputs, ranges, list(bench.layers), "measure", folder)
     content = content_of(list(bench.layers), bench.recipe.compress.content)
     if not content:
         return quality, {}
@@ -90,7 +95,7 @@ def _measured(
             form = SsimForm(walk.pictures(slice(None)))
     seen = [(list(bench.modules), walk.output(form, form.energy))]
     names = [name for name in bench.layers if name in content]
-    return quality, _losses(bench, stored, seen, ranges, names, "measure content")
+    return quality, _losses(bench, stored, seen, ranges, names, "measure content", folder)
 
 
 def _losses(
@@ -100,11 +105,13 @@ def _losses(
     ranges: Any,
     names: Sequence[str],
     stage: str,
+    folder: Path,
 ) -> Choices:
     choices: Choices = {}
     roundings = bench.roundings(ranges)
     with bench.progress.stage(stage, sum(output.rows for _, output in outputs)) as advance:
-        for components, output in outputs:
+        for index, (components, output) in enumerate(outputs):
             own = {name: bench.formats[name] for name in names if component_name(name) in components}
-            choices |= measure(bench.layers, own, stored, output, VECTORS, bench.recipe.seed, advance, roundings)
+            kept = folder / SUMS_FILE.format(stage.replace(" ", "-"), index)
+            choices |= measure(bench.layers, own, stored, output, VECTORS, bench.recipe.seed, advance, roundings, kept)
     return {name: choices[name] for name in names}

@@ -152,6 +152,41 @@ def test_same_seed_same_losses(
     assert measured(layers, stats, output, seed=1) != measured(layers, stats, output, seed=2)
 
 
+def test_measuring_that_was_stopped_goes_on_where_it_was(
+    layers: dict[str, nn.Module], stats: dict[str, LayerStats], output: RowwiseOutput, tmp_path: Path
+) -> None:
+    """To the same losses, without running again what is done."""
+    ran: list[slice] = []
+
+    def run(rows: slice) -> Tensor:
+        ran.append(rows)
+        return output.run(rows)
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    watched, kept = RowwiseOutput(output.rows, run), tmp_path / "measure-0.json"
+    undisturbed = measured(layers, stats, watched)
+    whole = len(ran)
+    assert whole > 1
+    ran.clear()
+    with pytest.raises(KeyboardInterrupt):
+        measured(layers, stats, watched, kept=kept, advance=stopped)
+    told: list[None] = []
+    assert measured(layers, stats, watched, kept=kept, advance=lambda: told.append(None)) == undisturbed
+    assert len(ran) == whole
+    assert len(told) == output.rows
+
+
+def test_sums_of_other_layers_are_refused(
+    layers: dict[str, nn.Module], stats: dict[str, LayerStats], output: RowwiseOutput, tmp_path: Path
+) -> None:
+    kept = tmp_path / "measure-0.json"
+    measured({name: layers[name] for name in RUNNING[:2]}, stats, output, kept=kept)
+    with pytest.raises(TurbopocketError, match=r"measure-0\.json: not sums of losses: its losses are of other layers"):
+        measured(layers, stats, output, kept=kept)
+
+
 def test_layer_that_runs_twice_is_felt_in_both_calls() -> None:
     layer = nn.Linear(6, 6)
     with torch.no_grad():
