@@ -5,14 +5,13 @@ import copy
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from . import ParityFailed, TurbopocketError
+from . import OverBudget, ParityFailed, TurbopocketError
 from .door import emit, manner, run_command
 from .options import (
     DISTILL_RECIPES,
@@ -27,6 +26,7 @@ from .options import (
     Budget,
     Cache,
     Config,
+    Devices,
     DistillRecipeFile,
     EmulatedCpus,
     Formats,
@@ -38,13 +38,16 @@ from .options import (
     PictureFile,
     Pins,
     Prompts,
+    Quiet,
     Ray,
     RecipeFile,
     RunFolder,
+    ShowVersion,
     Size,
     Sizes,
     TargetName,
     TargetNames,
+    Verbose,
     WorkerCount,
     asked_pins,
     asked_recipe,
@@ -65,30 +68,8 @@ app.add_typer(arm64_app, name="arm64")
 app.add_typer(stages_app)
 
 
-def _verbose(asked: bool) -> None:
-    manner.tracebacks |= asked
-
-
-def _quiet(asked: bool) -> None:
-    manner.quiet |= asked
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"turbopocket {version('turbopocket')}")
-        raise typer.Exit
-
-
 @app.callback()
-def _options(
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", callback=_verbose, help="Show the traceback of a bug.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="Show no progress.")] = False,
-    show_version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and end.")
-    ] = False,
-) -> None:
+def _options(verbose: Verbose = False, quiet: Quiet = False, show_version: ShowVersion = False) -> None:
     """Options of every command, which it takes before its name or behind."""
 
 
@@ -208,11 +189,12 @@ def plan(
     pin: Pins = None,
     measured: Annotated[Path | None, typer.Option(help="choices.json of a build: plan on measured losses.")] = None,
     max_ram: MaxRam = None,
+    device: Devices = None,
     as_json: AsJson = False,
 ) -> None:
     """Says in seconds what fits a budget, from a model's configs.
 
-    Weights are not read, and need not be there.
+    Weights are not read, and need not be there. Exits with 2 when a phone that was named has too little memory.
     """
     overrides = {
         "model.source": source,
@@ -227,8 +209,10 @@ def plan(
     from . import plan as run_plan
     from .export.plan import show_plan
 
-    planned = run_plan(asked, measured)
+    planned = run_plan(asked, measured, devices=device or ())
     emit(planned.summary(), as_json, lambda console: show_plan(planned, console))
+    if not all(each.fits for each in planned.devices):
+        raise typer.Exit(OverBudget.exit_code)
 
 
 @app.command()

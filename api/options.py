@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands have, and what they are turned into."""
+"""Options of every command and those that several have, and what they are turned into."""
 
 from collections.abc import Sequence
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,26 @@ from .runtimes.arm64.cpus import CPUS, PREFIX
 if TYPE_CHECKING:
     from . import Recipe, StageProgress
 
+
+def _verbose(asked: bool) -> None:
+    manner.tracebacks |= asked
+
+
+def _quiet(asked: bool) -> None:
+    manner.quiet |= asked
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"turbopocket {version('turbopocket')}")
+        raise typer.Exit
+
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_verbose, help="Show the traceback of a bug.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="Show no progress.")]
+ShowVersion = Annotated[
+    bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and end.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SOURCE_HELP = "A bundled name (see `models`), a diffusers folder, a single-file checkpoint, or a hub id."
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
@@ -54,6 +75,10 @@ AssignedToDistill = Annotated[list[str] | None, typer.Option("--set", metavar="K
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
 MAX_RAM_HELP = "Most memory of all processes together, such as 8GB: refused when it can not hold, kept to when it can."
 MaxRam = Annotated[str | None, typer.Option("--max-ram", help=MAX_RAM_HELP)]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", metavar="NAME", help="A phone that it must draw on, such as android-8gb; several times."),
+]
 Formats = Annotated[str | None, typer.Option(help="Candidate formats or schemes, comma-separated; see `formats`.")]
 LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
 Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help=LORA_HELP)]

@@ -17,13 +17,16 @@ from ..quant.plan import Candidate, Choice, LayerChoices, Plan, bytes_at, smalle
 from ..quant.plan import plan as least_loss
 from ..quant.scheme import Scheme, parse_scheme
 from ..quant.sensitivity import estimate_from_shapes, load_choices
+from ..runtimes.image_size import ImageSize
 from .build.candidates import candidate_schemes, resolved, with_schemes
 from .build.fixed_bytes import Estimate, fixed_bytes, show_estimates
-from .build.forecast import Forecast, forecast, require_memory
+from .build.forecast import Forecast, forecast, largest_of, require_memory, works_of
 from .build.rewriting import shaped
 from .checkpoint.load import load_shapes
+from .devices import DeviceFit, component_memory, require_devices
 from .families.base import LoadedModel
 from .families.components import component_name, described, group_name, layers_of, parameter_count, shapes_of
+from .families.graphs import Component
 from .families.sizes import drawn_sizes
 from .recipe import Recipe
 from .sampling.defaults import SamplingUnknown
@@ -32,6 +35,8 @@ from .targets.base import Target
 from .targets.layer import kind_of
 from .targets.registry import open_target
 from .units import format_bytes
+
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Planned:
         average_bits: stored bits for each weight of a compressed layer; kept: layers in floating point.
         notes: what of the model and its sampling was assumed, or will be asked for by a build.
         forecast: what a build will take of this machine; None where it is not known how pictures are drawn.
+        devices: whether it can draw on those that were asked for.
     """
 
     model: str
@@ -76,6 +82,7 @@ class Planned:
     kept: tuple[str, ...]
     notes: tuple[str, ...]
     forecast: Forecast | None
+    devices: tuple[DeviceFit, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -119,16 +126,19 @@ class Planned:
             "kept": list(self.kept),
             "layers": self.layers,
             "forecast": None if self.forecast is None else self.forecast.summary(),
+            "devices": [each.summary() for each in self.devices],
         }
 
 
-def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1) -> Planned:
+def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1, devices: Sequence[str] = ()) -> Planned:
     """Says in seconds what a recipe's model will weigh, from its configs alone: no weights are read.
 
     With `measured` (a build's choices.json) losses are measured ones, else every weight counts alike. Of several
-    targets it is the first one's. Raises OverBudget when nothing that the recipe allows fits, and TurbopocketError for
-    a model that can not be read and for measurements of another one.
+    targets it is the first one's. `devices` are names from `DEVICES`: what drawing takes there is counted on shapes.
+    Raises OverBudget when nothing that the recipe allows fits, and TurbopocketError for a model that can not be read,
+    for measurements of another one and for a device that is not known.
     """
+    require_devices(devices)
     target = open_target(recipe.target)
     model = load_shapes(recipe.model.source, recipe.model.config)
     sizes = drawn_sizes(model, recipe.image.image_sizes)
@@ -165,7 +175,31 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1) -
         kept=tuple(accounted.kept),
         notes=(*model.notes, *notes, *_notes_on_scales(decided, measured is None)),
         forecast=None if drawn is None else _forecast(drawn, model, target, workers),
+        devices=_on_devices(devices, target, model, components, sizes, decided),
     )
+
+
+def _on_devices(
+    names: Sequence[str],
+    target: Target,
+    model: LoadedModel,
+    components: Sequence[Component],
+    sizes: Sequence[ImageSize],
+    decided: Plan,
+) -> tuple[DeviceFit, ...]:
+    """Each device against the components' stored weights and what they hold while they draw the largest size."""
+    if not names:
+        return ()
+    layers = _by(decided, component_name)
+    memory = {
+        name: component_memory(
+            work,
+            layers[name].bytes if name in layers else 0,
+            target.graph_share.value * work.others_bytes // FP32_BYTES,
+        )
+        for name, work in works_of(model, components, largest_of(sizes)).items()
+    }
+    return tuple(DeviceFit(name, memory) for name in names)
 
 
 def _notes_on_scales(decided: Plan, from_shapes: bool) -> tuple[str, ...]:
@@ -274,3 +308,5 @@ def show_plan(planned: Planned, console: Console) -> None:
     console.print(f"smallest possible {format_bytes(planned.smallest_bytes)}", highlight=False)
     for line in planned.forecast.lines() if planned.forecast else ():
         console.print(line, highlight=False, soft_wrap=True)
+    for fit in planned.devices:
+        console.print(fit.line, highlight=False, soft_wrap=True)

@@ -15,8 +15,10 @@ from ...quant.fit import parse_fit
 from ...quant.formats import LayerFormat
 from ...quant.layers import KEPT_BYTES
 from ...quant.workers import Workers
+from ...runtimes.image_size import ImageSize
 from ..checkpoint.load import load_shapes
 from ..families.base import LoadedModel
+from ..families.graphs import Component
 from ..families.sizes import drawn_sizes, latent_size
 from ..progress import StageProgress, clock_text
 from ..recipe import Recipe
@@ -129,11 +131,8 @@ def forecast(recipe: Recipe, model: LoadedModel, target: Target, workers: int = 
 def _asked(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> Asked:
     sizes = drawn_sizes(model, recipe.image.image_sizes)
     components = target.components(model, sizes, recipe.sampler.image_to_image)
-    largest = max(sizes, key=lambda size: size.height * size.width)
-    latents = latent_size(model, largest)
-    sides = {"height": largest.height, "width": largest.width}
-    sides |= {"latent_height": latents.height, "latent_width": latents.width}
-    works = {each.name: component_work(each, sides) for each in components}
+    largest = largest_of(sizes)
+    works, latents = works_of(model, components, largest), latent_size(model, largest)
     sampler = sampler_spec(model, recipe.sampler)
     told = model.denoiser.config.get("time_cond_proj_dim") is not None  # the guidance, in the place of asking twice
     twice = 2 if sampler.guidance_scale > 1 and not told else 1
@@ -163,6 +162,19 @@ def _asked(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> 
         rates=measured_rates(torch.get_num_threads()),
         workers=workers,
     )
+
+
+def largest_of(sizes: Sequence[ImageSize]) -> ImageSize:
+    """The size of most pixels."""
+    return max(sizes, key=lambda size: size.height * size.width)
+
+
+def works_of(model: LoadedModel, components: Sequence[Component], size: ImageSize) -> dict[str, ComponentWork]:
+    """What one call of each component takes for a picture of that size, by its name."""
+    latents = latent_size(model, size)
+    sides = {"height": size.height, "width": size.width}
+    sides |= {"latent_height": latents.height, "latent_width": latents.width}
+    return {each.name: component_work(each, sides) for each in components}
 
 
 def _budget_bytes(recipe: Recipe, weights: int) -> int | None:
