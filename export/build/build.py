@@ -50,6 +50,7 @@ from .measured import measurements
 from .measuring import measured_choices
 from .outcome import Built
 from .planning import proposals, refuse_impossible
+from .reconstructing import reconstructed, reconstruction_inputs
 from .selecting import selected
 from .self_check import record_self_check, with_self_check
 from .temporal import temporal_figures
@@ -141,6 +142,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         reached("measure")
         decided = selected(bench, session, stats, proposals(bench, stats, choices, content, artifact), journal)
         weights = _compress(bench, session, stats, decided, journal)
+        weights, errors = reconstructed(bench, session, stats, decided, weights, journal)
         stored, tuned = _fine_tune(bench, session, weights, decided, journal)
         reached("compress")
         made_from = _tuning_inputs(bench, session, decided, journal)
@@ -159,7 +161,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
             plan=decided,
             tradeoff=tradeoff_points(curve(list(choices.values()), decided.fixed_bytes, recipe.compress.pin)),
             parity=gaps.lowering,
-            measurements=measurements(bench, artifact, gaps, tuned, costs, temporal),
+            measurements=measurements(bench, artifact, gaps, tuned, costs, errors, temporal),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
         data.save(report)
@@ -239,6 +241,7 @@ def _tuning_inputs(bench: Workbench, session: Session, decided: Plan, journal: J
         **fitting_inputs(bench, session, journal, bench.fit(parse_fit(bench.recipe.compress.fit))),
         "sequential": bench.recipe.compress.sequential,
         "formats": _formats(decided),
+        **reconstruction_inputs(bench, decided),
         "finetune": asdict(bench.recipe.finetune),
     }
 

@@ -31,17 +31,17 @@ MOST_CALLS = 64
 """Of the denoiser whose features are reported: each is compared with fourteen other timesteps."""
 
 
-def denoiser_of(bench: Workbench) -> Component:
+def denoiser_of(components: Sequence[Component], manifest: Manifest) -> Component:
     """The component that is asked at every step."""
-    return next(each for each in bench.components if each.name == bench.draft.pipeline.denoiser.component)
+    return next(each for each in components if each.name == manifest.pipeline.denoiser.component)
 
 
-def temporal_inputs(bench: Workbench, session: Session, prompts: Sequence[str]) -> list[TemporalCall]:
+def temporal_inputs(components: Sequence[Component], session: Session, prompts: Sequence[str]) -> list[TemporalCall]:
     """What temporal features are computed from while pictures of these prompts are drawn, equal calls once.
 
     The denoiser does not run: features do not depend on latents, so that it may as well predict nothing.
     """
-    runner = _WithoutDenoiser(torch_runner(bench.components), session.manifest)
+    runner = _WithoutDenoiser(torch_runner(components), session.manifest)
     drawing = replace(session, prompts=prompts)
     for index in range(len(prompts)):
         drawing.draw(DecodesFew(runner, session.manifest, 0), index)
@@ -71,9 +71,9 @@ class _WithoutDenoiser:
         return {self._denoiser.output: np.zeros((batch, channels, *sides), np.float32)}
 
 
-def found_block(bench: Workbench, call: TemporalCall) -> TemporalBlock:
+def found_block(components: Sequence[Component], manifest: Manifest, call: TemporalCall) -> TemporalBlock:
     """The denoiser's temporal information block, for inputs of the shapes of this call."""
-    denoiser, names = denoiser_of(bench), bench.draft.pipeline.denoiser
+    denoiser, names = denoiser_of(components, manifest), manifest.pipeline.denoiser
     examples = {
         name: call.inputs[name] if name in call.inputs else tensor[:1]
         for name, tensor in denoiser.example_inputs.items()
@@ -102,11 +102,11 @@ def temporal_figures(
     """The temporal block, and what the plan does to each feature at each step; None where there are no features."""
     with bench.progress.stage("temporal"):
         steps = len(session.manifest.sampler.timesteps or ()) or 1
-        told = temporal_inputs(bench, session, session.prompts[: max(1, MOST_CALLS // steps)])
-        block = found_block(bench, told[0])
+        told = temporal_inputs(bench.components, session, session.prompts[: max(1, MOST_CALLS // steps)])
+        block = found_block(bench.components, session.manifest, told[0])
         if not block.ends:
             return None
-        denoiser = denoiser_of(bench)
+        denoiser = denoiser_of(bench.components, session.manifest)
         own = {name: bench.layers[name] for name in block.layers}
         schemes = decided.schemes
         roundings = {name: Rounding.of(name, schemes[name], ranges) for name in own}
@@ -117,7 +117,7 @@ def temporal_figures(
                 yield
 
         calls = with_features(block, told)
-        timestep = bench.draft.pipeline.denoiser.timestep
+        timestep = session.manifest.pipeline.denoiser.timestep
         rows = feature_errors(block, denoiser.module, own, calls, timestep, quantized)
     features = tuple(FeatureRow(**asdict(each)) for each in rows)
     return TemporalFigures(layers=block.layers, inputs=block.inputs, share=block.share, features=features)

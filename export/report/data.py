@@ -66,6 +66,16 @@ class HeldOutLoss(BaseModel):
     after: float
 
 
+class BlockError(BaseModel):
+    """Squared error of a block on the calls that its rounding was learned on, a share of the power of what it gives:
+    rounded to the nearest, and as learned. Where that is no less, it is not kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: float
+    after: float
+
+
 class FeatureRow(BaseModel):
     """A temporal feature at one step, the float model's against the shipped plan's, the worst of all calls.
 
@@ -126,6 +136,7 @@ class Measurements(BaseModel):
     stage_seconds: dict[str, float]
     lowering: dict[str, LoweringCost] = Field(default_factory=dict)
     fine_tuning: dict[str, HeldOutLoss] = Field(default_factory=dict)
+    reconstruction: dict[str, BlockError] = Field(default_factory=dict)
     temporal: TemporalFigures | None = None
 
 

@@ -12,6 +12,7 @@ from ...runtimes.manifest import load_manifest
 from ..output.staging import report_folder, settle_output, write_atomically
 from ..units import format_bytes
 from .data import (
+    BlockError,
     DrawnPicture,
     FeatureRow,
     HeldOutLoss,
@@ -26,6 +27,7 @@ from .view import page_view
 
 __all__ = [
     "REPORT_NAME",
+    "BlockError",
     "DrawnPicture",
     "FeatureRow",
     "HeldOutLoss",
