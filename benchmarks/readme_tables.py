@@ -127,6 +127,13 @@ def codebooks() -> str:
     return _table(header, rows)
 
 
+def opening() -> str:
+    """Seconds to open chains of layers, by how many they are."""
+    measured = _load("opening")["opening"]
+    rows = [[name, *(f"{each['seconds']:.2f} s" for each in by_count.values())] for name, by_count in measured.items()]
+    return _table(["weights in", *(f"{count} layers" for count in next(iter(measured.values())))], rows)
+
+
 def executorch_codebooks() -> str:
     """A stack of layers of codebooks in ExecuTorch, by what reads them."""
     measured = _load("executorch_codebooks")
@@ -186,6 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "codebooks": codebooks,
     "executorch_codebooks": executorch_codebooks,
+    "opening": opening,
     "gains": gains,
     "apple_pipeline": apple_pipeline,
 }

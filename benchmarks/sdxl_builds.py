@@ -11,6 +11,7 @@ benchmark that was stopped goes on where it was, and says which stages it took f
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -60,9 +61,10 @@ def _built(args: argparse.Namespace) -> dict[str, Any]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as stderr:
         build = subprocess.Popen([*COMMAND, str(args.folder), *options], stdout=stderr, stderr=stderr)
-        peak = 0
+        peaks: dict[int, int] = {}
         while build.poll() is None:
-            peak = max(peak, anonymous_bytes(build.pid))
+            stage = len(_finished(log))
+            peaks[stage] = max(peaks.get(stage, 0), anonymous_bytes(build.pid))
             time.sleep(INTERVAL)
     if build.returncode:
         raise SystemExit(f"the build ended with {build.returncode}; the end of {log}:\n{log.read_text()[-2000:]}")
@@ -81,13 +83,21 @@ def _built(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(time.time() - start),
         "cpu_seconds": round(used.ru_utime + used.ru_stime),
         "stage_seconds": {name: round(seconds, 1) for name, seconds in measured["stage_seconds"].items()},
-        "peak_anonymous_bytes": peak,
+        "peak_anonymous_bytes": max(peaks.values()),
+        "stage_peak_bytes": {
+            name: peaks[index] for index, name in enumerate([*_finished(log), "report"]) if index in peaks
+        },
         "artifact_bytes": measured["artifact_bytes"],
         "planned_bytes": planned["total_bytes"],
         "worst_relative_error": _worst(json.loads((report / "parity.json").read_text(encoding="utf-8"))),
         "memory": measured["memory"],
         "load_average_at_end": round(os.getloadavg()[0], 1),
     }
+
+
+def _finished(log: Path) -> list[str]:
+    """The stages that have ended, as the build tells."""
+    return re.findall(r"^(\S.*?) +[\d.]+ s$", log.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def _worst(parity: dict[str, Any]) -> dict[str, dict[str, float]]:

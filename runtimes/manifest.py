@@ -17,7 +17,7 @@ from ..ground.reading import parse_json, read_text
 from ..ground.records import schema_version
 from .ceilings import MOST_CHANNELS, MOST_LETTERS, MOST_VALUES
 from .image_size import MOST_PIXELS_ASIDE, ImageSize
-from .pipeline import Name, Pipeline, Record, RelativePath, RewriteSpec, SamplerTable, SelfCheck
+from .pipeline import Name, Pipeline, Record, RelativePath, RewriteSpec, RuntimeSpec, SamplerTable, SelfCheck
 from .schedule import SamplerSpec, validation_summary
 from .upgrade import upgraded
 
@@ -32,6 +32,7 @@ __all__ = [
     "Manifest",
     "ModelOrigin",
     "RewriteSpec",
+    "RuntimeSpec",
     "SamplerSpec",
     "TensorSpec",
     "file_entries",
@@ -179,10 +180,15 @@ class ImageSpec(Record):
 
 
 class ModelOrigin(Record):
-    """What an artifact was made from: the model's name, and the hash of its weights, configs and tokenizers."""
+    """What an artifact was made from: the model's name, and the hash of its weights, configs and tokenizers.
+
+    `license` and `author` are as its model card has them; None where that does not say it.
+    """
 
     name: Name
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    license: Name | None = None
+    author: Name | None = None
 
 
 class Manifest(Record):
@@ -217,6 +223,8 @@ class Manifest(Record):
     """None in an artifact from before manifests had it."""
     rewrites: list[RewriteSpec] = Field(default_factory=list)
     """What was changed in the denoiser's graph; a reader that runs all of an artifact's files has nothing to do."""
+    runtime: RuntimeSpec | None = None
+    """None in an artifact from before manifests had it."""
     notes: list[str] = Field(default_factory=list)
     """What the build assumed where neither recipe nor model said it, and what rewrites found, a sentence each."""
     plan: dict[str, Any] | None = None

@@ -198,6 +198,20 @@ class SamplerTable(Record):
     rows: list[SamplerRow] = Field(min_length=1)
 
 
+class RuntimeSpec(Record):
+    """What opens the files of an artifact, and what a session of it has to be told.
+
+    `oldest` is the oldest version that opened and ran such files when it was tried, `format` what the files say of
+    themselves, `providers` what ran them when the artifact was built; `session` has options by the runtime's own names.
+    """
+
+    name: Name
+    oldest: Name
+    format: dict[Name, int] = Field(default_factory=dict)
+    providers: list[Name] = Field(default_factory=list)
+    session: dict[Name, bool | int | str] = Field(default_factory=dict)
+
+
 class RewriteSpec(Record):
     """A change of the denoiser that was made before it was lowered, and computes the same.
 

@@ -20,6 +20,7 @@ from ...quant.split import content_of
 from ...quant.workers import Spread
 from ...runtimes.drawing.tokenizer import open_tokenizers
 from ...runtimes.manifest import Manifest, ModelOrigin
+from ..checkpoint.card import model_card
 from ..checkpoint.load import load
 from ..evidence import Evidence, evidence_for
 from ..families.base import LoadedModel
@@ -77,7 +78,8 @@ class Workbench:
 
     def made_from(self, identity: str) -> "Workbench":
         """The same, whose manifest says that the model has this identity."""
-        origin = ModelOrigin(name=self.model.name, sha256=identity)
+        card = model_card(self.model.folder)
+        origin = ModelOrigin(name=self.model.name, sha256=identity, license=card.license, author=card.author)
         return replace(self, draft=self.draft.model_copy(update={"model": origin}))
 
     def fit(self, fit: Fit) -> Fit:
@@ -108,7 +110,7 @@ def make_workbench(recipe: Recipe, assumed: Sequence[str], progress: StageProgre
         candidates = with_floats(target, shapes_of(layers), candidates)
     specs = {name: target.component_spec(graph) for name, graph in graphs.items()}
     draft = pipeline_manifest(model, recipe, specs, target.tools, assumed).model_copy(
-        update={"rewrites": list(rewrites.specs)}
+        update={"rewrites": list(rewrites.specs), "runtime": target.runtime_spec()}
     )
     if content_of(list(layers), recipe.compress.content):
         require_short(draft)

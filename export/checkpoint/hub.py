@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from ...ground.errors import TurbopocketError
+from .card import CARD
 from .weight_files import SHARD, choose_weight_file
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -70,12 +71,12 @@ def _no_pipeline(repo_id: str, names: Collection[str]) -> TurbopocketError:
 
 
 def wanted_files(names: Iterable[str], folders: Collection[str], weights_of: Collection[str]) -> list[str]:
-    """Returns which files of a repository to fetch: the index, configs, and one set of weights a folder."""
+    """Returns which files of a repository to fetch: the index, the card, configs, and one set of weights a folder."""
     by_folder: dict[str, set[str]] = {}
     for name in names:
         path = PurePosixPath(name)
         by_folder.setdefault(str(path.parent), set()).add(path.name)
-    wanted = ["model_index.json"]
+    wanted = ["model_index.json", *by_folder.get(".", set()) & {CARD}]
     for folder in sorted(set(folders) & by_folder.keys()):
         present = by_folder[folder]
         chosen = {name for name in present if name.endswith((".json", ".txt", "spiece.model"))}

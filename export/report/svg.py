@@ -100,7 +100,7 @@ class Frame:
 
     width: int
     height: int
-    left: int = 62
+    left: int = 72
     right: int = 14
     top: int = 14
     bottom: int = 50

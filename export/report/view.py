@@ -15,6 +15,7 @@ from ..families.components import group_name
 from ..target_options import TARGET_ENTRIES
 from .charts import feature_chart, layer_chart, timestep_chart, tradeoff_chart
 from .data import ReportData, TemporalFigures
+from .svg import scientific
 
 _DRAWN_BY = {"float_model": "float", "stored": "stored weights", "artifact": "artifact"}
 _FORMAT_COLOURS = 6
@@ -109,8 +110,8 @@ class PageView:
     tradeoff_chart: Markup
     misread: tuple[tuple[str, ...], ...]
     seconds: "Seconds | None"
-    unused_formats: tuple[str, ...]
-    lowest: tuple[str, ...]
+    tried: tuple[str, ...]
+    lowest: tuple[tuple[str, float], ...]
     memory_growth: int
     temporal: "TemporalView | None"
 
@@ -160,7 +161,7 @@ def page_view(data: ReportData) -> PageView:
         tradeoff_chart=tradeoff_chart(data.tradeoff, plan),
         misread=tuple(tuple(each) for each in measured.misread.get("artifact", [])),
         seconds=seconds_of(data),
-        unused_formats=unused_formats(data),
+        tried=tried(data),
         lowest=_lowest(measured.layer_snr_db),
         memory_growth=sum(each.ran_anon_bytes - each.start_anon_bytes for each in measured.memory.values()),
         temporal=None if measured.temporal is None else _temporal(measured.temporal),
@@ -202,17 +203,31 @@ def seconds_of(data: ReportData) -> Seconds | None:
     return Seconds(calls, step, texts + step * len(manifest.sampler.timesteps or ()) + calls[decoder])
 
 
-def unused_formats(data: ReportData) -> tuple[str, ...]:
-    """Returns the recipe's formats that the plan gave no layer: nowhere the best choice for the budget."""
+def tried(data: ReportData) -> tuple[str, ...]:
+    """Returns what the build weighed and did not ship, a line each with the reason.
+
+    That is formats which the plan gave no layer, and fine-tuning that made a component worse on calls it had not seen.
+    """
+    formats = [f"{name}: in this budget no layer's best choice" for name in _unused_formats(data)]
+    worse = [
+        f"fine-tuning of {name}: relative squared error on held-out calls {scientific(loss.before)} before, "
+        f"{scientific(loss.after)} after"
+        for name, loss in data.measurements.fine_tuning.items()
+        if loss.after >= loss.before
+    ]
+    return (*formats, *worse)
+
+
+def _unused_formats(data: ReportData) -> tuple[str, ...]:
     asked = tomllib.loads(data.manifest.recipe).get("compress", {}).get("formats", [])
     used = {str(parse_scheme(choice.scheme).weight) for choice in data.plan.choices}
     return tuple(name for name in asked if str(parse_scheme(name).weight) not in used)
 
 
-def _lowest(layer_snr_db: Mapping[str, float | None]) -> tuple[str, ...]:
-    """The layers whose weights stand least above their error, the lowest first, with the figure."""
+def _lowest(layer_snr_db: Mapping[str, float | None]) -> tuple[tuple[str, float], ...]:
+    """The layers whose weights stand least above their error, the lowest first, with the figure in dB."""
     finite = sorted((value, name) for name, value in layer_snr_db.items() if value is not None)
-    return tuple(f"{name} ({value:.1f} dB)" for value, name in finite[:_LOWEST])
+    return tuple((name, value) for value, name in finite[:_LOWEST])
 
 
 def format_classes(plan: Plan) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ...quant.scheme import Scheme
 from ...runtimes.arm64.cpus import PREFIX, Cpu
 from ...runtimes.arm64.emulator import Emulator
 from ...runtimes.image_size import ImageSize
-from ...runtimes.manifest import ComponentSpec, Manifest
+from ...runtimes.manifest import ComponentSpec, Manifest, RuntimeSpec
 from ...runtimes.memory import MemoryFigures
 from ..families.base import LoadedModel
 from ..families.graphs import Component
@@ -139,6 +139,10 @@ class Target(ABC):
     @abstractmethod
     def component_spec(self, traced: Any) -> ComponentSpec:
         """What a manifest says of it."""
+
+    @abstractmethod
+    def runtime_spec(self) -> RuntimeSpec:
+        """What a manifest says of the runtime that opens its files."""
 
     @abstractmethod
     def fixed_bytes(self, traced: Any, candidates: Mapping[str, Iterable[Scheme]]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...ground.errors import TurbopocketError
-from ..kernels.library import executorch_operators
+from ..kernels.library import executorch_operators, require_whole
 from ..served import wire
 from ..served.serve import serve
 from .file import read_layout
@@ -72,6 +72,8 @@ def _load_operators() -> None:
     """Our operators, which register with the bindings' libraries. TurbopocketError where they can not be loaded."""
     library = executorch_operators()
     try:
+        if library is not None:
+            require_whole(library)
         torch.ops.load_library(str(library))
     except OSError as error:
         raise TurbopocketError(f"{library} can not be loaded: {error}") from error

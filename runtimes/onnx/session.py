@@ -10,6 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .. import limits
+from ..kernels.library import require_whole
 
 _ERRORS_ONLY = 3
 
@@ -33,10 +34,11 @@ def open_session(
 ) -> ort.InferenceSession:
     """A session on the CPU; `weights` is the folder of the external data, when it is not the model's own.
 
-    `operators` is a library of our operators; without it their bodies in the file are run.
+    `operators` is a library of our operators; without it their bodies in the file are run. OSError where it is cut off.
     """
     options = session_options(threads)
     if operators is not None:
+        require_whole(operators)
         options.register_custom_ops_library(str(operators))
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)

@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that pass for what the verbs make, without their work: what counts is which files they are made of."""
+"""What passes for what the verbs make, without their work: folders of the right files, a manifest of one component."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from turbopocket.export.output.owned import KEY_FILE, write_record
+from turbopocket.runtimes.manifest import ComponentSpec
+
+
+@dataclass(frozen=True)
+class OneComponent:
+    """As much of a manifest as a runner reads."""
+
+    components: Mapping[str, ComponentSpec]
+    name: str = "part"
 
 
 def put_artifact(folder: Path, text: str = "model") -> None:

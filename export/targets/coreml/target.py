@@ -17,12 +17,12 @@ from ....runtimes.coreml.interface import package_file
 from ....runtimes.coreml.lint import UNVERIFIED, lint
 from ....runtimes.coreml.runner import CoreMLRunner
 from ....runtimes.image_size import ImageSize
-from ....runtimes.manifest import ComponentSpec, Manifest
+from ....runtimes.manifest import ComponentSpec, Manifest, RuntimeSpec
 from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
 from ...families.sizes import require_even_levels
-from ...target_options import CoreMLOptions, Deployment
+from ...target_options import TARGET_ENTRIES, CoreMLOptions, Deployment
 from ...verify.gaps import Runtime
 from ..base import NO_RANGES, GraphShare, Target
 from ..layer import NO_SCHEMES
@@ -93,6 +93,9 @@ class CoreML(Target):
 
     def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
         return coreml.component_spec(traced)
+
+    def runtime_spec(self) -> RuntimeSpec:
+        return RuntimeSpec(name=TARGET_ENTRIES[self.name].title, oldest=self.options.deployment)
 
     def fixed_bytes(self, traced: coreml.TracedProgram, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         return coreml.fixed_bytes(traced, candidates)

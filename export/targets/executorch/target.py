@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +17,12 @@ from ....runtimes.executorch.native.memory import measure_program
 from ....runtimes.executorch.native.runner import EmulatedExecuTorchRunner
 from ....runtimes.executorch.runner import ExecuTorchRunner
 from ....runtimes.image_size import ImageSize
-from ....runtimes.manifest import ComponentSpec, Manifest
+from ....runtimes.manifest import ComponentSpec, Manifest, RuntimeSpec
 from ....runtimes.memory import MemoryFigures
 from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
-from ...target_options import ExecuTorchOptions
+from ...target_options import TARGET_ENTRIES, ExecuTorchOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
 from ..base import NO_RANGES, GraphShare, Target
@@ -100,6 +101,10 @@ class ExecuTorch(Target):
 
     def component_spec(self, traced: executorch.TracedProgram) -> ComponentSpec:
         return executorch.component_spec(traced)
+
+    def runtime_spec(self) -> RuntimeSpec:
+        version = metadata.version(self.tools[0])  # no other was tried
+        return RuntimeSpec(name=TARGET_ENTRIES[self.name].title, oldest=version, providers=["XnnpackBackend"])
 
     def fixed_bytes(self, traced: executorch.TracedProgram, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         return executorch.fixed_bytes(traced, candidates)

@@ -2,24 +2,29 @@
 """Floating-point weights in ONNX: `fp32` and `fp16`."""
 
 import numpy as np
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor, Dense
 from .data import StoredTensor
 from .form import Array, Form, FormOptions, cast_to_fp32, conv_of
+from .unfolded import unfolded, unfolded_shape
 
 
 class _DenseForm(Form):
-    """Weights as floating-point numbers. fp16 becomes fp32 at every use and is marked so that it is not folded."""
+    """Weights as floating-point numbers. fp16 becomes fp32 at every use, so it must not be folded."""
 
     @classmethod
     def refusal(cls, format: Dense, shape: tuple[int, ...], options: FormOptions) -> str | None:
         return None
 
-    def overridable_inputs(self) -> list[ValueInfoProto]:
+    def once(self) -> GraphProto:
+        return unfolded_shape(len(self._stored_shape())) if self.format.bits == 16 else GraphProto()
+
+    def value_shapes(self) -> list[ValueInfoProto]:
+        """Else Conv's output has no shape, and graph optimizations that ask for one are left out."""
         if self.format.bits == 32:
             return []
-        return [helper.make_tensor_value_info(t.name, t.dtype, t.shape) for t in self.tensors()]
+        return [helper.make_tensor_value_info(self._value("weight"), TensorProto.FLOAT, self._stored_shape())]
 
     def _stored_shape(self) -> tuple[int, ...]:
         return self.layer.shape
@@ -33,7 +38,10 @@ class _DenseForm(Form):
         return [weight.parts["weight"].numpy()]
 
     def prepare(self) -> list[NodeProto]:
-        return [cast_to_fp32(self._value("weight16"), self._value("weight"))] if self.format.bits == 16 else []
+        if self.format.bits == 32:
+            return []
+        stored, half = self._value("weight16"), self._value("half")
+        return [unfolded(stored, half, len(self._stored_shape())), cast_to_fp32(half, self._value("weight"))]
 
 
 class DenseLinear(_DenseForm):

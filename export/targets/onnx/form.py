@@ -3,9 +3,9 @@
 
 ONNX Runtime folds operators whose inputs are all constant, which would turn a compressed weight into a dense one
 in memory. Three things are never folded, and every form rests on one of them: kernels that read codes (MatMulNBits,
-MatMulIntegerToFloat, QLinearConv), DequantizeLinear (kept by ONNX Runtime for its quantised patterns), and initializers
-that a caller may override. What is folded by design is small, but for 4-bit codes of the kernels that multiply int8:
-these become int8 when the graph is loaded, a byte a weight.
+MatMulIntegerToFloat, QLinearConv), DequantizeLinear (kept by ONNX Runtime for its quantised patterns), and what depends
+on one (`unfolded`) or on the layer's input. What is folded by design is small, but for 4-bit codes of the kernels that
+multiply int8: these become int8 when the graph is loaded, a byte a weight.
 """
 
 from abc import abstractmethod
@@ -75,8 +75,12 @@ class Form(LayerForm):
     def apply(self, node: NodeProto) -> list[NodeProto]:
         """Nodes in the place of a traced one, bias included; the last has the traced one's name and output."""
 
-    def overridable_inputs(self) -> list[ValueInfoProto]:
-        """Initializers that a caller may override, as graph inputs: ONNX Runtime does not fold what reads them."""
+    def once(self) -> GraphProto:
+        """Small initializers, and nodes that read nothing else, which layers share: equal ones are there once."""
+        return GraphProto()
+
+    def value_shapes(self) -> list[ValueInfoProto]:
+        """Shapes of values that ONNX Runtime can not infer."""
         return []
 
     def functions(self, node: NodeProto) -> list[FunctionProto]:
@@ -92,7 +96,7 @@ class Form(LayerForm):
         graph = GraphProto(
             node=[*self.prepare(), *self.apply(node)],
             initializer=[*external_initializers(tensors, offset=_LARGE_OFFSET), *self.constants()],
-            input=self.overridable_inputs(),
+            value_info=self.value_shapes(),
         )
         return graph.ByteSize() + data_bytes(tensors) - self.format.nbytes(self.layer.shape)
 

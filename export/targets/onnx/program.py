@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor
 from ....quant.scheme import Scheme
@@ -114,7 +114,17 @@ def graph_bytes(
     forms = list(zip(uses, kept, strict=True))
     in_nodes = sum(max((form.overhead_bytes(node) for form in possible), default=0) for node, possible in forms)
     bodies = distinct([body for node, possible in forms for form in possible for body in form.functions(node)])
-    return skeleton_bytes + in_nodes + _function_bytes(bodies)
+    shared = _once(form for _, possible in forms for form in possible).ByteSize()
+    return skeleton_bytes + in_nodes + shared + _function_bytes(bodies)
+
+
+def _once(forms: Iterable[Form]) -> GraphProto:
+    """What layers of these forms share, each piece once."""
+    parts = [form.once() for form in forms]
+    return GraphProto(
+        node={node.output[0]: node for part in parts for node in part.node}.values(),
+        initializer={constant.name: constant for part in parts for constant in part.initializer}.values(),
+    )
 
 
 def _function_bytes(functions: Sequence[FunctionProto]) -> int:
@@ -166,7 +176,7 @@ class _Graph:
         model.graph.initializer.extend(external_initializers(self.tensors()))
         model.graph.initializer.extend(self._constants())
         for form in self.forms.values():
-            model.graph.input.extend(form.overridable_inputs())
+            model.graph.value_info.extend(form.value_shapes())
         model.functions.extend(distinct([function for use in self._uses() for function in use]))
         if model.functions:
             model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
@@ -177,7 +187,8 @@ class _Graph:
             constant for node in self.traced.skeleton.graph.node if is_norm(node) for constant in norm_constants(node)
         ]
         layers = [constant for form in self.forms.values() for constant in form.constants()]
-        return list({constant.name: constant for constant in (*norms, *layers)}.values())
+        shared = _once(self.forms.values()).initializer
+        return list({constant.name: constant for constant in (*norms, *layers, *shared)}.values())
 
     def _uses(self) -> Iterator[list[FunctionProto]]:
         for node in self.traced.skeleton.graph.node:
@@ -191,7 +202,7 @@ class _Graph:
         before its Conv would run before all that leads to the Conv's input, and its dense weight would wait in memory.
         """
         half_tables = {p.name for p in self.rest if p.is_table and p.is_half}
-        nodes = widened(self.rest)
+        nodes = [*widened(self.rest), *_once(self.forms.values()).node]
         for form in self.forms.values():
             nodes += form.prepare()
         for node in self.traced.skeleton.graph.node:

@@ -17,14 +17,14 @@ from ....runtimes.arm64.emulator import Emulator
 from ....runtimes.compare.rows import Limits
 from ....runtimes.image_size import ImageSize
 from ....runtimes.kernels.library import onnx_operators
-from ....runtimes.manifest import ComponentSpec, Manifest
+from ....runtimes.manifest import ComponentSpec, Manifest, RuntimeSpec
 from ....runtimes.memory import MemoryFigures
 from ....runtimes.onnx.emulated import EmulatedOnnxRunner
 from ....runtimes.onnx.memory import measure as measure_memory
 from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
-from ...target_options import OnnxOptions
+from ...target_options import TARGET_ENTRIES, OnnxOptions
 from ...verify.emulated import ORDER_OF_SUMS, EmulatedRuntime
 from ...verify.gaps import Runtime
 from ..base import NO_RANGES, GraphShare, Target
@@ -32,9 +32,12 @@ from ..layer import NO_SCHEMES, Layer, kind_of, with_references
 from ..side_files import TOKENIZER_FILES, write_side_files
 from . import program as onnx
 from .form import DEFAULTS, FormOptions
-from .names import DOMAIN
+from .names import DOMAIN, OPSET
 from .stores import STORES
 
+OLDEST = "1.23.2"
+"""Of ONNX Runtime, for files in the formats of the demo: 1.23.2, 1.24.2, 1.24.4 and 1.25 to 1.31 run them, on
+x86-64 Linux. 1.22.1 and older have no MatMulNBits of 8 bits."""
 INT8_TO_PYTORCH, INT8_TO_NATIVE = 1e-2, 1.5e-2
 """At MatMulNBits' accuracy level 4, where each CPU's kernels round activations to int8 in their own way. Measured with
 int4-g32 and int8-g32: 5.6e-3 to PyTorch, which does not round, and 7.8e-3 between x86-64 and ARM. A CPU without dot
@@ -85,6 +88,15 @@ class Onnx(Target):
 
     def component_spec(self, traced: onnx.TracedGraph) -> ComponentSpec:
         return onnx.component_spec(traced)
+
+    def runtime_spec(self) -> RuntimeSpec:
+        return RuntimeSpec(
+            name=TARGET_ENTRIES[self.name].title,
+            oldest=OLDEST,
+            format={"opset": OPSET, "ir_version": onnx.IR_VERSION},
+            providers=["CPUExecutionProvider"],
+            session={"enable_cpu_mem_arena": False, "enable_mem_pattern": False},
+        )
 
     def fixed_bytes(self, traced: onnx.TracedGraph, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         return onnx.fixed_bytes(traced, candidates, self.options)

@@ -35,6 +35,7 @@ REPOSITORY = [
 ]
 FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "unet", "vae")
 CONFIGS = [
+    "README.md",
     "model_index.json",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
@@ -119,7 +120,7 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hub, "snapshot_download", stand_in.snapshot_download)
     found = resolve("owner/sdxl", None, FOLDERS, with_weights=True)
     assert (found.name, found.folder) == ("sdxl", Path("cache/owner/sdxl"))
-    assert {Path(name).suffix for name in stand_in.fetched} == {".json", ".txt", ".safetensors"}
+    assert {Path(name).suffix for name in stand_in.fetched} == {".json", ".md", ".txt", ".safetensors"}
 
 
 def _never_downloaded(repo_id: str, **_: object) -> NoReturn:

@@ -4,8 +4,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from turbopocket.export.report.page import ReportData
+from turbopocket.export.report.page import HeldOutLoss, ReportData
 from turbopocket.export.report.view import page_view
+from turbopocket.runtimes.manifest import ModelOrigin, RuntimeSpec
 
 from .test_report import _data, _page
 
@@ -39,10 +40,36 @@ def test_times_are_of_a_step_and_of_a_picture_and_name_the_machine(tmp_path: Pat
     assert twice.step == 0.5
 
 
-def test_formats_that_no_layer_got_and_the_lowest_layers_are_named(tmp_path: Path) -> None:
+def test_what_was_tried_and_is_not_in_the_files_is_told_with_the_reason(tmp_path: Path) -> None:
     recipe = '[compress]\nformats = ["int4-g32", "int8-row", "int8-g32"]\n'
-    page = _page(tmp_path, replace(_data(), manifest=_data().manifest.model_copy(update={"recipe": recipe})))
-    assert "no layer&#39;s best choice: int8-row." in page or "no layer's best choice: int8-row." in page
-    assert "Lowest: unet.down_blocks.0.resnets.0.conv1 (21.0 dB), text_encoder.layers.0.fc1 (44.5 dB)." in page
+    data = replace(_data(), manifest=_data().manifest.model_copy(update={"recipe": recipe}))
+    losses = {"unet": HeldOutLoss(before=1e-3, after=2e-3), "text_encoder": HeldOutLoss(before=2e-3, after=1e-3)}
+    found = page_view(_with(data, fine_tuning=losses)).tried
+    assert [line.split(":")[0] for line in found] == ["int8-row", "fine-tuning of unet"]
+    assert "<li>int8-row: in this budget no layer&#39;s best choice</li>" in _page(tmp_path, data)
+    assert "Tried, and not in these files" not in _page(tmp_path, _data())
+
+
+def test_the_lowest_layers_and_the_tensors_are_named(tmp_path: Path) -> None:
+    page = _page(tmp_path, _data())
+    lowest = "Lowest: unet.down_blocks.0.resnets.0.conv1 (21.0 dB), text_encoder.layers.0.fc1 (44.5 dB)."
+    assert lowest in page.replace("<wbr>", "")
     assert "x: float32 [batch, 4]" in page
     assert "Nothing here was measured on a phone" in page
+
+
+def test_the_runtime_the_licence_and_the_author_are_told(tmp_path: Path) -> None:
+    runtime = RuntimeSpec(
+        name="ONNX Runtime",
+        oldest="1.2.3",
+        format={"opset": 21, "ir_version": 10},
+        providers=["CPUExecutionProvider"],
+        session={"enable_mem_pattern": False},
+    )
+    origin = ModelOrigin(name="tiny", sha256="ab" * 32, license="openrail++", author="A Person")
+    told = _data().manifest.model_copy(update={"runtime": runtime, "model": origin})
+    page = _page(tmp_path, replace(_data(), manifest=told))
+    assert "Opened by ONNX Runtime 1.2.3 and newer (opset 21, ir_version 10); run here by CPUExecutionProvider" in page
+    assert "<code>enable_mem_pattern = false</code>" in page
+    assert "Licence: openrail++; author: A Person." in page
+    assert "which its card does not tell" in _page(tmp_path, _data())

@@ -5,7 +5,7 @@ A layer is storable exactly where it lowers; its bytes are planned; the runtime 
 same bytes come twice; and what is wrong is refused in the same words by all.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,8 @@ from turbopocket.quant.ranges import Ranges
 from turbopocket.quant.scheme import Scheme, parse_scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.manifest import ComponentSpec
+
+from ..stand_ins import OneComponent
 
 pytest.importorskip("coremltools")
 pytest.importorskip("executorch")
@@ -79,14 +81,6 @@ def component_of(model: nn.Module) -> Component:
     """Under the name of a component that every target knows."""
     sample = {"latent_sample": torch.zeros(2, 256, 2, 2)}
     return Component(COMPONENT, Wrapped(COMPONENT, model.eval()), sample, ("sample",), role="decoder")
-
-
-@dataclass(frozen=True)
-class OneComponent:
-    """As much of a manifest as a runner reads."""
-
-    components: Mapping[str, ComponentSpec]
-    name: str = "part"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.executorch.native.runner import EmulatedExecuTorchRunner, ExecuTorchNativeRunner
 from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
-from ..targets.executorch.test_lower_executorch import FORMATS, OneComponent, component, compressed
+from ..stand_ins import OneComponent
+from ..targets.executorch.test_lower_executorch import FORMATS, component, compressed
 
 pytestmark = pytest.mark.timeout(1800)  # the first run sets up the emulated CPU and builds the runner
 

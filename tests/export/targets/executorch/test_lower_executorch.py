@@ -33,6 +33,8 @@ from turbopocket.runtimes.compare.rows import Limits
 from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 from turbopocket.runtimes.manifest import ComponentSpec
 
+from ...stand_ins import OneComponent
+
 pytest.importorskip("executorch")
 
 FORMATS = {
@@ -79,14 +81,6 @@ class Lowered:
     traced: target.TracedProgram
     weights: Mapping[str, CompressedTensor]
     spec: ComponentSpec
-
-
-@dataclass(frozen=True)
-class OneComponent:
-    """As much of a manifest as a runner reads."""
-
-    components: Mapping[str, ComponentSpec]
-    name: str = "part"
 
 
 def component() -> Component:

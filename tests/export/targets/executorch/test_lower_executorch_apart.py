@@ -17,7 +17,8 @@ from turbopocket.quant.scheme import Scheme
 from turbopocket.runtimes.executorch.native.runner import ExecuTorchNativeRunner
 from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
-from .test_lower_executorch import FORMATS, Lowered, OneComponent, component, compressed
+from ...stand_ins import OneComponent
+from .test_lower_executorch import FORMATS, Lowered, component, compressed
 
 pytest.importorskip("executorch")
 

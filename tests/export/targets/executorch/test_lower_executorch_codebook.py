@@ -33,6 +33,8 @@ from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 from turbopocket.runtimes.kernels.library import executorch_operators
 from turbopocket.runtimes.manifest import ComponentSpec
 
+from ...stand_ins import OneComponent
+
 pytest.importorskip("executorch")
 
 needs_kernels = pytest.mark.skipif(executorch_operators() is None, reason="no kernels for ExecuTorch: make kernels")
@@ -104,14 +106,6 @@ class Built:
 
     def runner(self) -> ExecuTorchRunner:
         return ExecuTorchRunner(self.folder, self.manifest, target.layers_by_key(self.weights))
-
-
-@dataclass(frozen=True)
-class OneComponent:
-    """As much of a manifest as a runner reads."""
-
-    components: Mapping[str, ComponentSpec]
-    name: str = "part"
 
 
 Build = Callable[..., Built]

@@ -23,7 +23,8 @@ from turbopocket.quant.scheme import Scheme, parse_scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
-from .test_lower_executorch import OneComponent, Wrapped, component, compressed
+from ...stand_ins import OneComponent
+from .test_lower_executorch import Wrapped, component, compressed
 
 pytest.importorskip("executorch")
 

@@ -29,7 +29,8 @@ from turbopocket.runtimes.compare.replay import Call, compare_by_layer
 from turbopocket.runtimes.compare.rows import Limits
 from turbopocket.runtimes.executorch.runner import ExecuTorchRunner
 
-from .test_lower_executorch import OneComponent, component, compressed
+from ...stand_ins import OneComponent
+from .test_lower_executorch import component, compressed
 
 pytest.importorskip("executorch")
 

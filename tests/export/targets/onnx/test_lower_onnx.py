@@ -356,3 +356,28 @@ def test_a_graph_is_traced_without_weights() -> None:
     graph = target.trace(component)
     with_weights = vae_decoder_component(small_vae().eval(), latent_size=(6, 10))
     assert graph.skeleton == target.trace(with_weights).skeleton
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8-row", "int4-g32", "avq2x8-d4"])
+def test_a_session_takes_what_the_manifest_says_and_warns_of_nothing(
+    traced: dict[str, Traced], name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At the level of ONNX Runtime's warnings, which is the default of every app."""
+    component, graph = traced["unet"]
+    spec = target.lower(graph, compressed(component, graph, name), tmp_path)
+    session = ort.InferenceSession(tmp_path / spec.file, ort.SessionOptions(), providers=["CPUExecutionProvider"])
+    assert not session.get_overridable_initializers()
+    assert [each.name for each in session.get_inputs()] == [each.name for each in spec.inputs]
+    assert capfd.readouterr().err == ""
+
+
+def test_fp16_weights_are_not_made_dense_when_the_graph_is_opened(traced: dict[str, Traced], tmp_path: Path) -> None:
+    component, graph = traced["unet"]
+    spec = target.lower(graph, compressed(component, graph, "fp16"), tmp_path)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    ort.InferenceSession(tmp_path / spec.file, options, providers=["CPUExecutionProvider"])
+    opened = onnx.load(tmp_path / "opened.onnx", load_external_data=False).graph
+    kept = {each.name for each in opened.initializer if each.data_type == onnx.TensorProto.FLOAT16}
+    assert {f"{layer.path}.weight16" for layer in graph.layers.values()} <= kept

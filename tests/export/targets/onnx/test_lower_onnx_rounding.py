@@ -23,7 +23,8 @@ from turbopocket.quant.scheme import parse_scheme
 from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.compare.replay import Call, compare_by_layer
 from turbopocket.runtimes.compare.rows import Limits
-from turbopocket.runtimes.manifest import ComponentSpec
+
+from ...stand_ins import OneComponent
 
 WIDTH = 32
 
@@ -50,14 +51,6 @@ class Wrapped(ComponentModule):
 
 
 LAYERS = ("strided", "point", "query", "out")
-
-
-@dataclass(frozen=True)
-class OneComponent:
-    """As much of a manifest as a runner reads."""
-
-    components: dict[str, ComponentSpec]
-    name: str = "part"
 
 
 @dataclass(frozen=True)

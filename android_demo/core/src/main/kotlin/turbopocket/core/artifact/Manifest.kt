@@ -37,6 +37,8 @@ data class Manifest(
     val model: ModelOrigin? = null,
     /** What was changed in the denoiser's graph; whoever runs all of an artifact's files has nothing to do. */
     val rewrites: List<JsonObject> = emptyList(),
+    /** What opens the files, and with which options: for people, since one runtime is built in. */
+    val runtime: JsonObject? = null,
     val notes: List<String> = emptyList(),
     val plan: JsonObject? = null,
     val parity: JsonObject? = null,
@@ -44,9 +46,14 @@ data class Manifest(
     @SerialName("self_check") val selfCheck: SelfCheckSpec? = null,
 )
 
-/** The name of the model that an artifact was made from, and the hash of its weights, configs and tokenizers. */
+/** The model that an artifact was made from, the hash of its weights, configs and tokenizers, and what its card says. */
 @Serializable
-data class ModelOrigin(val name: String, val sha256: String)
+data class ModelOrigin(
+    val name: String,
+    val sha256: String,
+    val license: String? = null,
+    val author: String? = null,
+)
 
 /** One stored file: its path inside the artifact, its length and its SHA-256. */
 @Serializable

@@ -25,7 +25,8 @@ import java.nio.ByteOrder
 /**
  * ONNX Runtime's Java API, which is the same on Android and on a JVM, set up to stay small: no arena, no planned block.
  *
- * [operators] is the library of our codebook operators, by `make kernels`; without it the bodies in the files are run.
+ * [operators] is the library of our codebook operators, by `make kernels`, refused where it is cut off; without it the
+ * bodies in the files are run.
  * [threads] are the cores of one call, all by default; [freeBytes] says how much memory may still be used.
  */
 class OnnxRuntime(
@@ -40,11 +41,12 @@ class OnnxRuntime(
     override fun availableBytes(): Long? = freeBytes()
 
     override fun open(component: String, spec: ComponentSpec, file: File): Session {
+        operators?.let(::requireWhole)
         val session = try {
             OrtSession.SessionOptions().use { options ->
                 options.setCPUArenaAllocator(false)
                 options.setMemoryPatternOptimization(false)
-                // which ends the process in ONNX Runtime 1.29.0 at UNets with weights in fp16
+                // which ends the process in ONNX Runtime 1.29.0 at artifacts from before manifests had `runtime`
                 options.addConfigEntry(DISABLED, "FuseFp16InitializerToFp32NodeTransformer")
                 options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
                 threads?.let(options::setIntraOpNumThreads)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures in sentences are those of the measured JSON, as tables are (`benchmarks/readme_tables.py`)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def measured(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def percent(row: dict[str, Any]) -> str:
+    return f"{100 * row['alignment']:.1f} %"
+
+
+def readme_codebooks() -> list[str]:
+    rows = measured("codebooks")["rows"]
+    own, shared = rows["avq2x8-d8 + fine-tuning"], rows["avq2x8-d8-shared + fine-tuning"]
+    under = 100 * (rows["float"]["alignment"] - own["alignment"])
+    return [
+        f"the whole UNet at 2 bits a weight draws {percent(own)} of the test prompts right, {under:.1f} points under "
+        f"float, where palettes of 2 bits draw {percent(rows['lut2 mse'])}",
+        f"the whole UNet is {shared['bytes'] / 1e6:.2f} MB, {shared['all_in_bits']:.2f} bits a weight with everything "
+        f"counted, and draws {percent(shared)}",
+    ]
+
+
+def page_codebooks() -> list[str]:
+    rows = measured("codebooks")["rows"]
+    two, three, four = (rows[f"avq{count}x8-d8-shared + fine-tuning"] for count in (2, 3, 4))
+    row, group = rows["int4-row gptq"], rows["int4-g32 gptq"]
+    psnr = "median_psnr_db_to_float"
+    scalars = (values for name, values in rows.items() if name.startswith(("lut", "int4")))
+    best = max(each[psnr] for each in scalars if each["bytes"] <= four["bytes"])
+    return [
+        f"{percent(two)} at **{two['all_in_bits']:.2f} bits all-in**, the whole UNet in {two['bytes'] / 1e6:.2f} MB; "
+        f"palettes of about as many bytes draw {percent(rows['lut2 mse'])}",
+        f"At **{three['all_in_bits']:.2f} bits all-in** it has {three[psnr] - rows['lut3 mse'][psnr]:.1f} dB more",
+        f"`lut4` with {100 * (rows['lut4 mse']['bytes'] / three['bytes'] - 1):.0f} % more; `int4-row` by `gptq`, with "
+        f"{100 * (row['bytes'] / three['bytes'] - 1):.0f} % more, has {row[psnr] - three[psnr]:.1f} dB more",
+        f"At **{four['all_in_bits']:.2f} bits all-in**",
+        f"({four[psnr]:.1f} dB; the best of those has {best:.1f}); `int4-g32` by `gptq`, with "
+        f"{100 * (group['bytes'] / four['bytes'] - 1):.0f} % more, has {group[psnr]:.1f}",
+        f"({rows['avq4x8-d8 + sequential'][psnr]:.1f} to {rows['avq4x8-d8 + fine-tuning'][psnr]:.1f} dB)",
+    ]
+
+
+def executorch_codebooks() -> list[str]:
+    found = measured("executorch_codebooks")
+    kernel, portable, dense = (each["growth_bytes"]["resident"] / 1e6 for each in found["programs"].values())
+    codes = found["compressed_weights_bytes"] / 1e6
+    return [
+        f"{found['layers']} layers of {found['width']} x {found['width']}, {codes:.1f} MB of codes: {kernel:.1f} MB "
+        f"resident with the kernels, {portable:.1f} MB without, {dense:.0f} MB as fp32"
+    ]
+
+
+def mixdq() -> list[str]:
+    return [f"whose alignment is {percent(measured('mixdq')['rows']['float'])}"]
+
+
+SENTENCES = [
+    ("README.md", readme_codebooks),
+    ("README.md", executorch_codebooks),
+    ("docs/codebooks.md", page_codebooks),
+    ("docs/mixdq.md", mixdq),
+]
+
+
+@pytest.mark.parametrize(("page", "said"), SENTENCES, ids=lambda value: getattr(value, "__name__", value))
+def test_sentences_say_what_was_measured(page: str, said: Any) -> None:
+    text = " ".join((ROOT / page).read_text().split())
+    for sentence in said():
+        assert sentence in text, sentence
