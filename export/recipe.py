@@ -22,7 +22,8 @@ from pydantic import (
 )
 
 from ..quant.finetune import FineTuneOptions
-from ..quant.fit import parse_fit
+from ..quant.fit import RECONSTRUCT, parse_fit
+from ..quant.reconstruct import ReconstructOptions
 from ..quant.scheme import parse_scheme
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.manifest import Manifest
@@ -100,7 +101,8 @@ class CompressSection(Section):
     formats: tuple[str, ...] = ("fp16", "int8-g32", "int4-g32", "int8-row", "int4-row")
     """Weight formats, whose activations are left to the target, or whole schemes such as "int8-row+a8-static"."""
     fit: str = "gptq"
-    """How values are chosen: absmax, mse, gptq (error feedback), or vqdm (gptq, and a tree search for `avq`)."""
+    """How values are chosen: absmax, mse, gptq (error feedback), vqdm (gptq, and a tree search for `avq`), or
+    reconstruct (mse, and then the rounding of the denoiser's integers is learned by block: see `[reconstruct]`)."""
     sequential: bool = False
     """Fit block by block, each to the inputs that the stored blocks before it cause; a killed build goes on there."""
     average_bits: float | None = Field(default=None, gt=0, le=32)
@@ -149,6 +151,14 @@ class CompressSection(Section):
         for text in values.values():
             parse_scheme(text)
         return values
+
+    @model_validator(mode="after")
+    def _blocks_are_fitted_once(self) -> Self:
+        if self.sequential and self.fit == RECONSTRUCT.name:
+            raise ValueError(
+                f"fit = {self.fit} goes by blocks itself, on inputs of the float model: leave out sequential"
+            )
+        return self
 
     @field_validator("fit")
     @classmethod
@@ -250,6 +260,7 @@ class Recipe(Section):
     image: ImageSection = ImageSection()
     sampler: SamplerSection = SamplerSection()
     calibrate: CalibrateSection = CalibrateSection()
+    reconstruct: ReconstructOptions = ReconstructOptions()
     finetune: FineTuneOptions = FineTuneOptions()
     parity: ParitySection = ParitySection()
     machine: MachineSection = MachineSection()

@@ -5,8 +5,10 @@ N rows or pictures, C channels, h w sides of a picture.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,3 +118,30 @@ def _rounded_dynamically(layer: nn.Module, bits: int, x: Tensor) -> Tensor:
     zero_point = lowest - torch.round(least / scale)
     codes = (torch.round(x / scale) + zero_point).clamp(lowest, highest)
     return (codes - zero_point) * scale
+
+
+@contextmanager
+def rounded_layers(layers: Mapping[str, nn.Module], roundings: Mapping[str, Rounding]) -> Iterator[None]:
+    """While the block runs, these layers round what goes in and what they give; gradients pass straight through.
+
+    Bengio et al. (2013, arXiv 1308.3432): the derivative of rounding is taken for 1.
+    """
+
+    def straight(x: Tensor, rounded_x: Tensor) -> Tensor:
+        return x + (rounded_x - x).detach() if x.requires_grad else rounded_x
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            how = roundings.get(name)
+            if how is None or how.is_none:
+                continue
+
+            def before(module: nn.Module, args: tuple[Any, ...], how: Rounding = how) -> tuple[Any, ...]:
+                return straight(args[0], how.of_input(module, args[0].detach())), *args[1:]
+
+            def after(module: nn.Module, _args: Any, y: Tensor, how: Rounding = how) -> Tensor:
+                return straight(y, how.of_output(module, y.detach()))
+
+            hooks.callback(layer.register_forward_pre_hook(before).remove)
+            hooks.callback(layer.register_forward_hook(after).remove)
+        yield

@@ -50,8 +50,10 @@ from .measured import measurements
 from .measuring import measured_choices
 from .outcome import Built
 from .planning import proposals, refuse_impossible
+from .reconstructing import reconstructed, reconstruction_inputs
 from .selecting import selected
 from .self_check import record_self_check, with_self_check
+from .temporal import temporal_figures
 
 
 def build(
@@ -142,12 +144,14 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         reached("measure")
         decided = selected(bench, session, stats, proposals(bench, stats, choices, content, artifact), journal)
         weights = _compress(bench, session, stats, decided, journal)
+        weights, errors = reconstructed(bench, session, stats, decided, weights, journal)
         stored, tuned = _fine_tune(bench, session, weights, decided, journal)
         reached("compress")
         made_from = _tuning_inputs(bench, session, decided, journal)
         bench, costs = _lowered(bench, stats, decided, stored, artifact, made_from, journal)
         reached("lower")
         gaps, draft = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
+        temporal = temporal_figures(bench, session, decided, stored, ranges_of(stats))
         manifest = final_manifest(draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
@@ -159,7 +163,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
             plan=decided,
             tradeoff=tradeoff_points(curve(list(choices.values()), decided.fixed_bytes, recipe.compress.pin)),
             parity=gaps.lowering,
-            measurements=measurements(bench, artifact, gaps, tuned, costs),
+            measurements=measurements(bench, artifact, gaps, tuned, costs, errors, temporal),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
         data.save(report)
@@ -239,6 +243,7 @@ def _tuning_inputs(bench: Workbench, session: Session, decided: Plan, journal: J
         **fitting_inputs(bench, session, journal, bench.fit(parse_fit(bench.recipe.compress.fit))),
         "sequential": bench.recipe.compress.sequential,
         "formats": _formats(decided),
+        **reconstruction_inputs(bench, decided),
         "finetune": asdict(bench.recipe.finetune),
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...runtimes.memory import MemoryFigures
 from ..families.components import parameter_count
-from ..report.page import HeldOutLoss, LoweringCost, Measurements
+from ..report.page import BlockError, HeldOutLoss, LoweringCost, Measurements, TemporalFigures
 from ..verify.gaps import Gaps
 from ..verify.timed import machine_name
 from .bench import Workbench
@@ -19,6 +19,8 @@ def measurements(
     gaps: Gaps,
     tuned: Mapping[str, HeldOutLoss],
     costs: Mapping[str, LoweringCost],
+    errors: Mapping[str, tuple[float, float]],
+    temporal: TemporalFigures | None,
 ) -> Measurements:
     """Returns what was measured of the artifact, whose files are all there; measures memory and the size of a download.
 
@@ -40,6 +42,8 @@ def measurements(
         zipped_bytes=zipped_bytes(artifact),
         stage_seconds=bench.progress.stage_seconds,
         lowering=dict(costs),
+        reconstruction={name: BlockError(before=before, after=after) for name, (before, after) in errors.items()},
+        temporal=temporal,
     )
 
 
