@@ -63,7 +63,7 @@ RecipeFile = Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP)]
 DistillRecipeFile = Annotated[
     str | None, typer.Option("--recipe", help=f"A .toml file, or a shipped recipe: {DISTILL_RECIPES}.")
 ]
-FIT_NAMES = "absmax, mse, gptq, vqdm"
+FIT_NAMES = "absmax, mse, gptq, vqdm, reconstruct"
 """Those of `quant.fit`, which needs PyTorch."""
 CPU_HELP = f"Also on an emulated CPU: {', '.join(PREFIX + cpu.name for cpu in CPUS)}. May be repeated."
 EmulatedCpus = Annotated[list[str] | None, typer.Option("--cpu", help=CPU_HELP)]

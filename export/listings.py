@@ -21,7 +21,8 @@ from .targets.registry import default_targets
 from .units import format_bytes
 
 SAMPLE_SCHEMES = (
-    *("fp32", "fp16", "int8-row", "int8-row+a8-dynamic", "int8-row+a8-static", "int8-g32"),
+    *("fp32", "fp16", "int8-row", "int8-row+a8-dynamic", "int8-row+a8-static"),
+    *("int8-row+a8-step", "int8-g32"),
     *("int4-row", "int4-g32", "int4-g32-asym", "int4-g64", "int4-g128"),
     *("lut4", "lut4-r16", "vq8-d4", "vq8-d4-out", "avq2x8-d8"),
 )

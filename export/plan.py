@@ -25,7 +25,7 @@ from .build.rewriting import shaped
 from .checkpoint.load import load_shapes
 from .devices import DeviceFit, component_memory, require_devices
 from .families.base import LoadedModel
-from .families.components import component_name, described, group_name, layers_of, parameter_count, shapes_of
+from .families.components import component_name, group_name, layers_of, parameter_count, shapes_of
 from .families.graphs import Component
 from .families.sizes import drawn_sizes
 from .recipe import Recipe
@@ -143,8 +143,7 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1, d
     model = load_shapes(recipe.model.source, recipe.model.config)
     sizes = drawn_sizes(model, recipe.image.image_sizes)
     components = target.components(model, sizes, recipe.sampler.image_to_image)
-    pipeline = model.family.pipeline(model, {each.name: described(each) for each in components})
-    components = shaped(components, recipe, pipeline)
+    components = shaped(components, recipe, model)
     shapes = shapes_of(layers_of(components))
     asked = candidate_schemes(target, shapes, recipe.compress.formats, recipe.compress.pin)
     if measured is None:

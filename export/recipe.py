@@ -23,7 +23,8 @@ from pydantic import (
 
 from ..quant.candidates import CandidateOptions
 from ..quant.finetune import FineTuneOptions
-from ..quant.fit import parse_fit
+from ..quant.fit import RECONSTRUCT, parse_fit
+from ..quant.reconstruct import ReconstructOptions
 from ..quant.scheme import parse_scheme
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.manifest import Manifest
@@ -101,7 +102,8 @@ class CompressSection(Section):
     formats: tuple[str, ...] = ("fp16", "int8-g32", "int4-g32", "int8-row", "int4-row")
     """Weight formats, whose activations are left to the target, or whole schemes such as "int8-row+a8-static"."""
     fit: str = "gptq"
-    """How values are chosen: absmax, mse, gptq (error feedback), or vqdm (gptq, and a tree search for `avq`)."""
+    """How values are chosen: absmax, mse, gptq (error feedback), vqdm (gptq, and a tree search for `avq`), or
+    reconstruct (mse, and then the rounding of the denoiser's integers is learned by block: see `[reconstruct]`)."""
     sequential: bool = False
     """Fit block by block, each to the inputs that the stored blocks before it cause; a killed build goes on there."""
     average_bits: float | None = Field(default=None, gt=0, le=32)
@@ -113,7 +115,8 @@ class CompressSection(Section):
     """Share of the layers, those whose rounded activations lose most, that keep floats where a target can: 0.01."""
     rewrites: tuple[str, ...] = ()
     """Changes of the denoiser that change no output: "bos-aware" keeps the first text token's keys and values in float,
-    so that it does not ruin the ranges of what cross-attentions read."""
+    so that it does not ruin the ranges of what cross-attentions read; "time-cache" has tables of what
+    the UNet makes of the shipped timesteps alone."""
     pin: Mapping[str, str] = Field(default_factory=dict)
     """Glob over layer names to format or scheme, such as {"unet.conv_out" = "fp16"}."""
 
@@ -149,6 +152,14 @@ class CompressSection(Section):
         for text in values.values():
             parse_scheme(text)
         return values
+
+    @model_validator(mode="after")
+    def _blocks_are_fitted_once(self) -> Self:
+        if self.sequential and self.fit == RECONSTRUCT.name:
+            raise ValueError(
+                f"fit = {self.fit} goes by blocks itself, on inputs of the float model: leave out sequential"
+            )
+        return self
 
     @field_validator("fit")
     @classmethod
@@ -250,6 +261,7 @@ class Recipe(Section):
     image: ImageSection = ImageSection()
     sampler: SamplerSection = SamplerSection()
     calibrate: CalibrateSection = CalibrateSection()
+    reconstruct: ReconstructOptions = ReconstructOptions()
     candidates: CandidateOptions = CandidateOptions()
     finetune: FineTuneOptions = FineTuneOptions()
     parity: ParitySection = ParitySection()

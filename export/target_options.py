@@ -19,15 +19,16 @@ class OnnxOptions:
     Attributes:
         accuracy_level: of MatMulNBits: 1 multiplies in fp32, 4 quantizes activations to int8 (faster on ARM).
         activations: how layers in `int8-row` round what they are given, so that integers are multiplied: not at all,
-            with scales found while it runs, or by calibration. A layer whose inputs static scales would ruin has
-            dynamic ones. A Conv2d has static scales wherever activations are rounded, or fp32's product.
+            with scales found while it runs, or by calibration: one for all timesteps, or one for each that the steps
+            walk through (`step`). A layer whose inputs calibrated scales would ruin has dynamic ones. A Conv2d has
+            calibrated scales wherever activations are rounded, or fp32's product.
         prepacked: save weights in the layout of this machine's CPU kernels: less memory, but twice the file, and only
             for the same kind of CPU.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     accuracy_level: Literal[0, 1, 4] = 1
-    activations: Literal["float", "dynamic", "static"] = "float"
+    activations: Literal["float", "dynamic", "static", "step"] = "float"
     prepacked: bool = False
 
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How activations are rounded, as a value: `a8-dynamic`, `a8-static`; and the qparams of one that is."""
+"""How activations are rounded, as a value: `a8-dynamic`, `a8-static`, `a8-step`; and the qparams of one that is."""
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 from ..ground.errors import TurbopocketError
 
-_NAME = re.compile(r"a(4|6|8)-(dynamic|static)")
+_NAME = re.compile(r"a(4|6|8)-(dynamic|static|step)")
+Scales = Literal["dynamic", "static", "step"]
+_SCALES: tuple[Scales, ...] = get_args(Scales)
 _SMALLEST_SCALE = 2.0**-23
 """What a tensor of nothing but zeros is rounded with; float32's epsilon, as in PyTorch's observers."""
 
@@ -44,13 +46,15 @@ class ActivationFormat:
 
     `scales` says when scale and zero point are chosen. `dynamic`: while the layer runs, one of each for every row of
     features of a Linear (of a 1x1 Conv2d: for every pixel) and for every picture of a larger Conv2d. `static`: by
-    calibration, one of each for the whole tensor at all timesteps.
+    calibration, one of each for the whole tensor at all timesteps. `step`: by calibration, one of each for every
+    timestep that the shipped schedule walks through, for calls with a prompt and without (finite set calibration:
+    Huang et al., TFMQ-DM, arXiv 2311.16503, section 4.3); of a component that has no timestep, as `static`.
     """
 
     bits: int
-    scales: Literal["dynamic", "static"]
+    scales: Scales
 
-    syntax: ClassVar[str] = "a8-dynamic, a8-static (also of 4 and 6 bits, which no target runs)"
+    syntax: ClassVar[str] = "a8-dynamic, a8-static, a8-step (also of 4 and 6 bits, which no target runs)"
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 6, 8):
@@ -65,7 +69,7 @@ class ActivationFormat:
         match = _NAME.fullmatch(text)
         if match is None:
             return None
-        return cls(int(match[1]), "static" if match[2] == "static" else "dynamic")
+        return cls(int(match[1]), next(each for each in _SCALES if each == match[2]))
 
 
-A8_DYNAMIC, A8_STATIC = ActivationFormat(8, "dynamic"), ActivationFormat(8, "static")
+A8_DYNAMIC, A8_STATIC, A8_STEP = (ActivationFormat(8, scales) for scales in _SCALES)

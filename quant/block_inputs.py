@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..ground.files import write_whole
-from ..ground.names import at_place, current_place
+from ..ground.names import CallPlace, at_place, current_place
 from .observe.vectors import digest_of
 from .store import save_tensors
 
@@ -67,18 +67,18 @@ class BlockInputs:
 
     def replay(self, name: str, block: nn.Module, after: Callable[[], None] = lambda: None) -> None:
         """Calls the block as it was called, in the same order, at the same places."""
-        for index, call in enumerate(self.calls[name]):
-            args, kwargs = self.arguments(name, index)
-            with torch.inference_mode(), at_place(**call["place"]):
+        for index in range(len(self.calls[name])):
+            args, kwargs, place = self.call(name, index)
+            with torch.inference_mode(), at_place(**asdict(place)):
                 block(*args, **kwargs)
             after()
 
-    def arguments(self, name: str, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the block was given in one call, positional and by name, as copies."""
+    def call(self, name: str, index: int) -> tuple[tuple[Any, ...], dict[str, Any], CallPlace]:
+        """What one call was given, tensors of its own, and its place."""
         call = self.calls[name][index]
         leaves = [self._read(leaf) for leaf in call["leaves"]]
         args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(call["structure"]))
-        return args, kwargs
+        return args, kwargs, CallPlace(**call["place"])
 
     def _write(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Keeps one call; False, and nothing kept, when it can not be."""

@@ -68,4 +68,4 @@ def ranges_of(stats: Mapping[str, LayerStats]) -> dict[str, Ranges]:
 
 def _ranges(stats: LayerStats) -> Ranges:
     seen, power = stats[Extremes], float(stats[InputPower].mean())
-    return Ranges(seen.input, seen.output, power, stats[QuietestOutput])
+    return Ranges(seen.input, seen.output, power, stats[QuietestOutput], seen.steps)

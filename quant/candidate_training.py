@@ -65,7 +65,7 @@ class BlockCalls(Sequence[tuple[tuple[Any, ...], dict[str, Any], tuple[Tensor, .
         return len(self.inputs.calls.get(self.name, ()))
 
     def __getitem__(self, index: Any) -> Any:
-        args, kwargs = self.inputs.arguments(self.name, index)
+        args, kwargs, _ = self.inputs.call(self.name, index)
         found = load_file(_target_file(self.targets, self.name, index))
         return args, kwargs, tuple(found[str(place)] for place in range(len(found)))
 

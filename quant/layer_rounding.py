@@ -5,16 +5,19 @@ N rows or pictures, C channels, h w sides of a picture.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ground.errors import TurbopocketError
+from ..ground.names import current_place
 from .activations import ActivationFormat, QParams
 from .layers import output_without_bias
-from .ranges import Ranges
+from .ranges import Ranges, StepRange
 from .rounding import rounded
 from .scheme import Scheme
 
@@ -24,7 +27,7 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).eps
 @dataclass(frozen=True)
 class Rounding:
     """How one layer rounds: formats of its input and output, None leaves either as it is, and what it saw, where scales
-    are static."""
+    are calibrated."""
 
     input: ActivationFormat | None
     output: ActivationFormat | None
@@ -32,7 +35,7 @@ class Rounding:
 
     @classmethod
     def of(cls, layer: str, scheme: Scheme, ranges: Mapping[str, Ranges]) -> "Rounding":
-        """That of a scheme. Raises TurbopocketError for static scales of a layer that was not calibrated."""
+        """That of a scheme. Raises TurbopocketError for calibrated scales of a layer that was not."""
         if scheme.is_static and layer not in ranges:
             raise TurbopocketError(f"{layer}: {scheme} needs the ranges that calibration saw")
         return cls(scheme.input, scheme.output, ranges.get(layer))
@@ -42,26 +45,43 @@ class Rounding:
         """Whether nothing is rounded."""
         return self.input is None and self.output is None
 
-    def of_input(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The layer's input as it is rounded."""
-        return x if self.input is None else _rounded(layer, self.input, x, self.ranges.input if self.ranges else None)
+    def of_input(self, layer: nn.Module, x: Tensor, timestep: float | None = None) -> Tensor:
+        """The layer's input as it is rounded in a call at that timestep, by default that of the current place; where
+        neither is known, in one range for all."""
+        seen = self._seen(self.input, timestep)
+        return x if self.input is None else _rounded(layer, self.input, x, seen.input if seen else None)
 
-    def of_output(self, layer: nn.Module, y: Tensor) -> Tensor:
-        """The layer's output, bias and all, as it is rounded."""
-        return (
-            y if self.output is None else _rounded(layer, self.output, y, self.ranges.output if self.ranges else None)
-        )
+    def of_output(self, layer: nn.Module, y: Tensor, timestep: float | None = None) -> Tensor:
+        """The layer's output, bias and all, as it is rounded in a call at that timestep."""
+        seen = self._seen(self.output, timestep)
+        return y if self.output is None else _rounded(layer, self.output, y, seen.output if seen else None)
 
-    def changed(self, layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-        """What it alone changes in the output for input x: the weight is not rounded."""
-        change = output_without_bias(layer, weight, self.of_input(layer, x) - x)
+    def _seen(self, format: ActivationFormat | None, timestep: float | None) -> Ranges | StepRange | None:
+        timestep = current_place().timestep if timestep is None else timestep
+        if self.ranges is None or timestep is None or format is None or format.scales != "step":
+            return self.ranges
+        return self.ranges.at(timestep)
+
+    def changed(self, layer: nn.Module, weight: Tensor, x: Tensor, timesteps: Sequence[float] | None = None) -> Tensor:
+        """What it alone changes in the output for input x: the weight is not rounded.
+
+        `timesteps` are those of as many parts of the batch, of one size.
+        """
+        by_step = any(each is not None and each.scales == "step" for each in (self.input, self.output))
+        if not by_step or not timesteps or len(x) % len(timesteps):
+            return self._changed(layer, weight, x, None)
+        parts = zip(x.chunk(len(timesteps)), timesteps, strict=True)
+        return torch.cat([self._changed(layer, weight, part, timestep) for part, timestep in parts])
+
+    def _changed(self, layer: nn.Module, weight: Tensor, x: Tensor, timestep: float | None) -> Tensor:
+        change = output_without_bias(layer, weight, self.of_input(layer, x, timestep) - x)
         if self.output is None:
             return change
         y = output_without_bias(layer, weight, x)
         bias = layer.bias
         if isinstance(bias, Tensor):
             y = y + (bias[:, None, None] if isinstance(layer, nn.Conv2d) else bias)
-        return self.of_output(layer, y + change) - y
+        return self.of_output(layer, y + change, timestep) - y
 
 
 def roundings_of(
@@ -98,3 +118,30 @@ def _rounded_dynamically(layer: nn.Module, bits: int, x: Tensor) -> Tensor:
     zero_point = lowest - torch.round(least / scale)
     codes = (torch.round(x / scale) + zero_point).clamp(lowest, highest)
     return (codes - zero_point) * scale
+
+
+@contextmanager
+def rounded_layers(layers: Mapping[str, nn.Module], roundings: Mapping[str, Rounding]) -> Iterator[None]:
+    """While the block runs, these layers round what goes in and what they give; gradients pass straight through.
+
+    Bengio et al. (2013, arXiv 1308.3432): the derivative of rounding is taken for 1.
+    """
+
+    def straight(x: Tensor, rounded_x: Tensor) -> Tensor:
+        return x + (rounded_x - x).detach() if x.requires_grad else rounded_x
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            how = roundings.get(name)
+            if how is None or how.is_none:
+                continue
+
+            def before(module: nn.Module, args: tuple[Any, ...], how: Rounding = how) -> tuple[Any, ...]:
+                return straight(args[0], how.of_input(module, args[0].detach())), *args[1:]
+
+            def after(module: nn.Module, _args: Any, y: Tensor, how: Rounding = how) -> Tensor:
+                return straight(y, how.of_output(module, y.detach()))
+
+            hooks.callback(layer.register_forward_pre_hook(before).remove)
+            hooks.callback(layer.register_forward_hook(after).remove)
+        yield

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the operators
 
 from .activations import QParams
-from .ranges import Ranges
+from .ranges import Ranges, nearest
 
 OPS = torch.ops.quantized_decomposed
 LOWEST, HIGHEST = -128, 127
@@ -32,6 +32,24 @@ class StaticQParams:
     def of(cls, ranges: Ranges) -> "StaticQParams":
         """Of a layer that saw these ranges."""
         return cls(QParams.over(*ranges.input), QParams.over(*ranges.output))
+
+
+@dataclass(frozen=True)
+class StepQParams:
+    """Of a layer's input and output at each of some timesteps, noisiest first."""
+
+    timesteps: tuple[float, ...]
+    steps: tuple[StaticQParams, ...]
+
+    @classmethod
+    def of(cls, ranges: Ranges) -> "StepQParams":
+        """Of a layer that saw these ranges."""
+        steps = [StaticQParams(QParams.over(*step.input), QParams.over(*step.output)) for step in ranges.steps]
+        return cls(tuple(step.timestep for step in ranges.steps), tuple(steps))
+
+    def at(self, timestep: float) -> StaticQParams:
+        """Those of the nearest timestep."""
+        return self.steps[nearest(self.timesteps, timestep)]
 
 
 def keeps_digits(ranges: Ranges, of_output: bool = True) -> bool:

@@ -18,7 +18,7 @@ class Scheme:
     """How a weight is stored, and how the layer's input and output are rounded; None leaves them as they are.
 
     Its name is the weight format's, then that of the activations' format: rounded inputs where it is dynamic, rounded
-    inputs and outputs where it is static, since integers that come out of a layer are what static scales are for. Any
+    inputs and outputs where scales are calibrated, since integers that come out of a layer are what these are for. Any
     other pair is spelled out, input first, as in `int8-row+a8-static+float`.
 
     A name without activations, in a recipe, is a weight format and nothing else: a target reads it as it runs it (see
@@ -36,8 +36,13 @@ class Scheme:
 
     @property
     def is_static(self) -> bool:
-        """Whether it needs scales from calibration."""
-        return any(each is not None and each.scales == "static" for each in (self.input, self.output))
+        """Whether it needs scales from calibration: of all timesteps, or of each."""
+        return any(each is not None and each.scales != "dynamic" for each in (self.input, self.output))
+
+    @property
+    def is_by_step(self) -> bool:
+        """Whether these are scales of each timestep."""
+        return any(each is not None and each.scales == "step" for each in (self.input, self.output))
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Exact stored bytes of a weight of this shape; TurbopocketError when it does not fit."""
@@ -52,8 +57,8 @@ class Scheme:
 
 
 def with_activations(weight: LayerFormat, activations: ActivationFormat) -> Scheme:
-    """The scheme that is named by these two: inputs rounded, and outputs too where scales are static."""
-    return Scheme(weight, activations, activations if activations.scales == "static" else None)
+    """The scheme that is named by these two: inputs rounded, and outputs too where scales are calibrated."""
+    return Scheme(weight, activations, None if activations.scales == "dynamic" else activations)
 
 
 def parse_scheme(text: str) -> Scheme:

@@ -44,13 +44,15 @@ class RowwiseOutput:
 
     `run` gives y [n, …] of a slice of the rows, by PyTorch's own modules, so that gradients can be taken. `blocks` are
     modules of the part that run again as wholes when they are: what one of them holds in memory is the most that there
-    is at once. `energy` is what losses are shares of, ||y||² when None.
+    is at once. `energy` is what losses are shares of, ||y||² when None. `timesteps` are those of the rows' calls, where
+    each has one.
     """
 
     rows: int
     run: Callable[[slice], Tensor]
     blocks: Collection[nn.Module] = ()
     energy: float | None = None
+    timesteps: Sequence[float] | None = None
 
 
 def compress_candidates(
@@ -143,7 +145,7 @@ def measure(
         drawn = torch.stack([torch.randn(vectors, *y.shape[1:], generator=generator) for _ in range(rows)], dim=1)
         with torch.no_grad():
             for call in tape.backward(y, drawn.unbind()):
-                sums.add(call, rows)
+                sums.add(call, rows, output.timesteps and output.timesteps[first : first + rows])
         sums.end_rows()
         first += rows
         if kept is not None:
@@ -168,7 +170,7 @@ class _Losses:
         self.losses = {name: [0.0] * (len(own) + len(roundings.get(name, ()))) for name, own in candidates.items()}
         self.products: dict[tuple[str, int], Tensor] = {}
 
-    def add(self, call: LayerCall, rows: int) -> None:
+    def add(self, call: LayerCall, rows: int, timesteps: Sequence[float] | None) -> None:
         """Inner products of one call; those of all calls of a layer are summed before they are squared."""
         layer = self.layers[call.layer]
         weight = weight_of(call.layer, layer).detach().to(torch.float32)
@@ -176,14 +178,16 @@ class _Losses:
         samples = rows if len(call.x) % rows == 0 else 1
         gradients = [each.reshape(samples, -1) for each in call.gradients]
         products = []
-        for changed in self._changed(call.layer, layer, weight, call.x):
+        for changed in self._changed(call.layer, layer, weight, call.x, timesteps):
             flat = changed.reshape(samples, -1)
             products.append(torch.stack([torch.linalg.vecdot(each, flat) for each in gradients]))
         found_CSN = torch.stack(products).to(torch.float64)
         key = call.layer, samples
         self.products[key] = self.products[key] + found_CSN if key in self.products else found_CSN
 
-    def _changed(self, name: str, layer: nn.Module, weight: Tensor, x: Tensor) -> Iterator[Tensor]:
+    def _changed(
+        self, name: str, layer: nn.Module, weight: Tensor, x: Tensor, timesteps: Sequence[float] | None
+    ) -> Iterator[Tensor]:
         """What each candidate, then each rounding, changes in the layer's output."""
         if len(self.candidates[name]) == 1:
             yield torch.zeros(1).expand_as(output_without_bias(layer, weight, x))
@@ -191,7 +195,7 @@ class _Losses:
             for compressed in self.stored[name]:
                 yield output_without_bias(layer, compressed.format.decompress(compressed) - weight, x)
         for rounding in self.roundings.get(name, {}).values():
-            yield rounding.changed(layer, weight, x)
+            yield rounding.changed(layer, weight, x, timesteps)
 
     def end_rows(self) -> None:
         """All calls that some rows make have been added."""

@@ -128,11 +128,33 @@ class WeightStore(Mapping[str, CompressedTensor]):
     def __getitem__(self, layer: str) -> CompressedTensor:
         return load_weights(self.file(layer))[layer]
 
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._formats
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._formats)
 
     def __len__(self) -> int:
         return len(self._formats)
+
+
+class OverlaidStore(Mapping[str, CompressedTensor]):
+    """Stored weights of layers, some of which another store has anew."""
+
+    def __init__(self, below: Mapping[str, CompressedTensor], above: Mapping[str, CompressedTensor]) -> None:
+        self._below, self._above = below, above
+
+    def __getitem__(self, layer: str) -> CompressedTensor:
+        return self._above[layer] if layer in self._above else self._below[layer]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._below
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._below)
+
+    def __len__(self) -> int:
+        return len(self._below)
 
 
 class CandidateStore(Mapping[str, Sequence[CompressedTensor]]):

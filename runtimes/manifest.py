@@ -211,7 +211,7 @@ class Manifest(Record):
     sampler_table: SamplerTable | None = None
     """The sampler's steps in numbers; None in an artifact from before manifests had them."""
     only_these_steps: bool = False
-    """Whether the weights are those of a student for exactly the sampler's steps."""
+    """Whether it draws in exactly the sampler's steps: weights of a student, or activations rounded by the timestep."""
     image: ImageSpec
     """What it draws when no size is asked for."""
     sizes: list[ImageSize] = Field(min_length=1)

@@ -36,7 +36,7 @@ from ..report.page import HeldOutLoss, LoweringCost, ReportData, write_report
 from ..verify.diffusers_reference import compare_with_diffusers
 from ..verify.gaps import Difference, Gaps, Session, ToDiffusers, gap_steps, measure_gaps, torch_runner
 from .assigning import as_tensors, calls_of, with_candidates
-from .bench import Workbench, make_workbench, parity_session, traced, with_ranges
+from .bench import Workbench, few_calls_notes, make_workbench, parity_session, traced, with_ranges
 from .calibration import calibrated, calibration_drawing, drawing_inputs, fitting_inputs
 from .candidates import curve
 from .forecast import foreseen
@@ -47,8 +47,10 @@ from .measured import measurements
 from .measuring import measured_choices
 from .outcome import Built
 from .planning import proposals, refuse_impossible
+from .reconstructing import reconstructed, reconstruction_inputs
 from .selecting import selected
 from .self_check import record_self_check, with_self_check
+from .temporal import temporal_figures
 
 
 def build(
@@ -133,10 +135,13 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         stats = calibrated(bench, session, journal)
         reached("calibrate")
         bench = with_ranges(bench, stats)
+        for note in few_calls_notes(bench.candidates, ranges_of(stats)):
+            run.progress.remark(f"note: {note}")
         choices, content = measured_choices(bench, session, stats, journal)
         reached("measure")
         decided = selected(bench, session, stats, proposals(bench, stats, choices, content, artifact), journal)
         weights = _compress(bench, session, stats, decided, journal)
+        weights, errors = reconstructed(bench, session, stats, decided, weights, journal)
         fitted = _fitted_inputs(bench, session, decided, journal)
         weights, candidates = with_candidates(bench, session, weights, stats, fitted, journal)
         stored, tuned = _fine_tune(bench, session, weights, decided, journal)
@@ -145,6 +150,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         bench, costs = _lowered(bench, stats, decided, stored, artifact, made_from, journal)
         reached("lower")
         gaps, draft = _compare(bench, session, decided, stored, ranges_of(stats), to_diffusers, artifact)
+        temporal = temporal_figures(bench, session, decided, stored, ranges_of(stats))
         manifest = final_manifest(draft, artifact, decided, gaps)
         write_manifest(artifact, manifest)
         unverified = bench.target.inspect(artifact, manifest)
@@ -156,7 +162,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
             plan=decided,
             tradeoff=tradeoff_points(curve(list(choices.values()), decided.fixed_bytes, recipe.compress.pin)),
             parity=gaps.lowering,
-            measurements=measurements(bench, artifact, gaps, tuned, candidates, costs),
+            measurements=measurements(bench, artifact, gaps, tuned, candidates, costs, errors, temporal),
             pictures=drawn_pictures(session.prompts, gaps.pictures),
         )
         data.save(report)
@@ -238,6 +244,7 @@ def _fitted_inputs(bench: Workbench, session: Session, decided: Plan, journal: J
         **fitting_inputs(bench, session, journal, bench.fit(parse_fit(bench.recipe.compress.fit))),
         "sequential": bench.recipe.compress.sequential,
         "formats": _formats(decided),
+        **reconstruction_inputs(bench, decided),
     }
 
 

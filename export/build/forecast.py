@@ -11,7 +11,7 @@ import torch
 
 from ...ground.errors import TurbopocketError
 from ...ground.memory import anonymous_bytes, machine_bytes
-from ...quant.fit import parse_fit
+from ...quant.fit import RECONSTRUCT, parse_fit
 from ...quant.formats import LayerFormat
 from ...quant.layers import KEPT_BYTES
 from ...quant.workers import Workers
@@ -28,6 +28,7 @@ from ..targets.registry import open_target
 from ..units import format_bytes
 from . import forecast_stages as stages
 from .candidates import candidate_schemes
+from .forecast_learning import reconstruct
 from .forecast_rates import measured_rates
 from .forecast_stages import Asked, Stage
 from .forecast_training import train_candidates
@@ -160,6 +161,7 @@ def _asked(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> 
         fit=parse_fit(recipe.compress.fit),
         sequential=recipe.compress.sequential,
         candidates=recipe.candidates,
+        learning=recipe.reconstruct if recipe.compress.fit == RECONSTRUCT.name else None,
         tuning=recipe.finetune,
         rates=measured_rates(torch.get_num_threads()),
         workers=workers,
@@ -213,6 +215,7 @@ def _together(asked: Asked, resident: Mapping[str, float]) -> Forecast:
         "measure": stages.measure(asked),
         **({"trace for fine-tuning": stages.trace(asked)} if asked.moves_vectors else {}),
         "compress": stages.compress(asked),
+        **({} if asked.learning is None else {"reconstruct": reconstruct(asked, asked.learning)}),
         **({"candidates": train_candidates(asked)} if asked.candidates.count else {}),
         **({"fine-tune": stages.fine_tune(asked)} if asked.tuning.iterations else {}),
         **({"trace again": stages.trace(asked)} if asked.moves_vectors else {}),

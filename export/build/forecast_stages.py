@@ -15,6 +15,7 @@ from ...quant.fit import Fit, measuring_fit
 from ...quant.formats import LayerFormat
 from ...quant.observe.moments import STRIP_COLUMNS, WAITING_FLOATS
 from ...quant.observe.vectors import CHUNK_FLOATS
+from ...quant.reconstruct import ReconstructOptions
 from ...quant.sensitivity import KEPT_BYTES as TAPE_BYTES
 from ...quant.sensitivity import VECTORS
 from .forecast_fits import fit_bytes, fit_cost
@@ -72,6 +73,7 @@ class Asked:
     budget_bytes: int | None
     fit: Fit
     sequential: bool
+    learning: ReconstructOptions | None
     candidates: CandidateOptions
     tuning: FineTuneOptions
     rates: Rates

@@ -18,7 +18,9 @@ _WORST_NUMBER = -1.2345678901234567e-100
 
 def final_manifest(draft: Manifest, artifact: Path, plan: Plan, gaps: Gaps) -> Manifest:
     """Returns the draft with what is known now: the files as they lie in `artifact`, the plan and the parity."""
+    by_step = any(scheme.is_by_step for scheme in plan.schemes.values())
     values = draft.model_dump() | {
+        "only_these_steps": draft.only_these_steps or by_step,
         "files": [entry.model_dump() for entry in file_entries(artifact)],
         "plan": _plan_summary(plan),
         "parity": parity_summary(gaps),

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...quant.candidate_training import BlockLosses
 from ...runtimes.memory import MemoryFigures
 from ..families.components import parameter_count
-from ..report.page import CandidateLosses, HeldOutLoss, LoweringCost, Measurements
+from ..report.page import BlockError, CandidateLosses, HeldOutLoss, LoweringCost, Measurements, TemporalFigures
 from ..verify.gaps import Gaps
 from ..verify.timed import machine_name
 from .bench import Workbench
@@ -22,6 +22,8 @@ def measurements(
     tuned: Mapping[str, HeldOutLoss],
     candidates: Mapping[str, BlockLosses],
     costs: Mapping[str, LoweringCost],
+    errors: Mapping[str, tuple[float, float]],
+    temporal: TemporalFigures | None,
 ) -> Measurements:
     """Returns what was measured of the artifact, whose files are all there; measures memory and the size of a download.
 
@@ -44,6 +46,8 @@ def measurements(
         zipped_bytes=zipped_bytes(artifact),
         stage_seconds=bench.progress.stage_seconds,
         lowering=dict(costs),
+        reconstruction={name: BlockError(before=before, after=after) for name, (before, after) in errors.items()},
+        temporal=temporal,
     )
 
 

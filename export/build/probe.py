@@ -49,8 +49,9 @@ class Probe:
         """
         denoiser, decoder, encoder = self.pipeline.denoiser, self.pipeline.decoder, self.pipeline.encoder
         predicting = (*self.pipeline.text_encoders, denoiser.component)
+        timesteps = self.denoiser_inputs[denoiser.timestep].tolist()
         found = [
-            (predicting, self._rowwise(predicting, len(self.denoiser_inputs[denoiser.latents]), self._prediction)),
+            (predicting, self._rowwise(predicting, len(timesteps), self._prediction, timesteps)),
             ((decoder.component,), self._rowwise((decoder.component,), len(self.latents), self._picture)),
         ]
         if encoder is not None:
@@ -59,9 +60,15 @@ class Probe:
             found.append((read, self._rowwise(read, len(self.samples), self._middle)))
         return found
 
-    def _rowwise(self, names: Sequence[str], rows: int, run: Callable[[slice], Tensor]) -> RowwiseOutput:
+    def _rowwise(
+        self,
+        names: Sequence[str],
+        rows: int,
+        run: Callable[[slice], Tensor],
+        timesteps: Sequence[float] | None = None,
+    ) -> RowwiseOutput:
         blocks = [block for name in names for block in self.components[name].blocks().values()]
-        return RowwiseOutput(rows, run, blocks)
+        return RowwiseOutput(rows, run, blocks, timesteps=timesteps)
 
     def _prediction(self, rows: slice) -> Tensor:
         read = {name: self._run(name, _tensors(inputs, rows)) for name, inputs in self.prompts.items()}

@@ -26,6 +26,7 @@ from ..families.graphs import Component
 from ..recipe import Recipe
 from ..rewrites.base import applied
 from ..rewrites.registry import REWRITES
+from ..sampling.spec import sampler_spec
 from ..targets.side_files import write_tokenizers
 from ..verify.gaps import Session, torch_runner
 from .draft import pipeline_manifest
@@ -42,6 +43,11 @@ class RewrittenModel:
     components: list[Component]
     specs: Sequence[RewriteSpec] = ()
     remarks: tuple[str, ...] = ()
+
+    @property
+    def only_these_steps(self) -> bool:
+        """Whether the denoiser is right at the shipped timesteps alone."""
+        return any(REWRITES[spec.name].only_these_steps for spec in self.specs)
 
 
 def rewritten(
@@ -63,22 +69,27 @@ def rewritten(
     encoders = {name: module_identity(model.modules[name]) for name in draft.pipeline.text_encoders}
     specs, remarks = [], []
     for name in recipe.compress.rewrites:
-        found = applied(REWRITES[name], denoiser, draft.pipeline, calls)
+        rewrite = REWRITES[name]
+        found = applied(rewrite, denoiser, draft.pipeline, calls, draft.sampler.timesteps)
         denoiser = found.component
-        specs.append(RewriteSpec(name=name, text_encoders=encoders, facts=dict(found.facts)))
+        made_of = encoders if rewrite.of_text else {}
+        specs.append(RewriteSpec(name=name, text_encoders=made_of, facts=dict(found.facts)))
         remarks.append(f"{name}: {found.remark}")
     return RewrittenModel(_in_order(components, denoiser), specs, tuple(remarks))
 
 
-def shaped(components: Sequence[Component], recipe: Recipe, pipeline: Pipeline) -> list[Component]:
-    """The components with the recipe's rewrites, for plans from shapes: constants have no values.
+def shaped(components: Sequence[Component], recipe: Recipe, model: LoadedModel) -> list[Component]:
+    """The model's components with the recipe's rewrites, for plans from shapes: constants have no values.
 
-    Raises TurbopocketError for a rewrite that does not fit the model, as far as shapes tell.
+    Raises TurbopocketError for a rewrite that does not fit the model, as far as shapes tell, and for one that needs the
+    timesteps where nothing says how many there are.
     """
+    pipeline = model.family.pipeline(model, {each.name: described(each) for each in components})
     denoiser = next(each for each in components if each.name == pipeline.denoiser.component)
     for name in recipe.compress.rewrites:
         REWRITES[name].require(denoiser, pipeline)
-        denoiser = REWRITES[name].shaped(denoiser, pipeline)
+        timesteps = sampler_spec(model, recipe.sampler).timesteps if REWRITES[name].only_these_steps else ()
+        denoiser = REWRITES[name].shaped(denoiser, pipeline, timesteps)
     return _in_order(components, denoiser)
 
 

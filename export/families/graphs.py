@@ -19,6 +19,9 @@ from ...quant.layers import compressible_layers, without_weights
 EXAMPLE_BATCH = 2
 """The batch of all example inputs: 1 would let tracing take the batch for a constant."""
 
+TIMESTEP = "timestep"
+"""A denoiser's input for the timestep, one for all of a batch."""
+
 TIMESTEP_COND = "timestep_cond"
 """A UNet's input for the guidance, where it is told that."""
 
@@ -195,7 +198,7 @@ def unet_component(
     height, width = latent_size or ((own, own) if isinstance(own, int) else own)
     inputs = {
         "sample": torch.zeros(EXAMPLE_BATCH, config.in_channels, height, width),
-        "timestep": torch.tensor(999.0),
+        TIMESTEP: torch.tensor(999.0),
         "encoder_hidden_states": torch.zeros(EXAMPLE_BATCH, text_tokens, config.cross_attention_dim),
     }
     plain = len(inputs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtimes.image_size import ImageSize
-from .graphs import EXAMPLE_BATCH, Component, ComponentModule
+from .graphs import EXAMPLE_BATCH, TIMESTEP, Component, ComponentModule
 
 ADDED = ("resolution", "aspect_ratio")
 """What Alpha's transformer for 1024 pixels is told beside the prompt, in the order of the graph's inputs."""
@@ -104,7 +104,7 @@ def transformer_component(transformer: nn.Module, latent_size: ImageSize, text_t
     states = config.cross_attention_dim if config.caption_channels is None else config.caption_channels
     inputs = {
         "hidden_states": torch.zeros(EXAMPLE_BATCH, config.in_channels, *latent_size),
-        "timestep": torch.tensor(999.0),
+        TIMESTEP: torch.tensor(999.0),
         "encoder_hidden_states": torch.zeros(EXAMPLE_BATCH, text_tokens, states),
         "encoder_attention_mask": torch.ones(EXAMPLE_BATCH, text_tokens, dtype=torch.int64),
     }

@@ -24,9 +24,9 @@ KEY_FILE = "key.json"
 _PRODUCT = re.compile(r"([a-z]+)-[0-9a-f]{16}(\.partial)?")
 _IN_PRODUCT = re.compile(
     r"[a-z]+\.(json|safetensors)|measure(-content)?-\d+\.json|\w+-[0-9a-f]{32}\.safetensors|[\w.]+@[\w.+-]+\.safetensors|\d{3,}-.+\.safetensors"
-    r"|inputs/([0-9a-f]{32}\.safetensors|calls\.json)|outputs/\d+-.+\.safetensors"
+    r"|inputs/([0-9a-f]{32}\.safetensors|calls\.json)|outputs/\d+-.+\.safetensors|units/[\w.]+\.json"
 )
-_INSIDE: tuple[list[str], ...] = ([], ["inputs"], ["outputs"])
+_INSIDE: tuple[list[str], ...] = ([], ["inputs"], ["outputs"], ["units"])
 """Folders of a product, as parts of their path in it."""
 _HALF = re.compile(r"\.tmp[0-9A-Za-z]{6}|.+\.partial")
 """A file that a process was killed while writing: what safetensors calls it, and what we do."""

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from ...ground.names import LayerName
 from ...quant.plan import Plan
 from ..units import UNIT_BYTES, format_bytes
-from .data import TradeoffPoint
+from .data import FeatureRow, TradeoffPoint
 from .svg import Frame, Scale, dot, element, line, linear_scale, log_scale, power_of_ten, scientific
 
 _WIDE = Frame(width=960, height=340, bottom=68)
@@ -84,6 +84,31 @@ def _gap_series(name: str, gap: Gap, at_px: Mapping[float, float], y: Scale) -> 
         for timestep, error in gap.items()
     ]
     return Markup("").join([line(points, name), *dots])
+
+
+def feature_chart(features: Sequence[FeatureRow]) -> Markup:
+    """Returns one dot a temporal feature and step at the relative error of the feature; large where it is nearest to
+    another timestep's. The line is the worst of each step."""
+    steps = {row.step: row.timestep for row in features}
+    positions = Scale(-0.5, len(steps) - 0.5, *_WIDE.x_px)
+    at_px = {step: positions(index) for index, step in enumerate(steps)}
+    y = log_scale([row.relative_error for row in features], *_WIDE.y_px)
+    dots = []
+    for row in features:
+        told = f"timestep {row.timestep:g}: relative error {scientific(row.relative_error)}, cos {row.cosine:.5f}"
+        nearest = "" if row.shift == 0 else f"\nnearest to timestep {row.timestep + row.shift:g}'s"
+        class_, radius = ("lowering", 2.5) if row.shift == 0 else ("chosen", 6)
+        dots.append(dot(at_px[row.step], y(row.relative_error), class_, f"{row.layer}\n{told}{nearest}", radius))
+    worst = [max(row.relative_error for row in features if row.step == step) for step in steps]
+    every = -(-len(steps) // (2 * _MAX_TIMESTEP_LABELS))
+    labels = [(at_px[step], f"{timestep:g}") for step, timestep in list(steps.items())[::every]]
+    return _WIDE.figure(
+        "Relative error of the temporal features by timestep",
+        _WIDE.y_axis(y, "relative error", lambda value: power_of_ten(round(math.log10(value)))),
+        _WIDE.x_axis(labels, "timestep, in sampling order"),
+        line([(at_px[step], y(error)) for step, error in zip(steps, worst, strict=True)], "lowering"),
+        *dots,
+    )
 
 
 def tradeoff_chart(points: Sequence[TradeoffPoint], plan: Plan) -> Markup:

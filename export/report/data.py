@@ -78,6 +78,44 @@ class CandidateLosses(BaseModel):
     after: float
 
 
+class BlockError(BaseModel):
+    """Squared error of a block on the calls that its rounding was learned on, a share of the power of what it gives:
+    rounded to the nearest, and as learned. Where that is no less, it is not kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: float
+    after: float
+
+
+class FeatureRow(BaseModel):
+    """A temporal feature at one step, the float model's against the shipped plan's, the worst of all calls.
+
+    `shift` is the distance, in training timesteps, to the one whose float feature is nearest: not 0 is a mismatch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: str
+    step: int
+    timestep: float
+    cosine: float
+    relative_error: float
+    shift: int
+
+
+class TemporalFigures(BaseModel):
+    """The layers of the denoiser's temporal information block, the inputs that it reads, its share of the denoiser's
+    weights, and its features step by step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: tuple[str, ...]
+    inputs: tuple[str, ...]
+    share: float
+    features: tuple[FeatureRow, ...]
+
+
 class Measurements(BaseModel):
     """Numbers of a build that no other file holds.
 
@@ -90,7 +128,7 @@ class Measurements(BaseModel):
     `artifact`; None where nobody can tell, and `misread` what of its prompt each picture does not show. `call_seconds`
     is the median of a component's calls, on `machine`, in the runtime that drew. `zipped_bytes` are those of a download
     in which every file is deflated. `to_diffusers` is the float model's largest relative error while it is drawn
-    here, against diffusers' own pipeline.
+    here, against diffusers' own pipeline. `temporal` is None where nothing depends on the timestep alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -111,6 +149,8 @@ class Measurements(BaseModel):
     lowering: dict[str, LoweringCost] = Field(default_factory=dict)
     fine_tuning: dict[str, HeldOutLoss] = Field(default_factory=dict)
     candidates: dict[str, CandidateLosses] = Field(default_factory=dict)
+    reconstruction: dict[str, BlockError] = Field(default_factory=dict)
+    temporal: TemporalFigures | None = None
 
 
 @dataclass(frozen=True)

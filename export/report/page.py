@@ -11,18 +11,32 @@ from ...ground.errors import TurbopocketError
 from ...runtimes.manifest import load_manifest
 from ..output.staging import report_folder, settle_output, write_atomically
 from ..units import format_bytes
-from .data import CandidateLosses, DrawnPicture, HeldOutLoss, LoweringCost, Measurements, ReportData, TradeoffPoint
+from .data import (
+    BlockError,
+    CandidateLosses,
+    DrawnPicture,
+    FeatureRow,
+    HeldOutLoss,
+    LoweringCost,
+    Measurements,
+    ReportData,
+    TemporalFigures,
+    TradeoffPoint,
+)
 from .svg import scientific
 from .view import page_view
 
 __all__ = [
     "REPORT_NAME",
+    "BlockError",
     "CandidateLosses",
     "DrawnPicture",
+    "FeatureRow",
     "HeldOutLoss",
     "LoweringCost",
     "Measurements",
     "ReportData",
+    "TemporalFigures",
     "TradeoffPoint",
     "rewrite_report",
     "write_report",

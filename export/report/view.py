@@ -13,8 +13,8 @@ from ...quant.scheme import parse_scheme
 from ...runtimes.compare.rows import ParityRow
 from ..families.components import group_name
 from ..target_options import TARGET_ENTRIES
-from .charts import layer_chart, timestep_chart, tradeoff_chart
-from .data import ReportData
+from .charts import feature_chart, layer_chart, timestep_chart, tradeoff_chart
+from .data import ReportData, TemporalFigures
 from .svg import scientific
 
 _DRAWN_BY = {"float_model": "float", "stored": "stored weights", "artifact": "artifact"}
@@ -113,6 +113,19 @@ class PageView:
     tried: tuple[str, ...]
     lowest: tuple[tuple[str, float], ...]
     memory_growth: int
+    temporal: "TemporalView | None"
+
+
+@dataclass(frozen=True)
+class TemporalView:
+    """What is shown of temporal features: `least_cosine` and `worst` of all, and how many are another timestep's."""
+
+    share_percent: float
+    chart: Markup
+    least_cosine: float
+    worst: str
+    mismatches: int
+    steps: int
 
 
 def page_view(data: ReportData) -> PageView:
@@ -151,6 +164,19 @@ def page_view(data: ReportData) -> PageView:
         tried=tried(data),
         lowest=_lowest(measured.layer_snr_db),
         memory_growth=sum(each.ran_anon_bytes - each.start_anon_bytes for each in measured.memory.values()),
+        temporal=None if measured.temporal is None else _temporal(measured.temporal),
+    )
+
+
+def _temporal(figures: TemporalFigures) -> TemporalView:
+    worst = min(figures.features, key=lambda row: row.cosine)
+    return TemporalView(
+        share_percent=100 * figures.share,
+        chart=feature_chart(figures.features),
+        least_cosine=worst.cosine,
+        worst=f"{worst.layer} at timestep {worst.timestep:g}",
+        mismatches=sum(row.shift != 0 for row in figures.features),
+        steps=len({row.step for row in figures.features}),
     )
 
 

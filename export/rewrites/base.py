@@ -34,22 +34,30 @@ class Rewritten:
 
 
 class Rewrite(ABC):
-    """One kind of change. `name` is what recipes and manifests call it; it is made to a pipeline's denoiser."""
+    """One kind of change. `name` is what recipes and manifests call it; it is made to a pipeline's denoiser.
+
+    `of_text` says whether its constants are made of what text encoders say, `only_these_steps` whether they hold for
+    the shipped timesteps alone.
+    """
 
     name: ClassVar[str]
+    of_text: ClassVar[bool]
+    only_these_steps: ClassVar[bool]
 
     @abstractmethod
     def refusal(self, denoiser: Component, pipeline: Pipeline) -> str | None:
         """None when it can be made, as far as shapes tell, else the reason."""
 
     @abstractmethod
-    def shaped(self, denoiser: Component, pipeline: Pipeline) -> Component:
+    def shaped(self, denoiser: Component, pipeline: Pipeline, timesteps: Sequence[float]) -> Component:
         """The denoiser with constants of unknown values, for what reads shapes alone."""
 
     @abstractmethod
-    def made(self, denoiser: Component, pipeline: Pipeline, calls: Sequence[Call]) -> Rewritten:
+    def made(
+        self, denoiser: Component, pipeline: Pipeline, calls: Sequence[Call], timesteps: Sequence[float]
+    ) -> Rewritten:
         """The denoiser rewritten. `calls` are some that it had for two prompts at least, and without a prompt where
-        the model is ever asked so.
+        the model is ever asked so; `timesteps` are those of all calls that a picture takes.
 
         Raises TurbopocketError when the calls show that it can not be made.
         """
@@ -60,13 +68,15 @@ class Rewrite(ABC):
             raise TurbopocketError(f"{self.name}: {reason}", hint=f"leave {self.name} out of compress.rewrites")
 
 
-def applied(rewrite: Rewrite, denoiser: Component, pipeline: Pipeline, calls: Sequence[Call]) -> Rewritten:
+def applied(
+    rewrite: Rewrite, denoiser: Component, pipeline: Pipeline, calls: Sequence[Call], timesteps: Sequence[float]
+) -> Rewritten:
     """The denoiser rewritten, which was found to give every recorded call's outputs again; it shares all tensors.
 
     Raises TurbopocketError when the rewrite does not fit the model, or changes an output by more than `TOLERANCE`.
     """
     rewrite.require(denoiser, pipeline)
-    found = rewrite.made(denoiser, pipeline, calls)
+    found = rewrite.made(denoiser, pipeline, calls, timesteps)
     for number, call in enumerate(calls):
         outputs = _outputs(found.component, call.inputs)
         for name, expected in call.outputs.items():

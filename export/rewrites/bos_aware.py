@@ -102,6 +102,8 @@ class BosAware(Rewrite):
     """Constants for the first token in all cross-attentions of a UNet."""
 
     name: ClassVar[str] = "bos-aware"
+    of_text: ClassVar[bool] = True
+    only_these_steps: ClassVar[bool] = False
 
     def refusal(self, denoiser: Component, pipeline: Pipeline) -> str | None:
         if not isinstance(denoiser.module, UNetModule) or pipeline.denoiser.component != denoiser.name:
@@ -116,10 +118,12 @@ class BosAware(Rewrite):
                 return f"{path} makes its keys of more than the text states"
         return None
 
-    def shaped(self, denoiser: Component, pipeline: Pipeline) -> Component:
+    def shaped(self, denoiser: Component, pipeline: Pipeline, timesteps: Sequence[float]) -> Component:
         return _with_constants(denoiser, pipeline, None)
 
-    def made(self, denoiser: Component, pipeline: Pipeline, calls: Sequence[Call]) -> Rewritten:
+    def made(
+        self, denoiser: Component, pipeline: Pipeline, calls: Sequence[Call], timesteps: Sequence[float]
+    ) -> Rewritten:
         prompts = [call.inputs[STATES] for call in calls if not self._is_nothing(call.inputs[STATES], pipeline)]
         if len(prompts) < 2:
             raise TurbopocketError(f"{self.name}: {len(prompts)} calls with a prompt were recorded, 2 are needed")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to choose codes: `absmax` (plain), `mse` (best scale), `gptq` (errors fed forward) for integers, and `vqdm` (as
-gptq for integers, sums of codebook vectors by beam search). Other grids take k-means in all of them."""
+gptq for integers, sums of codebook vectors by beam search), and `reconstruct` (as mse, and rounding learned block by
+block). Other grids take k-means in all of them."""
 
 from typing import Any
 
@@ -39,13 +40,17 @@ GPTQ = Fit("gptq", SOLVERS | {IntegerGrid: gptq_codes}, measuring=MSE, whole_hes
 # search gains for sums of vectors; a plan made with it would avoid them.
 QUICK_VQDM = Fit("quick vqdm", {**GPTQ.solvers, AdditiveGrid: quick_vqdm_codes}, whole_hessian=True)
 VQDM = Fit("vqdm", {**GPTQ.solvers, AdditiveGrid: vqdm_codes}, measuring=QUICK_VQDM, whole_hessian=True)
-FITS = (ABSMAX, MSE, GPTQ, VQDM)
+# Scales and first codes are those of `mse`; which way each weight of a denoiser is rounded is then learned, block by
+# block (`quant.reconstruct`), which is no function of one layer's weight.
+RECONSTRUCT = Fit("reconstruct", MSE.solvers)
+FITS = (ABSMAX, MSE, GPTQ, VQDM, RECONSTRUCT)
 
 __all__ = [
     "ABSMAX",
     "FITS",
     "GPTQ",
     "MSE",
+    "RECONSTRUCT",
     "VQDM",
     "AdditiveCodes",
     "AdditiveGrid",

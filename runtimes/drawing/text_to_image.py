@@ -139,7 +139,7 @@ def walk(
     built_for, count = manifest.sampler.steps, len(prompts)
     if manifest.only_these_steps and steps not in (None, built_for):
         raise TurbopocketError(
-            f"{manifest.name} was distilled, and this artifact built for {built_for} steps; {steps} were asked",
+            f"{manifest.name}: this artifact was built for {built_for} steps and draws in no other; {steps} were asked",
             hint=f"build another with --steps {steps}",
         )
     scale = manifest.sampler.guidance_scale if guidance is None else guidance

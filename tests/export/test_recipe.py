@@ -41,7 +41,7 @@ def test_shipped_recipe_loads(name: str) -> None:
             {"compress": {"budget": "1MB", "average_bits": 5}},
             "budget = 1MB and average_bits = 5: one is enough",
         ),
-        ({"compress": {"rewrites": ["bos"]}}, "bos is no rewrite, known are bos-aware"),
+        ({"compress": {"rewrites": ["bos"]}}, "bos is no rewrite, known are bos-aware, time-cache"),
         ({"compress": {"fit": "best"}}, "`best` is not a fit: known are absmax, mse, gptq"),
         ({"compress": {"budget": "8"}}, "'8' is not a number with a unit"),
         ({"target": {"name": "tflite"}}, "`tflite` is not a target: known are onnx, coreml, executorch"),

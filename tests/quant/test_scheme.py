@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.activations import A8_DYNAMIC, A8_STATIC, ActivationFormat, QParams
+from turbopocket.quant.activations import A8_DYNAMIC, A8_STATIC, A8_STEP, ActivationFormat, QParams
 from turbopocket.quant.formats import parse_format
 from turbopocket.quant.scheme import Scheme, parse_scheme
 
 INT8 = parse_format("int8-row")
-rounded = st.builds(ActivationFormat, st.sampled_from([4, 6, 8]), st.sampled_from(["dynamic", "static"]))
+rounded = st.builds(ActivationFormat, st.sampled_from([4, 6, 8]), st.sampled_from(["dynamic", "static", "step"]))
 activations = st.none() | rounded
 weights = st.sampled_from([parse_format(name) for name in ("fp32", "int8-row", "int4-g32-asym", "vq8-d4-r16")])
 
@@ -34,6 +34,8 @@ def test_no_two_schemes_share_a_name(one: Scheme, other: Scheme) -> None:
         ("int8-row+a8-static", Scheme(INT8, A8_STATIC, A8_STATIC)),
         ("int8-row+a8-static+float", Scheme(INT8, A8_STATIC)),
         ("int8-row+float+a8-static", Scheme(INT8, None, A8_STATIC)),
+        ("int8-row+a8-step", Scheme(INT8, A8_STEP, A8_STEP)),
+        ("int8-row+a8-step+float", Scheme(INT8, A8_STEP)),
     ],
 )
 def test_names(name: str, scheme: Scheme) -> None:
@@ -42,17 +44,18 @@ def test_names(name: str, scheme: Scheme) -> None:
 
 
 def test_what_a_scheme_needs() -> None:
-    names = "int8-row", "int8-row+a8-dynamic", "int8-row+a8-static", "int8-row+float+a8-static"
+    names = "int8-row", "int8-row+a8-dynamic", "int8-row+a8-static", "int8-row+float+a8-static", "int8-row+a8-step"
     schemes = [parse_scheme(name) for name in names]
-    assert [each.is_weight_only for each in schemes] == [True, False, False, False]
-    assert [each.is_static for each in schemes] == [False, False, True, True]
+    assert [each.is_weight_only for each in schemes] == [True, False, False, False, False]
+    assert [each.is_static for each in schemes] == [False, False, True, True, True]
+    assert [each.is_by_step for each in schemes] == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("int5-row+a8-static", "`int5-row` is not a weight format"),
-        ("int8-row+a5-static", "`a5-static` is no format of activations: known are a8-dynamic, a8-static"),
+        ("int8-row+a5-static", "`a5-static` is no format of activations: known are a8-dynamic, a8-static, a8-step"),
         ("int8-row+", "`` is no format of activations"),
         ("int8-row+float", "`int8-row+float` is written `int8-row`"),
         ("int8-row+a8-static+a8-static", "is written `int8-row+a8-static`"),

@@ -136,6 +136,8 @@ class _IntegerForm(ProgramForm):
     def rounding_refusal(cls, scheme: Scheme) -> str | None:
         if scheme == with_activations(scheme.weight, A8_DYNAMIC):
             return None
+        if scheme.is_by_step:
+            return "XNNPACK's static scales are constants of a delegate: none can be looked up by the timestep"
         if scheme != with_activations(scheme.weight, A8_STATIC):
             return "XNNPACK rounds inputs to 8 bits with dynamic scales, or inputs and outputs with static ones"
         if isinstance(scheme.weight, Affine) and scheme.weight.bits == 8:

@@ -21,6 +21,7 @@ from ....quant.ranges import Ranges
 from ...target_options import OnnxOptions
 from ..layer import LayerForm
 from .data import StoredTensor, data_bytes, external_initializers
+from .steps import StepClock, StepColumn
 
 Array = NDArray[Any]
 
@@ -38,11 +39,12 @@ DEFAULTS = OnnxOptions()
 class FormOptions:
     """What the layers of one component have in common: what was asked of the target, and what calibration saw.
 
-    `ranges` are by full layer name; static scales are made of them.
+    `ranges` are by full layer name; calibrated scales are made of them. `clock` tells layers in PyTorch the timestep.
     """
 
     asked: OnnxOptions = DEFAULTS
     ranges: Mapping[str, Ranges] = field(default_factory=dict)
+    clock: StepClock = field(default_factory=StepClock)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Form(LayerForm):
 
     def constants(self) -> list[TensorProto]:
         """Small initializers that stand in the graph itself, named by their values: equal ones are there once."""
+        return []
+
+    def columns(self) -> list[StepColumn]:
+        """Scales and zero points that the graph looks up by the timestep: `apply` reads the values that they name."""
         return []
 
     @abstractmethod

@@ -8,9 +8,10 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
-from ....quant.activations import A8_DYNAMIC, A8_STATIC
+from ....quant.activations import A8_DYNAMIC, A8_STATIC, A8_STEP, ActivationFormat
 from ....quant.formats import Affine, CompressedTensor
 from ....quant.formats.bits import pack
+from ....quant.ranges import Ranges
 from ....quant.rounding import keeps_digits
 from ....quant.scheme import Scheme, with_activations
 from .data import StoredTensor
@@ -39,12 +40,13 @@ class MatMulNBits(Form):
 
     @classmethod
     def resolved(cls, format: Affine, layer: str | None, options: FormOptions) -> Scheme:
-        """Rounded inputs where the options say so; with static scales if these leave digits enough."""
+        """Rounded inputs where the options say so; with calibrated scales if these leave digits enough."""
         if not _may_round(format, options):
             return Scheme(format)
         ranges = options.ranges.get(layer or "")
-        static = options.asked.activations == "static" and (ranges is None or keeps_digits(ranges, of_output=False))
-        return Scheme(format, A8_STATIC if static else A8_DYNAMIC)
+        if options.asked.activations == "dynamic" or (ranges and not keeps_digits(ranges, of_output=False)):
+            return Scheme(format, A8_DYNAMIC)
+        return Scheme(format, _calibrated(options, ranges))
 
     @property
     def block(self) -> int:
@@ -127,10 +129,10 @@ class DequantizedConv2d(Form):
 
     @classmethod
     def resolved(cls, format: Affine, layer: str | None, options: FormOptions) -> Scheme:
-        """Static scales where the options say that activations are rounded at all, if these leave digits enough."""
+        """Calibrated scales where the options say that activations are rounded at all, if these leave digits enough."""
         ranges = options.ranges.get(layer or "")
-        static = _may_round(format, options) and (ranges is None or keeps_digits(ranges))
-        return with_activations(format, A8_STATIC) if static else Scheme(format)
+        rounds = _may_round(format, options) and (ranges is None or keeps_digits(ranges))
+        return with_activations(format, _calibrated(options, ranges)) if rounds else Scheme(format)
 
     def _scale_shape(self) -> tuple[int, ...]:
         outputs, inputs, height, width = self.layer.shape
@@ -192,6 +194,12 @@ class DequantizedConv2d(Form):
 def _may_round(format: Affine, options: FormOptions) -> bool:
     """Whether the options ask for activations to be rounded beside such weights."""
     return options.asked.activations != "float" and format.bits == 8 and format.symmetric and format.group is None
+
+
+def _calibrated(options: FormOptions, ranges: Ranges | None) -> ActivationFormat:
+    """Scales of each timestep where the options say so and a layer has timesteps, else one for all calls."""
+    by_step = options.asked.activations == "step" and (ranges is None or ranges.steps)
+    return A8_STEP if by_step else A8_STATIC
 
 
 def _power_of_two_factor(number: int) -> int:

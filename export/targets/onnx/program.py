@@ -11,9 +11,11 @@ from typing import Literal
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from ....ground.errors import TurbopocketError
 from ....quant.formats import CompressedTensor
 from ....quant.scheme import Scheme
 from ....runtimes.manifest import ComponentSpec, TensorSpec
+from ...families.graphs import TIMESTEP
 from ...target_options import OnnxOptions
 from ..layer import NO_SCHEMES, require_equal_shares, schemes_of
 from .codebook import distinct
@@ -23,6 +25,7 @@ from .names import DOMAIN, OPSET, is_layer, layer_path
 from .norm import is_norm, norm_constants, norm_nodes
 from .prepack import prepack
 from .rest import RestParameter, looked_up, rest_parameters, widened
+from .steps import step_lookup
 from .stores import STORES
 from .trace import TracedGraph, trace
 
@@ -62,6 +65,7 @@ def lower(
     require_equal_shares(weights)
     for form in forms.values():
         form.require_calibrated()
+    require_steps(traced, forms.values())
     graph = _Graph(traced, forms)
     target = folder / traced.component
     target.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,8 @@ def graph_bytes(
     in_nodes = sum(max((form.overhead_bytes(node) for form in possible), default=0) for node, possible in forms)
     bodies = distinct([body for node, possible in forms for form in possible for body in form.functions(node)])
     shared = _once(form for _, possible in forms for form in possible).ByteSize()
-    return skeleton_bytes + in_nodes + shared + _function_bytes(bodies)
+    columns = [column for _, possible in forms for form in possible for column in form.columns()]
+    return skeleton_bytes + in_nodes + shared + step_lookup(columns).ByteSize() + _function_bytes(bodies)
 
 
 def _once(forms: Iterable[Form]) -> GraphProto:
@@ -145,6 +150,7 @@ class _Graph:
         self.traced = traced
         self.forms = forms
         self.rest = _rest(traced)
+        self.lookup = step_lookup([column for form in forms.values() for column in form.columns()])
 
     def tensors(self) -> list[StoredTensor]:
         """What the data file holds, in order; what several layers share, once."""
@@ -188,7 +194,9 @@ class _Graph:
         ]
         layers = [constant for form in self.forms.values() for constant in form.constants()]
         shared = _once(self.forms.values()).initializer
-        return list({constant.name: constant for constant in (*norms, *layers, *shared)}.values())
+        return list(
+            {constant.name: constant for constant in (*norms, *layers, *shared, *self.lookup.initializer)}.values()
+        )
 
     def _uses(self) -> Iterator[list[FunctionProto]]:
         for node in self.traced.skeleton.graph.node:
@@ -202,7 +210,7 @@ class _Graph:
         before its Conv would run before all that leads to the Conv's input, and its dense weight would wait in memory.
         """
         half_tables = {p.name for p in self.rest if p.is_table and p.is_half}
-        nodes = [*widened(self.rest), *_once(self.forms.values()).node]
+        nodes = [*widened(self.rest), *_once(self.forms.values()).node, *self.lookup.node]
         for form in self.forms.values():
             nodes += form.prepare()
         for node in self.traced.skeleton.graph.node:
@@ -226,6 +234,15 @@ def _forms(traced: TracedGraph, schemes: Mapping[str, Scheme], options: OnnxOpti
     """By module path."""
     of_forms = FormOptions(options, traced.ranges)
     return {form.layer.path: form for form in STORES.forms_of(traced.layers, schemes, of_forms).values()}
+
+
+def require_steps(traced: TracedGraph, forms: Iterable[Form]) -> None:
+    """Returns when scales by step are those of timesteps, in a graph that has any; TurbopocketError naming a layer."""
+    has_timestep = any(value.name == TIMESTEP for value in traced.skeleton.graph.input)
+    for form in forms:
+        if form.scheme.is_by_step and bool(form.columns()) != has_timestep:
+            why = "calibration did not tell the timesteps" if has_timestep else f"the graph has no input {TIMESTEP}"
+            raise TurbopocketError(f"{form.layer.name}: {form.scheme} needs ranges of each timestep, {why}")
 
 
 def _tensor_spec(value: ValueInfoProto) -> TensorSpec:

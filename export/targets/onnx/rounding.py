@@ -11,7 +11,7 @@ O outputs, I inputs.
 
 import struct
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,16 +19,21 @@ from onnx import FunctionProto, NodeProto, TensorProto, helper
 from torch import Tensor, nn
 
 from ....ground.errors import TurbopocketError
-from ....quant.activations import A8_DYNAMIC, A8_STATIC, QParams
+from ....quant.activations import A8_DYNAMIC, A8_STATIC, A8_STEP, QParams
 from ....quant.formats import Affine, CompressedTensor
 from ....quant.formats.bits import pack
 from ....quant.ranges import Ranges
-from ....quant.rounding import StaticQParams, rounded, rounded_by_row
+from ....quant.rounding import StaticQParams, StepQParams, rounded, rounded_by_row
 from ....quant.scheme import Scheme, with_activations
 from .data import StoredTensor
 from .form import MICROSOFT, Array, Form, FormOptions, cast_to_fp32
 from .names import DOMAIN
 from .rows import COLUMN_SUMS, QUANTIZE_ROWS, SCALE_ROWS, overload, row_functions
+from .steps import STEP, StepColumn
+
+Scales = QParams | StepColumn
+"""Of one tensor: the same in all calls, or looked up by the timestep."""
+BY_STEP = ", in scales that the graph looks up by its timestep"
 
 _UNKNOWN = Ranges((0.0, 1.0), (0.0, 1.0), 1.0, 1.0)
 """Of a layer before calibration, whose bytes are the same with any."""
@@ -77,8 +82,31 @@ class _IntegerForm(Form):
         return self._value("codes8" if self.format.bits == 4 else "codes")
 
     @property
-    def _qparams(self) -> StaticQParams:
-        return StaticQParams.of(self.options.ranges.get(self.layer.name, _UNKNOWN))
+    def _ends(self) -> tuple[Scales, Scales]:
+        """Of input and output: of each timestep where the scheme says so and the component has timesteps."""
+        ranges = self.options.ranges.get(self.layer.name, _UNKNOWN)
+        if not self.scheme.is_by_step or not ranges.steps:
+            static = StaticQParams.of(ranges)
+            return static.input, static.output
+        found = StepQParams.of(ranges)
+        inputs, outputs = zip(*((step.input, step.output) for step in found.steps), strict=True)
+        return StepColumn(found.timesteps, inputs), StepColumn(found.timesteps, outputs)
+
+    @abstractmethod
+    def _rounds_by(self) -> list[Scales]:
+        """What its nodes round by."""
+
+    def constants(self) -> list[TensorProto]:
+        return [constant for each in self._rounds_by() for constant in constants_of(each)]
+
+    def columns(self) -> list[StepColumn]:
+        return [each for each in self._rounds_by() if isinstance(each, StepColumn)]
+
+    def _rounded(self, scales: Scales) -> Callable[[Tensor], Tensor]:
+        """What a tensor becomes, as the nodes have it."""
+        if isinstance(scales, StepColumn):
+            return lambda x: self.options.clock.rounded(x, scales)
+        return lambda x: rounded(x, scales)
 
     def require_calibrated(self) -> None:
         if self.scheme.is_static and self.layer.name not in self.options.ranges:
@@ -93,15 +121,17 @@ class IntegerLinear(_IntegerForm):
     @classmethod
     def rounding_refusal(cls, scheme: Scheme) -> str | None:
         weight = scheme.weight
-        if scheme in (with_activations(weight, A8_DYNAMIC), with_activations(weight, A8_STATIC), static_input(weight)):
+        calibrated = [each for a8 in (A8_STATIC, A8_STEP) for each in (Scheme(weight, a8), Scheme(weight, a8, a8))]
+        if scheme in (with_activations(weight, A8_DYNAMIC), *calibrated):
             return None
-        return "ONNX Runtime rounds a Linear's input to 8 bits, and its output where both scales are static"
+        return "ONNX Runtime rounds a Linear's input to 8 bits, and its output where both scales are calibrated alike"
 
     @classmethod
     def stored_as(cls, scheme: Scheme) -> str:
         if scheme.input == A8_DYNAMIC:
             return "MatMulIntegerToFloat: inputs are rounded to uint8 row by row while it runs, weights are int8"
-        return cls.summary if scheme.output is None else f"{cls.summary}, and are rounded to uint8"
+        summary = cls.summary if scheme.output is None else f"{cls.summary}, and are rounded to uint8"
+        return f"{summary}{BY_STEP}" if scheme.is_by_step else summary
 
     def _stored_shape(self) -> tuple[int, ...]:
         return (self.layer.shape[1], self.layer.shape[0])
@@ -114,25 +144,24 @@ class IntegerLinear(_IntegerForm):
         return self.scheme.input == A8_DYNAMIC
 
     def constants(self) -> list[TensorProto]:
-        if self._by_row:
-            return [_scale(1.0), _zero_point(0)]
-        qparams = self._qparams
-        outputs = [] if self.scheme.output is None else constants_of(qparams.output)
-        return [*constants_of(qparams.input), *outputs]
+        return [_scale(1.0), _zero_point(0)] if self._by_row else super().constants()
+
+    def _rounds_by(self) -> list[Scales]:
+        return [] if self._by_row else list(self._ends[: 1 if self.scheme.output is None else 2])
 
     def apply(self, node: NodeProto) -> list[NodeProto]:
         return self._apply_by_row(node) if self._by_row else self._apply_static(node)
 
     def _apply_static(self, node: NodeProto) -> list[NodeProto]:
-        y, qparams = node.output[0], self._qparams
-        codes, scales = f"{y}/codes", constant_names(qparams.input)
+        y, (input, output) = node.output[0], self._ends
+        codes, scales = f"{y}/codes", names_of(input)
         bias = ["", node.input[2]] if len(node.input) > 2 else []
         product = y if self.scheme.output is None else f"{y}/product"
         nodes = [
             helper.make_node("QuantizeLinear", [node.input[0], *scales], [codes], name=codes),
             self._product(codes, scales, product, bias, node.name if product == y else f"{node.name}/product"),
         ]
-        return nodes if product == y else [*nodes, *rounded_nodes(product, node, qparams.output)]
+        return nodes if product == y else [*nodes, *rounded_nodes(product, node, output)]
 
     def _apply_by_row(self, node: NodeProto) -> list[NodeProto]:
         y = node.output[0]
@@ -163,7 +192,8 @@ class IntegerLinear(_IntegerForm):
         self.require_calibrated()
         if self._by_row:
             return rounding(super().reference(module, weight), rounded_by_row, None)
-        return _static(super().reference(module, weight), self._qparams, self.scheme.output is not None)
+        input, output = map(self._rounded, self._ends)
+        return rounding(super().reference(module, weight), input, None if self.scheme.output is None else output)
 
 
 class IntegerConv2d(_IntegerForm):
@@ -173,11 +203,15 @@ class IntegerConv2d(_IntegerForm):
 
     @classmethod
     def rounding_refusal(cls, scheme: Scheme) -> str | None:
-        if scheme == with_activations(scheme.weight, A8_STATIC):
+        if scheme in (with_activations(scheme.weight, A8_STATIC), with_activations(scheme.weight, A8_STEP)):
             return None
         if scheme.input == A8_DYNAMIC:
             return "ONNX Runtime's convolution with scales found while it runs takes several times as long as fp32"
-        return "ONNX Runtime's convolution of integers rounds inputs and outputs to 8 bits, with static scales"
+        return "ONNX Runtime's convolution of integers rounds inputs and outputs to 8 bits, with calibrated scales"
+
+    @classmethod
+    def stored_as(cls, scheme: Scheme) -> str:
+        return f"{cls.summary}{BY_STEP}" if scheme.is_by_step else cls.summary
 
     def _stored_shape(self) -> tuple[int, ...]:
         return self.layer.shape
@@ -187,28 +221,36 @@ class IntegerConv2d(_IntegerForm):
         return codes_OK.reshape(outputs, height, width, -1).permute(0, 3, 1, 2).contiguous()
 
     def constants(self) -> list[TensorProto]:
-        qparams = self._qparams
-        return [*constants_of(qparams.input), *constants_of(qparams.output), _WEIGHT_ZERO_POINT]
+        scales = [each.all_scales() for each in self._ends[:1] if isinstance(each, StepColumn)]
+        return [*super().constants(), *scales, _WEIGHT_ZERO_POINT]
+
+    def _rounds_by(self) -> list[Scales]:
+        return list(self._ends)
 
     def apply(self, node: NodeProto) -> list[NodeProto]:
-        y, qparams = node.output[0], self._qparams
+        y, (input, output) = node.output[0], self._ends
         codes, product, bias = f"{y}/codes", f"{y}/product", f"{y}/bias"
-        scales = constant_names(qparams.input)
+        scales = names_of(input)
         weight = [self._codes, self._value("scale32"), _WEIGHT_ZERO_POINT.name]
         biased = len(node.input) > 2
-        inputs = [codes, *scales, *weight, *constant_names(qparams.output), *([bias] if biased else [])]
+        inputs = [codes, *scales, *weight, *names_of(output), *([bias] if biased else [])]
         conv = helper.make_node("QLinearConv", inputs, [product], name=product)
         conv.attribute.extend(node.attribute)
         return [
-            *(self._rounded_bias(node, bias, scales[0]) if biased else []),
+            *(self._rounded_bias(node, bias, input) if biased else []),
             helper.make_node("QuantizeLinear", [node.input[0], *scales], [codes], name=codes),
             conv,
-            helper.make_node("DequantizeLinear", [product, *constant_names(qparams.output)], [y], name=node.name),
+            helper.make_node("DequantizeLinear", [product, *names_of(output)], [y], name=node.name),
         ]
 
-    def _rounded_bias(self, node: NodeProto, bias: str, scale: str) -> list[NodeProto]:
-        """int32 multiples of a product's scale, made when the graph is loaded."""
+    def _rounded_bias(self, node: NodeProto, bias: str, input: Scales) -> list[NodeProto]:
+        """int32 multiples of a product's scale, made when the graph is loaded: of all timesteps [T, O], where there are
+        several, of which one row is taken."""
         step, steps, whole, fitting = (f"{bias}/{part}" for part in ("step", "steps", "whole", "fitting"))
+        made, scale, chosen = bias, names_of(input)[0], []
+        if isinstance(input, StepColumn):
+            made, scale = f"{bias}/all", input.all_scales().name
+            chosen = [helper.make_node("Gather", [made, STEP], [bias], name=bias)]
         ends = [f"{bias}/least", f"{bias}/most"]
         return [
             helper.make_node("Mul", [self._value("scale32"), scale], [step], name=step),
@@ -217,41 +259,44 @@ class IntegerConv2d(_IntegerForm):
             helper.make_node("Constant", [], ends[:1], value_float=-_LARGEST_BIAS),
             helper.make_node("Constant", [], ends[1:], value_float=_LARGEST_BIAS),
             helper.make_node("Clip", [whole, *ends], [fitting], name=fitting),
-            helper.make_node("Cast", [fitting], [bias], name=bias, to=TensorProto.INT32),
+            helper.make_node("Cast", [fitting], [made], name=made, to=TensorProto.INT32),
+            *chosen,
         ]
 
     def reference(self, module: nn.Module, weight: CompressedTensor) -> nn.Module:
         self.require_calibrated()
-        qparams, found = self._qparams, super().reference(module, weight)
-        bias = found.bias
-        if isinstance(bias, Tensor):
-            step = weight.parts["scale"][:, 0].float() * qparams.input.scale
-            found.bias = nn.Parameter(torch.round(bias.detach() / step) * step, requires_grad=False)
-        return _static(found, qparams, with_output=True)
+        found, scale_O = super().reference(module, weight), weight.parts["scale"][:, 0].float()
+        (input, output), bias = self._ends, found.bias
+        if isinstance(bias, Tensor) and isinstance(input, StepColumn):
+            bias_TO = torch.stack([_bias_in_steps(bias, scale_O * each.scale) for each in input.qparams])
+            found.register_parameter("bias", None)
+            found.register_forward_hook(lambda layer, x, y: y + self.options.clock.row(bias_TO, input)[:, None, None])
+        elif isinstance(bias, Tensor):
+            assert isinstance(input, QParams)
+            rounded_O = _bias_in_steps(bias, scale_O * input.scale)
+            found.bias = nn.Parameter(rounded_O, requires_grad=False)
+        return rounding(found, self._rounded(input), self._rounded(output))
 
 
-def static_input(weight: Any) -> Scheme:
-    """Its inputs are rounded in a scale from calibration, and floats come out."""
-    return Scheme(weight, A8_STATIC)
-
-
-def rounded_nodes(value: str, node: NodeProto, qparams: QParams) -> list[NodeProto]:
+def rounded_nodes(value: str, node: NodeProto, scales_of: Scales) -> list[NodeProto]:
     """From a value to the output of the traced node, which is that value in steps."""
-    codes, scales = f"{node.output[0]}/rounded", constant_names(qparams)
+    codes, scales = f"{node.output[0]}/rounded", names_of(scales_of)
     return [
         helper.make_node("QuantizeLinear", [value, *scales], [codes], name=codes),
         helper.make_node("DequantizeLinear", [codes, *scales], node.output, name=node.name),
     ]
 
 
-def constants_of(qparams: QParams) -> list[TensorProto]:
-    """Scale and unsigned zero point of a tensor."""
-    return [_scale(qparams.scale), _zero_point(qparams.zero_point - qparams.lowest)]
+def constants_of(scales: Scales) -> list[TensorProto]:
+    """Scale and unsigned zero point of a tensor; none where they are looked up."""
+    if isinstance(scales, StepColumn):
+        return []
+    return [_scale(scales.scale), _zero_point(scales.zero_point - scales.lowest)]
 
 
-def constant_names(qparams: QParams) -> list[str]:
-    """Of `constants_of`."""
-    return [each.name for each in constants_of(qparams)]
+def names_of(scales: Scales) -> list[str]:
+    """Of the values that are scale and zero point."""
+    return scales.names if isinstance(scales, StepColumn) else [each.name for each in constants_of(scales)]
 
 
 def _scale(scale: float) -> TensorProto:
@@ -268,10 +313,8 @@ def _zero_point(zero_point: int) -> TensorProto:
 _WEIGHT_ZERO_POINT = TensorProto(name="zero_point.int8", data_type=TensorProto.INT8, raw_data=bytes(1))
 
 
-def _static(layer: nn.Module, qparams: StaticQParams, with_output: bool) -> nn.Module:
-    return rounding(
-        layer, lambda x: rounded(x, qparams.input), (lambda y: rounded(y, qparams.output)) if with_output else None
-    )
+def _bias_in_steps(bias_O: Tensor, step_O: Tensor) -> Tensor:
+    return torch.round(bias_O.detach() / step_O) * step_O
 
 
 def rounding(layer: nn.Module, of_input: Any, of_output: Any) -> nn.Module:

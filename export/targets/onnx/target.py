@@ -123,8 +123,13 @@ class Onnx(Target):
         own = {name: weight for name, weight in weights.items() if name.startswith(component.layer_prefix)}
         whole = self.schemes_of(own, {name: schemes[name] for name in own if name in schemes}, ranges)
         layers = {name: Layer(name, kind_of(own[name].shape), own[name].shape) for name in rounding_layers(whole)}
-        forms = self.stores.forms_of(layers, {name: whole[name] for name in layers}, self.form_options(ranges))
-        return with_references(component, forms, own) if forms else component
+        options = self.form_options(ranges)
+        forms = self.stores.forms_of(layers, {name: whole[name] for name in layers}, options)
+        if not forms:
+            return component
+        found = with_references(component, forms, own)
+        options.clock.watch(found)
+        return found
 
     def write_side_files(
         self, model: LoadedModel, components: Mapping[str, Any], size: ImageSize, folder: Path

@@ -88,6 +88,20 @@ def test_what_fits_read_and_how_many_workers_there_are_is_foreseen(monkeypatch: 
     assert sum(_calibrate(pictures)) == pytest.approx(16 * sum(_calibrate(mse)), rel=0.01)
 
 
+def test_learned_rounding_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasting, "measured_rates", lambda threads: RATES)
+    few, many = (
+        foreseen({**QUICK, "compress": {"fit": "reconstruct"}, "reconstruct": {"iterations": count, "batch": batch}})
+        for count, batch in ((100, 4), (1000, 64))
+    )
+    names = [stage.name for stage in few.stages]
+    assert names.index("reconstruct") == names.index("compress") + 1
+    one, other = (each.stages[names.index("reconstruct")] for each in (few, many))
+    assert 5 * one.seconds < other.seconds
+    assert one.memory_bytes < other.memory_bytes
+    assert "reconstruct" not in [stage.name for stage in foreseen(QUICK).stages]
+
+
 def _calibrate(each: Forecast) -> tuple[float, ...]:
     return next(stage.step_seconds for stage in each.stages if stage.name == "calibrate")
 

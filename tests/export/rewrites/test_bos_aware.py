@@ -52,7 +52,7 @@ class Subject:
         return next(each for each in self.components if each.name == self.pipeline.denoiser.component)
 
     def applied(self) -> Rewritten:
-        return applied(BosAware(), self.denoiser, self.pipeline, self.calls)
+        return applied(BosAware(), self.denoiser, self.pipeline, self.calls, ())
 
 
 def subject_of(folder: Path, out: Path, **sampler: Any) -> Subject:
@@ -139,17 +139,16 @@ def test_states_that_depend_on_the_prompt_are_refused(guided: Subject) -> None:
     states[:, 0] *= 1.001
     calls = [*guided.calls[:2], replace(guided.calls[2], inputs={**guided.calls[2].inputs, STATES: states})]
     with pytest.raises(TurbopocketError, match="the first token differ by 0.001 between prompts, more than 1e-06"):
-        applied(BosAware(), guided.denoiser, guided.pipeline, calls)
+        applied(BosAware(), guided.denoiser, guided.pipeline, calls, ())
 
 
 def test_a_transformer_that_reads_t5_is_refused(tmp_path: Path) -> None:
     write_alpha(tmp_path / "model")
     model = load(str(tmp_path / "model"))
     components = components_of(model)
-    pipeline = model.family.pipeline(model, {each.name: described(each) for each in components})
     recipe = make_recipe({"compress": {"rewrites": ["bos-aware"]}}, "a test")
     with pytest.raises(TurbopocketError, match="bos-aware: transformer has no cross-attention to the states of CLIP"):
-        shaped(components, recipe, pipeline)
+        shaped(components, recipe, model)
 
 
 def test_the_float_model_stays_as_it_was(guided: Subject) -> None:
