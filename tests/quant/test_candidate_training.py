@@ -203,3 +203,10 @@ def test_one_call_is_too_few(model: Model, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_it(model: Model, tmp_path: Path) -> None:
     with pytest.raises(TurbopocketError, match="unet.first: the loss is .* training candidates"):
         trained(model, tmp_path, replace(OPTIONS, learning_rate=1e30))
+
+
+def test_a_block_that_did_not_get_better_stays_as_it_was_stored(model: Model, tmp_path: Path) -> None:
+    given = asked(model)
+    after, losses = trained(model, tmp_path, replace(OPTIONS, iterations=2, learning_rate=1.0))
+    assert all(each.after > each.before for each in losses.values())
+    assert same(after, given["weights"])
