@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
 .PHONY: setup search fuzz-search demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality \
-	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq bench-tfmq synthetic-sdxl train-pocket \
+	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq bench-allocation bench-tfmq synthetic-sdxl train-pocket \
 	train-pocket-dit distill-pocket distill-baseline test-optimum test-clients kernels kernels-arm64 fuzz-kernels \
 	clean
 
@@ -99,6 +99,10 @@ bench-gains: setup
 # MixDQ's steps one on top of the other, 500 test prompts: a quarter of an hour of one core, and goes on where it was.
 bench-mixdq: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixdq.py --prompts 500
+
+# Mixed plans beside one format for all and two other rules, at equal bytes, on each target: ten minutes.
+bench-allocation: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/allocation.py
 
 # Ranges of activations by timestep beside one range for all, from exported files: some minutes of one core.
 bench-tfmq: setup

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MixDQ's steps one on top of the other, on a bundled model's UNet: naive, BOS-aware, mixed by one metric, by two.
 
-    python benchmarks/mixdq.py [--prompts 64] [--out benchmarks/results/mixdq.json]
+    python benchmarks/mixdq.py [--prompts 500] [--out benchmarks/results/mixdq.json]
 
 Weights are rounded by row to the nearest (absmax), inputs of layers in one calibrated range each (min-max, per tensor);
 text encoders and decoder stay in float. Computed in PyTorch with the values that an artifact stores. `W5A8 …` mixes
@@ -338,7 +338,7 @@ def run(ablation: Ablation) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket-turbo")
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mixdq.json"))
     asked = parser.parse_args()
     torch.set_num_threads(1)

@@ -13,7 +13,16 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/distillation.md", "docs/codebooks.md", "docs/gains.md", "docs/kernels.md", "docs/coreml.md")
+PAGES = (
+    "README.md",
+    "docs/distillation.md",
+    "docs/codebooks.md",
+    "docs/gains.md",
+    "docs/kernels.md",
+    "docs/coreml.md",
+    "docs/mixdq.md",
+    "docs/tfmq.md",
+)
 GAINS_FORMATS = ("int8-row", "int4-row", "vq8-d4")
 
 
@@ -183,6 +192,40 @@ def apple_pipeline() -> str:
     return _table(["4 steps, 32 test prompts", "alignment", "median PSNR to our own loop"], rows)
 
 
+def mixdq() -> str:
+    """MixDQ's steps one on top of the other."""
+    rows = _load("mixdq")["rows"]
+    found = [
+        [name, f"{row['psnr_db']:.1f} dB", f"{row['ssim']:.4f}", _percent(row)]
+        for name, row in rows.items()
+        if name != "float"
+    ]
+    return _table(["", "PSNR", "SSIM", "alignment"], found)
+
+
+RULES = {"uniform": "one format", "threshold": "threshold", "ratio": "ratio", "program": "`build`"}
+
+
+def allocation() -> str:
+    """Plans of equal bytes by each rule, on each target."""
+    rows = [
+        [f"{target}, `{format}`", f"{plans['uniform']['bytes'] / 1e6:.2f} MB"]
+        + [f"{plans[rule]['psnr_db']:.1f} dB" if rule in plans else "" for rule in RULES]
+        for target, formats in _load("allocation")["targets"].items()
+        for format, plans in formats.items()
+    ]
+    return _table(["bytes of", "layers", *RULES.values()], rows)
+
+
+def ranges_by_step() -> str:
+    """One range for all steps beside one for each, from exported files."""
+    rows = [
+        [name, f"{row['psnr_db']:.1f} dB", f"{row['median_psnr_db']:.1f} dB", f"{row['least_psnr_db']:.1f} dB"]
+        for name, row in _load("tfmq_ranges")["rows"].items()
+    ]
+    return _table(["", "PSNR of all pictures together", "median picture", "worst picture"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "results_executorch": lambda: results("alignment_executorch"),
@@ -195,6 +238,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "executorch_codebooks": executorch_codebooks,
     "opening": opening,
     "gains": gains,
+    "mixdq": mixdq,
+    "allocation": allocation,
+    "ranges by step": ranges_by_step,
     "apple_pipeline": apple_pipeline,
 }
 

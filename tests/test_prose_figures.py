@@ -64,7 +64,18 @@ def mixdq() -> list[str]:
     return [f"whose alignment is {percent(measured('mixdq')['rows']['float'])}"]
 
 
+def full_size() -> list[str]:
+    (built,) = [row for row in measured("sdxl_builds") if (row["folder"], row["fit"]) == ("sdxl-full", "mse")]
+    spare = built["planned_bytes"] - built["artifact_bytes"]
+    return [
+        f"was built for ONNX in {built['cpu_seconds'] / 60:.0f} minutes of one thread's processor time and "
+        f"{built['peak_anonymous_bytes'] / 1e9:.1f} GB of memory, to {spare} bytes of its plan of "
+        f"{built['planned_bytes'] / 1e9:.1f} GB"
+    ]
+
+
 SENTENCES = [
+    ("README.md", full_size),
     ("README.md", readme_codebooks),
     ("README.md", executorch_codebooks),
     ("docs/codebooks.md", page_codebooks),
