@@ -25,6 +25,7 @@ from .render import SIDE, render
 from .scenes import SPLITS, Split, sample_scenes
 
 WEIGHTS = Path(__file__).parent / "weights"
+DIT_WEIGHTS = Path(__file__).parent / "dit_weights"
 SAMPLING_FILE = "sampling.json"
 """Beside model_index.json: the steps and the guidance that a model was chosen with."""
 REFERENCE_PICTURES = 2000

@@ -74,7 +74,13 @@ def full_size() -> list[str]:
     ]
 
 
+def transformer() -> list[str]:
+    found = measured("pocket_dit")
+    return [f"{percent(found['test'])} of the test prompts right in {found['steps']} steps"]
+
+
 SENTENCES = [
+    ("README.md", transformer),
     ("README.md", full_size),
     ("README.md", readme_codebooks),
     ("README.md", executorch_codebooks),

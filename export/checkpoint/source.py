@@ -24,8 +24,12 @@ from .single_file import MODEL_SUFFIXES, SingleFile, open_single_file
 from .weight_files import stored_tensors
 
 _FOLDER = Path(str(resources.files(pocket)))
-BUNDLED = {"pocket-turbo": _FOLDER / "turbo_weights", "pocket": _FOLDER / "weights"}
-"""The few-step student, which is the default model, and its teacher."""
+BUNDLED = {
+    "pocket-turbo": _FOLDER / "turbo_weights",
+    "pocket": _FOLDER / "weights",
+    "pocket-dit": _FOLDER / "dit_weights",
+}
+"""The few-step student, which is the default model, its teacher, and a diffusion transformer."""
 COMPLETE = "--config FOLDER: a diffusers folder or a hub id of the same architecture, with weights"
 
 

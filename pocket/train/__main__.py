@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line of the training stages: judge, text encoders, VAE, UNet, ship; and of pocket-dit's: T5, transformer.
+"""Command line of the training stages: judge, text encoders, VAE, UNet, ship; and of pocket-dit's: T5, transformer,
+ship.
 
     python -m turbopocket.pocket.train all --folder build/pocket
     python -m turbopocket.pocket.train pocket-dit --folder build/pocket-dit --preview build/pocket-dit-preview
@@ -14,11 +15,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from ..evaluate import WEIGHTS, evaluate, pipeline_images
+from ..evaluate import DIT_WEIGHTS, WEIGHTS, evaluate, pipeline_images
 from ..judge import JUDGE_FILE, load_judge
 from .dit import train_dit
 from .judge import train_judge
 from .ship import ship
+from .ship_dit import ship_dit
 from .t5 import train_t5
 from .text import train_text
 from .unet import train_unet
@@ -26,7 +28,7 @@ from .vae import train_vae
 
 SEED = 1
 STAGES = ("judge", "text", "vae", "unet", "ship")
-DIT_STAGES = ("t5", "dit")
+DIT_STAGES = ("t5", "dit", "ship-dit")
 """Of pocket-dit, which takes VAE and judge from the shipped `pocket`."""
 STAGES_OF = {"all": STAGES, "pocket-dit": DIT_STAGES}
 WATCHED_PROMPTS, WATCHED_STEPS, WATCHED_GUIDANCE = 64, 12, 3.0
@@ -71,6 +73,8 @@ def run_stage(stage: str, options: argparse.Namespace) -> None:
             preview=options.preview,
             watch=lambda model: watch(model, JUDGE_FILE),
         )
+    elif stage == "ship-dit":
+        ship_dit(folder, options.preview, DIT_WEIGHTS, options.dit_results, options.dit_sheet)
     else:
         ship(folder, options.preview, options.weights, options.results, options.sheet)
 
@@ -84,6 +88,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where `ship` writes the finished model")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/pocket_float.json"))
     parser.add_argument("--sheet", type=Path, default=Path("docs/pocket_sheet.png"))
+    parser.add_argument("--dit-results", type=Path, default=Path("benchmarks/results/pocket_dit.json"))
+    parser.add_argument("--dit-sheet", type=Path, default=Path("docs/pocket_dit_sheet.png"))
     parser.add_argument("--unet-steps", type=int, default=3400, help="optimiser steps of the UNet, 160 pictures each")
     parser.add_argument(
         "--dit-steps", type=int, default=2000, help="optimiser steps of the transformer, 320 pictures each"

@@ -42,7 +42,7 @@ QUICK_VQDM = Fit("quick vqdm", {**GPTQ.solvers, AdditiveGrid: quick_vqdm_codes},
 VQDM = Fit("vqdm", {**GPTQ.solvers, AdditiveGrid: vqdm_codes}, measuring=QUICK_VQDM, whole_hessian=True)
 # Scales and first codes are those of `mse`; which way each weight of a denoiser is rounded is then learned, block by
 # block (`quant.reconstruct`), which is no function of one layer's weight.
-RECONSTRUCT = Fit("reconstruct", MSE.solvers)
+RECONSTRUCT = Fit("reconstruct", MSE.solvers, measuring=MSE)
 FITS = (ABSMAX, MSE, GPTQ, VQDM, RECONSTRUCT)
 
 __all__ = [

@@ -37,7 +37,7 @@ def test_what_can_not_be_read_says_nothing(tmp_path: Path) -> None:
     assert model_card(tmp_path) == ModelCard()
 
 
-@pytest.mark.parametrize("name", ["weights", "turbo_weights"])
+@pytest.mark.parametrize("name", ["weights", "turbo_weights", "dit_weights"])
 def test_bundled_models_have_a_card(name: str) -> None:
     assert model_card(ROOT / "pocket" / name) == ModelCard("apache-2.0", "the turbopocket project")
 

@@ -67,8 +67,8 @@ def test_source_that_is_nothing_is_refused_with_what_is_allowed() -> None:
     with pytest.raises(TurbopocketError) as caught:
         load("no such model")
     assert str(caught.value) == (
-        "'no such model' is neither a bundled model (pocket-turbo, pocket), nor a folder, nor a single file, "
-        "nor a hub id (owner/name)"
+        "'no such model' is neither a bundled model (pocket-turbo, pocket, pocket-dit), nor a folder, nor a "
+        "single file, nor a hub id (owner/name)"
     )
 
 

@@ -138,7 +138,7 @@ def test_a_students_artifact_draws_in_the_steps_it_was_built_for_and_no_others(
     assert turbopocket("generate", artifact, "a red circle", "--steps", 4, "-o", tmp_path / "a.png").code == 0
     ran = turbopocket("generate", artifact, "a red circle", "--steps", 2, "-o", tmp_path / "b.png")
     assert ran.code == 1
-    assert "built for 4 steps; 2 were asked" in ran.err
+    assert "built for 4 steps and draws in no other; 2 were asked" in ran.err
     assert not (tmp_path / "b.png").exists()
 
 

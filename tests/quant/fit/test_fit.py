@@ -229,4 +229,5 @@ def test_plans_for_vqdm_are_measured_with_it_and_others_with_mse() -> None:
         "mse": "mse",
         "gptq": "mse",
         "vqdm": "quick vqdm",
+        "reconstruct": "mse",
     }

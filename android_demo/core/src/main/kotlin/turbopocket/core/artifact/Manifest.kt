@@ -46,7 +46,7 @@ data class Manifest(
     @SerialName("self_check") val selfCheck: SelfCheckSpec? = null,
 )
 
-/** The model that an artifact was made from, the hash of its weights, configs and tokenizers, and what its card says. */
+/** The model an artifact was made from, the hash of its weights, configs and tokenizers, and what its card says. */
 @Serializable
 data class ModelOrigin(
     val name: String,

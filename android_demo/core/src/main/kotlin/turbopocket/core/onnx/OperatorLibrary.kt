@@ -25,7 +25,7 @@ internal fun requireWhole(library: File) {
             Long.MAX_VALUE
         }
         if (needed > content.limit()) {
-            refuse("the operators' library $library is cut off: it has ${content.limit()} bytes, its header tells of more")
+            refuse("$library is cut off: it has ${content.limit()} bytes, its header tells of more")
         }
     }
 }
