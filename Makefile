@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
 .PHONY: setup search fuzz-search demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality \
-	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq bench-allocation bench-tfmq synthetic-sdxl train-pocket \
+	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq bench-allocation bench-tfmq synthetic-sdxl test-sdxl train-pocket \
 	train-pocket-dit distill-pocket distill-baseline test-optimum test-clients kernels kernels-arm64 fuzz-kernels \
 	clean
 
@@ -76,6 +76,14 @@ bench: setup
 WIDTH ?= full
 synthetic-sdxl: setup
 	$(BIN)/python benchmarks/synthetic_sdxl.py build/synthetic-sdxl-$(WIDTH) --width $(WIDTH)
+
+# Builds of that folder to the end, held to memory and minutes on two cores; figures go to benchmarks/results/sdxl_builds.json.
+# Each goes on where it was stopped.
+SDXL := build/synthetic-sdxl-full
+test-sdxl: setup
+	test -d $(SDXL) || $(MAKE) synthetic-sdxl WIDTH=full
+	$(BIN)/python benchmarks/sdxl_builds.py $(SDXL) --most-memory 5GB --most-minutes 45
+	$(BIN)/python benchmarks/sdxl_builds.py $(SDXL) --fit gptq --out build/sdxl-gptq --most-memory 10GB --most-minutes 90
 
 # VQDM beside residual k-means on every layer of pocket: about half an hour of one core.
 bench-vqdm: setup

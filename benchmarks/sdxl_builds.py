@@ -2,6 +2,7 @@
 """Builds of SDXL-Turbo's size and topology on this machine: seconds of each stage, peak memory, bytes, parity.
 
     python benchmarks/sdxl_builds.py FOLDER [--fit mse] [--formats int4-row,int8-row] [--budget 2.2GB] [--target onnx]
+        [--most-memory 5GB] [--most-minutes 45]
 
 `benchmarks/synthetic_sdxl.py` writes such folders. A build is a process of its own, and what it and all that it starts
 hold of anonymous memory, native libraries included, is read twice a second. Its journal lies beside the output: a
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from turbopocket.export.units import format_bytes, parse_bytes
 from turbopocket.ground.memory import anonymous_bytes
 
 RESULTS = Path(__file__).parent / "results" / "sdxl_builds.json"
@@ -38,11 +40,20 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=16, help="drawn while calibrating")
     parser.add_argument("--size", default="512x512")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--most-memory", help="fails where the build held more")
+    parser.add_argument("--most-minutes", type=float, help="fails where it took longer")
     args = parser.parse_args()
     found = _built(args)
     rows = json.loads(args.results.read_text()) if args.results.is_file() else []
     args.results.write_text(json.dumps([*rows, found], indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
+    missed = []
+    if args.most_memory and found["peak_anonymous_bytes"] > parse_bytes(args.most_memory):
+        missed.append(f"{format_bytes(found['peak_anonymous_bytes'])} of memory, {args.most_memory} are allowed")
+    if args.most_minutes and found["seconds"] > 60 * args.most_minutes:
+        missed.append(f"{found['seconds'] / 60:.0f} minutes, {args.most_minutes:g} are allowed")
+    if missed:
+        raise SystemExit(f"the build took {' and '.join(missed)}")
 
 
 def _built(args: argparse.Namespace) -> dict[str, Any]:

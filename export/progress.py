@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from ..ground.errors import TurbopocketError
-from ..ground.memory import PeakBytes
+from ..ground.memory import PeakBytes, give_back_freed
 from .units import format_bytes
 
 Advance = Callable[[], None]
@@ -99,7 +99,11 @@ class StageProgress:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """Runs one stage of `total` steps; calling the value it yields marks one step done."""
+        """Runs one stage of `total` steps; calling the value it yields marks one step done.
+
+        What was freed before it is given back first, so that its peak is its own.
+        """
+        give_back_freed()
         running = _Running(name, total, self._clock, self._expected.get(name, ()))
         self._peak.restart()
         with self._peak.watched(), self._bars(running) if self._live else self._lines(running) as shown:

@@ -2,7 +2,7 @@
 """Memory that one component of an artifact takes, measured in a process in which nothing else lives."""
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -30,12 +30,12 @@ class MemoryFigures:
     weight_bytes: int
 
 
-def component_bytes(manifest: Manifest, component: str) -> int:
+def component_bytes(folder: Path, manifest: Manifest, component: str) -> int:
     """Bytes of the component's graph and its weights' files, which share its folder or begin with its name."""
     main = PurePosixPath(component_spec(manifest, component).file)
-    in_own_folder = main.parent.name != ""
-    owned = f"{main.parent}/" if in_own_folder else main.stem + "."
-    return sum(entry.bytes for entry in manifest.files if entry.path.startswith(owned))
+    owned = f"{main.parent}/" if main.parent.name else f"{main.stem}."
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files if path.relative_to(folder).as_posix().startswith(owned))
 
 
 def zero_inputs(spec: ComponentSpec, image: ImageSpec) -> Arrays:

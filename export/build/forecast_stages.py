@@ -18,6 +18,7 @@ from ...quant.observe.vectors import CHUNK_FLOATS
 from ...quant.reconstruct import ReconstructOptions
 from ...quant.sensitivity import KEPT_BYTES as TAPE_BYTES
 from ...quant.sensitivity import VECTORS
+from ...runtimes.kept import MOST_BYTES
 from .forecast_fits import fit_bytes, fit_cost
 from .forecast_rates import Rates
 from .forecast_work import BlockWork, ComponentWork, LayerWork, Work, total
@@ -132,9 +133,16 @@ class Asked:
         return largest if self.budget_bytes is None else max(smallest, min(largest, self.budget_bytes))
 
     @property
+    def kept_bytes(self) -> float:
+        """Of components that a runtime holds open when it has drawn."""
+        return min(self.stored_bytes, MOST_BYTES)
+
+    @property
     def compared_bytes(self) -> float:
-        """Held while runtimes are open: weights in an order of their own, and what they computed with."""
-        return self.stored_bytes + self.drawing_bytes + RUNTIME_BYTES
+        """Held while a runtime draws: weights in an order of their own, and what it computes with."""
+        weights = {name: each.weights for name, each in self.components.items()}
+        alone = self.stored_bytes * max(weights.values()) / sum(weights.values())
+        return max(alone, self.kept_bytes) + self.drawing_bytes + RUNTIME_BYTES
 
 
 def loading(asked: Asked) -> Work:
@@ -381,7 +389,7 @@ def compare(asked: Asked) -> Stage:
     opened = asked.rates.seconds(Work(operators=SESSION_OPERATORS * len(asked.layers)))
     run = 2 * count * picture + opened
     seconds = (count * picture + first, 2 * count * again, *(run for _ in range(asked.runtimes)))
-    return Stage(seconds, asked.drawing_bytes + asked.compared_bytes)
+    return Stage(seconds, asked.compared_bytes)
 
 
 def self_check(asked: Asked) -> Stage:
@@ -396,4 +404,4 @@ def memory(asked: Asked) -> Stage:
     seconds = [asked.rates.seconds(each.work) + 1.0 for each in asked.components.values()]
     share = asked.stored_bytes / sum(each.weights for each in asked.components.values())
     own = max(each.peak_bytes + share * each.weights for each in asked.components.values())
-    return Stage(tuple(seconds), asked.compared_bytes + RUNTIME_BYTES + own)
+    return Stage(tuple(seconds), asked.kept_bytes + 2 * RUNTIME_BYTES + own)

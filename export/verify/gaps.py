@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ground.errors import ParityFailed
+from ...ground.memory import give_back_freed
 from ...ground.names import at_place
 from ...quant.account import layer_snr_db
 from ...quant.compress import decompressed
@@ -213,6 +214,7 @@ def measure_gaps(
     floats = []
     snr_db = layer_snr_db(layers_of(components), weights, lambda: floats.extend(record(*asked_of, slice(1))))
     floats += record(*asked_of, slice(1, None))
+    give_back_freed()
     advance()
     lowering: dict[str, ParityReport] = {}
     drawn: dict[str, list[Picture]] = {}
@@ -223,6 +225,7 @@ def measure_gaps(
             for index, recording in enumerate(floats)
             for call in recording.calls
         ]
+        give_back_freed()
         advance()
         timed = {name: TimedRunner(runtime.runner) for name, runtime in runtimes.items()}
         for name, runtime in runtimes.items():

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
+from ..kept import Kept
 from ..limits import within_memory
 from ..manifest import Manifest
 from ..runner import check_inputs, component_spec
@@ -20,14 +21,14 @@ from .interface import item_count, layer_value, loop_outputs, package_inputs
 
 
 class CoreMLRunner:
-    """Runs an artifact's packages; a package is opened on the first run of its component.
+    """Runs an artifact's packages; a package is opened on the first run of its component, and `Kept`.
 
     `mode` is the evaluator's arithmetic; None asks Apple's runtime, which only a Mac has.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, mode: Mode | None = "fp32") -> None:
         self.folder, self.manifest, self.mode = folder, manifest, mode
-        self._engines: dict[str, list[Engine]] = {}
+        self._engines = Kept[list[Engine]](folder, manifest)
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """The component's outputs by name; TurbopocketError when package, manifest and inputs disagree."""
@@ -51,10 +52,8 @@ class CoreMLRunner:
         return outputs, joined
 
     def _opened(self, component: str) -> list[Engine]:
-        if component not in self._engines:
-            packages = component_spec(self.manifest, component).packages
-            self._engines[component] = [_engine(self.folder / package, self.mode) for package in packages]
-        return self._engines[component]
+        packages = component_spec(self.manifest, component).packages
+        return self._engines.get(component, lambda: [_engine(self.folder / package, self.mode) for package in packages])
 
 
 def _engine(path: Path, mode: Mode | None) -> Engine:

@@ -70,7 +70,7 @@ def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
         loaded_file_bytes=loaded["RssFile"],
         ran_file_bytes=ran["RssFile"],
         peak_bytes=ran["VmHWM"],
-        weight_bytes=component_bytes(manifest, component),
+        weight_bytes=component_bytes(folder, manifest, component),
     )
 
 

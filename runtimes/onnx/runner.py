@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...ground.arrays import Arrays, check_names
 from ...ground.errors import TurbopocketError
 from ...ground.reading import one_sentence
+from ..kept import Kept
 from ..manifest import ComponentSpec, Manifest, TensorSpec
 from ..runner import check_inputs, component_spec
 from .bounds import require_bounded
@@ -28,7 +29,7 @@ _DTYPES = {
 
 
 class OnnxRunner:
-    """Runs an artifact's graphs; a session is opened on the first run of its component.
+    """Runs an artifact's graphs; a session is opened on the first run of its component, and `Kept`.
 
     `threads` limits the cores of one call (None: all). `operators` is the library of our operators (see
     `kernels.library`); None runs the bodies that the files bring.
@@ -45,14 +46,14 @@ class OnnxRunner:
         self.manifest = manifest
         self.threads = threads
         self.operators = operators
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._sessions = Kept[ort.InferenceSession](folder, manifest)
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """The component's outputs by name; TurbopocketError when graph, manifest and inputs disagree."""
         spec = component_spec(self.manifest, component)
         check_inputs(component, spec.inputs, inputs)
         names = [output.name for output in spec.outputs]
-        session = self._session(component, spec)
+        session = self._sessions.get(component, lambda: self._session(component, spec))
         with one_sentence(f"{component}: ONNX Runtime can not run {self.folder / spec.file}"):
             return dict(zip(names, run_session(session, names, inputs), strict=True))
 
@@ -68,20 +69,19 @@ class OnnxRunner:
         model, values = with_layer_outputs(path, layers)
         if not values:
             return {}
+        self._sessions.make_room(component)
         session = self._open(component, model, weights=str(path.parent))
         return dict(zip(values, run_session(session, list(values.values()), inputs), strict=True))
 
     def _session(self, component: str, spec: ComponentSpec) -> ort.InferenceSession:
-        if component not in self._sessions:
-            path = self.folder / spec.file
-            if not path.is_file():
-                raise TurbopocketError(f"{component}: {path} is missing")
-            require_bounded(path, component)
-            session = self._open(component, str(path))
-            _check_tensors(component, "inputs", spec.inputs, session.get_inputs())
-            _check_tensors(component, "outputs", spec.outputs, session.get_outputs())
-            self._sessions[component] = session
-        return self._sessions[component]
+        path = self.folder / spec.file
+        if not path.is_file():
+            raise TurbopocketError(f"{component}: {path} is missing")
+        require_bounded(path, component)
+        session = self._open(component, str(path))
+        _check_tensors(component, "inputs", spec.inputs, session.get_inputs())
+        _check_tensors(component, "outputs", spec.outputs, session.get_outputs())
+        return session
 
     def _open(self, component: str, model: str | bytes, weights: str | None = None) -> ort.InferenceSession:
         with one_sentence(f"{component}: ONNX Runtime cannot open the graph"):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
+from ..kept import Kept
 from ..manifest import ComponentSpec, Manifest
 from ..runner import check_inputs, component_spec, one_by_one
 from .process import ServedProcess
@@ -22,14 +23,15 @@ from .process import ServedProcess
 class ServedRunner(ABC):
     """Runs an artifact's components in one process, which the first call starts and which lives until `close`.
 
-    A component is opened there on its first run. `scratch` is a folder that lives as long as the process.
+    A component is opened there on its first run, and `Kept`. `scratch` is a folder that lives as long as the process.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder.absolute()
         self.manifest = manifest
         self._process: ServedProcess | None = None
-        self._opened: set[str] = set()
+        # knows the process and not this, so that the end of the last reference to this ends the process
+        self._opened = Kept[ServedProcess](self.folder, manifest, lambda component, process: process.shut(component))
         self._end: Callable[[], object] = _nothing
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -40,9 +42,7 @@ class ServedRunner(ABC):
         spec = component_spec(self.manifest, component)
         calls = [self._in_order(component, call) for call in one_by_one(spec.inputs, inputs)]
         process, names = self._started(), [output.name for output in spec.outputs]
-        if component not in self._opened:
-            self._open(component, spec)
-            self._opened.add(component)
+        self._opened.get(component, lambda: self._in_process(component, spec))
         found = [process.run(component, call, names) for call in calls]
         return found[0] if len(found) == 1 else {n: np.concatenate([each[n] for each in found]) for n in names}
 
@@ -81,6 +81,10 @@ class ServedRunner(ABC):
     def _open(self, component: str, spec: ComponentSpec) -> Arrays:
         """Opens a component in the process; what that says of it."""
         return self._started().open(component, self.folder / spec.file, self._weights(spec))
+
+    def _in_process(self, component: str, spec: ComponentSpec) -> ServedProcess:
+        self._open(component, spec)
+        return self._started()
 
     def _weights(self, spec: ComponentSpec) -> str:
         """The file or folder of a component's weights, if the process is to be told; "" by default."""

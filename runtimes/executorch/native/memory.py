@@ -26,5 +26,5 @@ def measure_program(folder: Path, component: str) -> MemoryFigures:
         loaded_file_bytes=found["loaded"]["file_bytes"],
         ran_file_bytes=found["ran"]["file_bytes"],
         peak_bytes=found["peak_bytes"],
-        weight_bytes=component_bytes(manifest, component),
+        weight_bytes=component_bytes(folder, manifest, component),
     )

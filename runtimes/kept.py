@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of an artifact's components a runner holds open: those it ran last, as far as memory is to be spent on them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from .manifest import Manifest
+from .memory import component_bytes
+
+MOST_BYTES = 1_000_000_000
+"""Of files of all components that are held open together. Pictures of the bundled models open everything once; a model
+of SDXL's size holds its denoiser while that runs and nothing beside it."""
+
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """Open components by name, the one used last at the end.
+
+    Those used longest ago are given to `shut` and forgotten before another is opened that would make them more than
+    `MOST_BYTES` together; one component is always allowed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        shut: Callable[[str, T], object] = lambda component, value: None,
+    ) -> None:
+        self._bytes = lambda component: component_bytes(folder, manifest, component)
+        self._shut = shut
+        self._open: dict[str, T] = {}
+
+    def get(self, component: str, make: Callable[[], T]) -> T:
+        """The open component, opened by `make` where it is not."""
+        if component not in self._open:
+            self.make_room(component)
+        value = self._open.pop(component) if component in self._open else make()
+        self._open[component] = value
+        return value
+
+    def make_room(self, component: str) -> None:
+        """Closes what has to be closed for so much to be opened as a component holds."""
+        room = MOST_BYTES - self._bytes(component)
+        while self._open and sum(map(self._bytes, self._open)) > room:
+            oldest = next(iter(self._open))
+            self._shut(oldest, self._open.pop(oldest))
