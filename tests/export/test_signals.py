@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,16 @@ import pytest
 from turbopocket.export.signals import Stopped, stopped_by_signals
 
 MAIN = "from turbopocket.cli import main; main()"
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Signals end processes, however these tests were started: `nohup make test` ignores one."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
