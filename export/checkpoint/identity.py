@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..families.base import LoadedModel
 
-_OF_A_PLACE = ("_name_or_path", "_commit_hash", "name_or_path")
-"""What libraries add to a config when they read it from somewhere."""
+ADDED_WHEN_READ = ("_name_or_path", "_commit_hash", "name_or_path", "_use_default_values")
+"""What libraries add to a config: where they read it, and which settings it left out, in the order of a set of strings,
+which is another in each process."""
 
 
 def model_identity(model: LoadedModel) -> str:
@@ -64,4 +65,4 @@ def _digest(owner: nn.Module, name: str) -> str:
 
 def _plain(config: Any) -> dict[str, Any]:
     values: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return {str(key): value for key, value in values.items() if key not in _OF_A_PLACE}
+    return {str(key): value for key, value in values.items() if key not in ADDED_WHEN_READ}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtimes.image_size import ImageSize
+from ..checkpoint.identity import ADDED_WHEN_READ
 from ..checkpoint.links import refuse_links_out
 from ..checkpoint.load import tokenizer_json
 from ..families.base import LoadedModel
@@ -99,7 +100,7 @@ def _model_index(model: LoadedModel, components: Mapping[str, Any]) -> dict[str,
 def _plain(config: Any) -> dict[str, Any]:
     """A config of diffusers or transformers as JSON values."""
     values: dict[str, Any] = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
-    return {key: value for key, value in values.items() if key != "_name_or_path"}
+    return {key: value for key, value in values.items() if key not in ADDED_WHEN_READ}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
