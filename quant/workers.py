@@ -3,6 +3,7 @@
 
 import ctypes
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -14,12 +15,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..ground.errors import TurbopocketError
 from ..ground.extras import install_hint
@@ -139,7 +142,7 @@ class _Processes:
     # (Python 3.11.7, 3.12.1).
     def submit(self, work: Callable[[Any], Any], job: Any) -> Future[Any]:
         with _signals_later():
-            return self.executor.submit(work, job)
+            return self.executor.submit(_done_there, _Sent((work, job)))
 
     def wait(self, under_way: list[Future[Any]]) -> list[Future[Any]]:
         wait(under_way, return_when=FIRST_COMPLETED)
@@ -147,6 +150,42 @@ class _Processes:
 
     def result(self, handle: Future[Any]) -> Any:
         return handle.result()
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A value on its way to another process, where it is the value itself, tensors copied.
+
+    Else the pool pickles tensors as PyTorch has it: their values move into shared memory, also those that the model at
+    home goes on with. There they stay, up to the whole model, in what a container often has 64 MB of; and from another
+    address, vectors of other alignment, its products have other last digits.
+    """
+
+    value: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = BytesIO()
+        _Packer(packed, pickle.HIGHEST_PROTOCOL).dump(self.value)
+        return pickle.loads, (packed.getvalue(),)
+
+
+class _Packer(pickle.Pickler):
+    def reducer_override(self, value: object) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        values = value.detach().contiguous()
+        return _unpacked, (values.flatten().view(torch.uint8).numpy(), values.dtype, tuple(values.shape))
+
+
+def _unpacked(values: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor in memory that PyTorch aligned."""
+    return torch.from_numpy(values).clone().view(dtype).view(shape)
+
+
+def _done_there(sent: Any) -> _Sent:
+    """What a worker is called with; a `_Sent` arrives as its value."""
+    work, job = sent
+    return _Sent(work(job))
 
 
 @contextmanager

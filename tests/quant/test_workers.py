@@ -84,6 +84,18 @@ def test_candidates_stored_by_workers_are_the_same(two: Spread) -> None:
             assert all(torch.equal(part, other.parts[key]) for key, part in one.parts.items())
 
 
+def test_tensors_that_are_sent_stay_where_they_are(two: Spread) -> None:
+    """In shared memory they would stay as well as in the model, and its products would have other last digits."""
+    sent = [torch.randn(33, 7), torch.randn(4, 2, 3, 3).half()[:, :1], torch.tensor(2.0), torch.zeros(0, 3).bool()]
+    places = [tensor.data_ptr() for tensor in sent]
+    came = list(two(torch.clone, sent))
+    assert [tensor.data_ptr() for tensor in sent] == places
+    assert not any(tensor.is_shared() for tensor in (*sent, *came))
+    for tensor, each in zip(sent, came, strict=True):
+        assert tensor.dtype == each.dtype
+        assert torch.equal(tensor, each)
+
+
 def wait_for_the_last(job: tuple[int, Path]) -> bool:
     """The first job ends when the last one has."""
     index, done = job
