@@ -86,12 +86,13 @@ def codebook_stack(layers: list[CodebookWeights], width: int = WIDTH) -> ModelPr
         helper.make_node("MatMul", ["x", "transposed"], ["y"]),
     ]
     opset, parts = helper.make_opsetid("", 21), ["codes", "codebooks", "scale"]
-    nodes = body(layers[0].codes.shape[2], product)
-    function = helper.make_function(DOMAIN, "CodebookLinear", ["x", *parts], ["y"], nodes, [opset])
+    books = layers[0].codes.shape[2]
+    operator = f"CodebookLinear{books}"
+    function = helper.make_function(DOMAIN, operator, ["x", *parts], ["y"], body(books, product), [opset])
     graph = helper.make_graph([], "stack", [value("x0", width)], [value(f"x{len(layers)}", width)])
     for i, weights in enumerate(layers):
         names = [f"{part}{i}" for part in parts]
-        graph.node.append(helper.make_node("CodebookLinear", [f"x{i}", *names], [f"x{i + 1}"], domain=DOMAIN))
+        graph.node.append(helper.make_node(operator, [f"x{i}", *names], [f"x{i + 1}"], domain=DOMAIN))
         graph.initializer.extend(from_array(getattr(weights, part), f"{part}{i}") for part in parts)
         graph.input.append(helper.make_tensor_value_info(f"codes{i}", TensorProto.UINT8, weights.codes.shape))
     return helper.make_model(

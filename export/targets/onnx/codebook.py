@@ -4,8 +4,12 @@
 A runtime that knows the operator (domain `turbopocket`, version 1) runs its kernel and reads the codes as they are
 stored; any other takes the body, which makes one layer's weight dense for the time of its product.
 
-    CodebookLinear(x [..., K], codes uint8 [O, J, M], codebooks fp16 [M, 256, D], scale fp16 [O], bias fp32 [O]?)
-    CodebookConv2d(the same with x [B, I, H, W]; weight_shape [O, kh, kw, I], strides, pads, dilations)
+    CodebookLinear<M>(x [..., K], codes uint8 [O, J, M], codebooks fp16 [M, 256, D], scale fp16 [O])
+    CodebookLinear<M>Biased(the same, bias fp32 [O])
+    CodebookConv2d<M>, CodebookConv2d<M>Biased(the same with x [B, I, H, W]; weight_shape [O, kh, kw, I], strides, pads,
+        dilations)
+
+Names differ wherever bodies do: ONNX has overloads for that, which ONNX Runtime before 1.27 does not tell apart.
 
 y = scale * (x * Σ codebooks[m][codes[..., m]]) + bias, the weight in matrix-view order: vector j of a row holds columns
 j D up to (j + 1) D of (kh, kw, I). O outputs, I inputs, K = kh kw I columns, M codebooks, D length of a vector,
@@ -21,10 +25,9 @@ from ....quant.formats import CompressedTensor
 from ..codebook import CodebookForm
 from .data import StoredTensor
 from .form import Array, Form, cast_to_fp32
-from .names import DOMAIN, OPSET
+from .names import BIASED, DOMAIN, OPSET
 
 _GEOMETRY = ("strides", "pads", "dilations")
-_BIASED = "biased"
 
 
 class _CodebookForm(CodebookForm, Form):
@@ -32,6 +35,7 @@ class _CodebookForm(CodebookForm, Form):
 
     reader = "ONNX"
     operator: str
+    """Its name without the number of codebooks and the bias."""
 
     def tensors(self) -> list[StoredTensor]:
         codes, codebooks, scale = self.shapes()
@@ -52,8 +56,7 @@ class _CodebookForm(CodebookForm, Form):
 
     def apply(self, node: NodeProto) -> list[NodeProto]:
         inputs = [node.input[0], *(tensor.name for tensor in self.tensors()), *node.input[2:]]
-        applied = helper.make_node(self.operator, inputs, node.output, name=node.name, domain=DOMAIN)
-        applied.overload = self._overload(node)
+        applied = helper.make_node(self._name(node), inputs, node.output, name=node.name, domain=DOMAIN)
         applied.attribute.extend(self._attributes(node))
         return [applied]
 
@@ -64,12 +67,10 @@ class _CodebookForm(CodebookForm, Form):
         attributes = [attribute.name for attribute in self._attributes(node)]
         nodes = [*_summed_vectors(self.count), *self._product(biased)]
         opset = [helper.make_opsetid("", OPSET)]
-        function = helper.make_function(DOMAIN, self.operator, inputs, ["y"], nodes, opset, attributes)
-        function.overload = self._overload(node)
-        return [function]
+        return [helper.make_function(DOMAIN, self._name(node), inputs, ["y"], nodes, opset, attributes)]
 
-    def _overload(self, node: NodeProto) -> str:
-        return f"{self.count}.{_BIASED}" if len(node.input) > 2 else str(self.count)
+    def _name(self, node: NodeProto) -> str:
+        return f"{self.operator}{self.count}{BIASED if len(node.input) > 2 else ''}"
 
     def _attributes(self, node: NodeProto) -> list[AttributeProto]:
         return []
@@ -179,5 +180,5 @@ def _of_caller(name: str, attribute: str) -> AttributeProto:
 
 
 def distinct(functions: Sequence[FunctionProto]) -> list[FunctionProto]:
-    """One of each operator and overload, in the order of first use."""
-    return list({(function.name, function.overload): function for function in functions}.values())
+    """One of each operator, in the order of first use."""
+    return list({function.name: function for function in functions}.values())

@@ -17,6 +17,8 @@ DOMAIN = "turbopocket"
 """Of operators of our own: those that stand for layers while a graph is traced, and those of finished files."""
 OPSET = 21
 """The first with 4-bit integers and blocked DequantizeLinear."""
+BIASED = "Biased"
+"""Ends the names of our operators that have a body of their own for layers with a bias."""
 
 
 def name_by_module(

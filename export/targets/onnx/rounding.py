@@ -28,7 +28,7 @@ from ....quant.scheme import Scheme, with_activations
 from .data import StoredTensor
 from .form import MICROSOFT, Array, Form, FormOptions, cast_to_fp32
 from .names import DOMAIN
-from .rows import COLUMN_SUMS, QUANTIZE_ROWS, SCALE_ROWS, overload, row_functions
+from .rows import COLUMN_SUMS, QUANTIZE_ROWS, SCALE_ROWS, named, row_functions
 from .steps import STEP, StepColumn
 
 Scales = QParams | StepColumn
@@ -168,15 +168,13 @@ class IntegerLinear(_IntegerForm):
         codes, scale, zero, sums, product = (f"{y}/{each}" for each in ("codes", "scale", "zero", "sums", "product"))
         one = _scale(1.0).name, _zero_point(0).name
         bias = node.input[2:]
-        kind = overload(biased=bool(bias))
+        sum_columns, scale_rows = (named(operator, biased=bool(bias)) for operator in (COLUMN_SUMS, SCALE_ROWS))
         weight = [self._codes, self._value("scale32"), *bias]
         return [
-            helper.make_node(COLUMN_SUMS, weight, [sums], name=sums, domain=DOMAIN, overload=kind),
+            helper.make_node(sum_columns, weight, [sums], name=sums, domain=DOMAIN),
             helper.make_node(QUANTIZE_ROWS, node.input[:1], [codes, scale, zero], name=codes, domain=DOMAIN),
             self._product(codes, one, product, [], product),
-            helper.make_node(
-                SCALE_ROWS, [product, scale, zero, sums], [y], name=node.name, domain=DOMAIN, overload=kind
-            ),
+            helper.make_node(scale_rows, [product, scale, zero, sums], [y], name=node.name, domain=DOMAIN),
         ]
 
     def _product(self, codes: str, scales: Sequence[str], product: str, bias: Sequence[str], name: str) -> NodeProto:

@@ -4,7 +4,8 @@
 ONNX Runtime's own dynamic product has one scale for the whole tensor: then a picture depends on those that are drawn
 with it, and large values of one token cost all others their digits. Here rows are brought to one scale before the
 product, and back behind it; the product is MatMulIntegerToFloat as for static scales. As functions, which ONNX Runtime
-inlines, a layer is four nodes in the file.
+inlines, a layer is four nodes in the file. With a bias their names are others: ONNX Runtime before 1.27 does not tell
+overloads of a name apart.
 
 x̂ = s (q + z) with s = (max - min) / 255 and z = round(min / s), of a row and 0; q from 0 to 255. So
 y = x̂ W + b = s (q W) + s z (1 W) + b, where 1 W are the sums of W's columns.
@@ -13,7 +14,7 @@ y = x̂ W + b = s (q W) + s z (1 W) + b, where 1 W are the sums of W's columns.
 from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from .form import cast_to_fp32
-from .names import DOMAIN, OPSET
+from .names import BIASED, DOMAIN, OPSET
 
 QUANTIZE_ROWS, COLUMN_SUMS, SCALE_ROWS = "QuantizeRows", "ColumnSums", "ScaleRows"
 _STEPS = 255.0
@@ -27,6 +28,11 @@ def row_functions(biased: bool) -> list[FunctionProto]:
     bias [O]?) gives [1, O], or [2, O] with the bias below. ScaleRows (q W [..., O], s, z, those sums) gives y.
     """
     return [_function(QUANTIZE_ROWS, ["x"], ["q", "s", "z"], _quantize()), _sums(biased), _scale(biased)]
+
+
+def named(operator: str, biased: bool) -> str:
+    """Of an operator that takes the bias in, or not."""
+    return f"{operator}{BIASED}" if biased else operator
 
 
 def _quantize() -> list[NodeProto]:
@@ -69,7 +75,8 @@ def _sums(biased: bool) -> FunctionProto:
             helper.make_node("Unsqueeze", ["bias", "first"], ["below"]),
             helper.make_node("Concat", ["sums", "below"], ["rows"], axis=0),
         ]
-    return _function(COLUMN_SUMS, ["codes", "scale", *(["bias"] if biased else [])], ["rows"], nodes, biased)
+    inputs = ["codes", "scale", *(["bias"] if biased else [])]
+    return _function(named(COLUMN_SUMS, biased), inputs, ["rows"], nodes)
 
 
 def _scale(biased: bool) -> FunctionProto:
@@ -89,21 +96,11 @@ def _scale(biased: bool) -> FunctionProto:
         helper.make_node("Mul", ["product", "s"], ["scaled"]),
         helper.make_node("Add", ["scaled", "added"], ["y"]),
     ]
-    return _function(SCALE_ROWS, ["product", "s", "z", "rows"], ["y"], nodes, biased)
+    return _function(named(SCALE_ROWS, biased), ["product", "s", "z", "rows"], ["y"], nodes)
 
 
-def _function(
-    name: str, inputs: list[str], outputs: list[str], nodes: list[NodeProto], biased: bool | None = None
-) -> FunctionProto:
-    function = helper.make_function(DOMAIN, name, inputs, outputs, nodes, [helper.make_opsetid("", OPSET)])
-    if biased is not None:
-        function.overload = overload(biased)
-    return function
-
-
-def overload(biased: bool) -> str:
-    """Of the operators that take the bias in."""
-    return "biased" if biased else "plain"
+def _function(name: str, inputs: list[str], outputs: list[str], nodes: list[NodeProto]) -> FunctionProto:
+    return helper.make_function(DOMAIN, name, inputs, outputs, nodes, [helper.make_opsetid("", OPSET)])
 
 
 def _number(name: str, value: float) -> NodeProto:

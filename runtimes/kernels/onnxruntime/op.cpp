@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// ONNX operators CodebookLinear and CodebookConv2d, domain "turbopocket", version 1, for ONNX Runtime's CPU provider.
+// ONNX operators CodebookLinear<books> and CodebookConv2d<books>, domain "turbopocket", version 1, for ONNX Runtime's CPU
+// provider; each also as ...Biased.
 //
-// Inputs: x, codes, codebooks, scale, bias (optional), as core/codebook.h has them. CodebookConv2d has the attributes
-// weight_shape [O, kh, kw, I], strides, pads, dilations. A model brings bodies of standard operators for both, which
-// ONNX Runtime takes where this library is not registered.
+// Inputs: x, codes, codebooks, scale and, of those that are biased, bias, as core/codebook.h has them. Convolutions have
+// the attributes weight_shape [O, kh, kw, I], strides, pads, dilations. A model brings a body of standard operators for
+// each that it has, which ONNX Runtime takes where this library is not registered. Bodies differ by the number of books
+// and by the bias, kernels do not; they have names of their own because ONNX Runtime before 1.27 knows bodies by name.
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
 #include <cstring>
 #include <new>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "codebook.h"
 
@@ -21,6 +25,7 @@ constexpr std::uint32_t kApiVersion = 17;
 constexpr std::size_t kMostThreads = 8;
 constexpr std::size_t kMostDimensions = 8;
 constexpr std::size_t kBias = 4;  // the last input
+constexpr int kMostBooks = 8;
 
 const OrtApi* ort = nullptr;
 
@@ -165,21 +170,28 @@ struct Conv2d {
   }
 };
 
+struct Operator : OrtCustomOp {
+  std::string name;
+  std::size_t inputs;
+
+  static const Operator& of(const OrtCustomOp* op) { return *static_cast<const Operator*>(op); }
+};
+
 // What ONNX Runtime asks an operator for.
 template <class Kernel>
-OrtCustomOp describe() {
-  OrtCustomOp op{};
+Operator describe(int books, bool biased) {
+  Operator op{};
+  op.name = Kernel::name + std::to_string(books) + (biased ? "Biased" : "");
+  op.inputs = biased ? kBias + 1 : kBias;
   op.version = kApiVersion;
-  op.GetName = [](const OrtCustomOp*) { return Kernel::name; };
+  op.GetName = [](const OrtCustomOp* op) { return Operator::of(op).name.c_str(); };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return kBias + 1; };
+  op.GetInputTypeCount = [](const OrtCustomOp* op) { return Operator::of(op).inputs; };
   op.GetInputType = [](const OrtCustomOp*, std::size_t index) {
     if (index == 1) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
     return index == 2 || index == 3 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, std::size_t index) {
-    return index == kBias ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
-  };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, std::size_t) { return INPUT_OUTPUT_REQUIRED; };
   op.GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) { return std::size_t{1}; };
   op.GetOutputType = [](const OrtCustomOp*, std::size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; };
@@ -208,14 +220,24 @@ OrtCustomOp describe() {
   return op;
 }
 
-// The domain with both operators, made once and used by every session of the process.
+std::vector<Operator> all_operators() {
+  std::vector<Operator> operators;
+  for (int books = 1; books <= kMostBooks; ++books)
+    for (bool biased : {false, true}) {
+      operators.push_back(describe<Linear>(books, biased));
+      operators.push_back(describe<Conv2d>(books, biased));
+    }
+  return operators;
+}
+
+// The domain with all operators, made once and used by every session of the process.
 OrtStatusPtr find_domain(OrtCustomOpDomain** domain) {
-  static const OrtCustomOp linear = describe<Linear>(), conv2d = describe<Conv2d>();
+  static const std::vector<Operator> operators = all_operators();
   static OrtCustomOpDomain* made = nullptr;
   if (made == nullptr) {
     if (OrtStatusPtr status = ort->CreateCustomOpDomain("turbopocket", &made)) return status;
-    if (OrtStatusPtr status = ort->CustomOpDomain_Add(made, &linear)) return status;
-    if (OrtStatusPtr status = ort->CustomOpDomain_Add(made, &conv2d)) return status;
+    for (const Operator& op : operators)
+      if (OrtStatusPtr status = ort->CustomOpDomain_Add(made, &op)) return status;
   }
   *domain = made;
   return nullptr;

@@ -71,7 +71,7 @@ def linear_model(arrays: dict[str, Array], body: list[NodeProto] | None = None) 
         helper.make_node("MatMul", ["x", "transposed"], ["product"]),
         helper.make_node("Add", ["product", "bias"], ["y"]),
     ]
-    return model("CodebookLinear", arrays, body or [*decoding(), *product], ["batch", "tokens", INPUTS], {})
+    return model("CodebookLinear2Biased", arrays, body or [*decoding(), *product], ["batch", "tokens", INPUTS], {})
 
 
 def conv2d_model(arrays: dict[str, Array], **changes: list[int]) -> ModelProto:
@@ -85,7 +85,9 @@ def conv2d_model(arrays: dict[str, Array], **changes: list[int]) -> ModelProto:
         helper.make_node("Transpose", ["channels_last"], ["weight"], perm=[0, 3, 1, 2]),
         conv,
     ]
-    return model("CodebookConv2d", arrays, [*decoding(), *product], ["batch", INPUTS, "height", "width"], attributes)
+    return model(
+        "CodebookConv2d2Biased", arrays, [*decoding(), *product], ["batch", INPUTS, "height", "width"], attributes
+    )
 
 
 def model(
@@ -98,7 +100,6 @@ def model(
     opset = helper.make_opsetid("", 21)
     function = helper.make_function(DOMAIN, name, ["x", *arrays], ["y"], body, [opset], list(attributes))
     node = helper.make_node(name, ["x", *arrays], ["y"], domain=DOMAIN, **attributes)
-    node.overload = function.overload = "2.biased"  # bodies differ by the number of codebooks, kernels do not
     graph = helper.make_graph(
         [node],
         "layer",
