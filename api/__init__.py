@@ -13,11 +13,15 @@ TurbopocketError
 └── ParityFailed: what was built does not compute what PyTorch computes
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if __name__ == "api":  # `import api` from the repository's root would make a second copy of it
     raise ImportError("import turbopocket, not api")
+
+if sys.platform == "win32":  # locks, signals and memory limits are those of POSIX
+    raise ImportError("turbopocket needs Linux or macOS, this system is Windows; the Linux subsystem (WSL) will do")
 
 if TYPE_CHECKING:
     from .export.artifact import Artifact

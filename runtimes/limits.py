@@ -5,15 +5,11 @@ Needs the standard library alone; the emulated side has no more.
 """
 
 import re
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None  # type: ignore[assignment]
 
 MOST_SECONDS = 3600
 """Of one answer: a call of the largest model takes minutes on one core."""
@@ -31,7 +27,7 @@ def limit_memory() -> tuple[int, int] | None:
     Returns the limits of before (soft and hard, in bytes); None where the system knows none, and nothing changed.
     """
     available, own = available_bytes(), _kilobytes(Path("/proc/self/status"), "VmData")
-    if available is None or not own or not hasattr(resource, "RLIMIT_DATA"):  # which None has not, either
+    if available is None or not own or not hasattr(resource, "RLIMIT_DATA"):
         return None
     before = resource.getrlimit(resource.RLIMIT_DATA)
     known = [limit for limit in before if limit != resource.RLIM_INFINITY]

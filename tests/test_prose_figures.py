@@ -74,12 +74,31 @@ def full_size() -> list[str]:
     ]
 
 
+def executorch() -> list[str]:
+    written = measured("alignment_executorch")["results"]["executorch"]["bytes"]
+    return [f"The command above writes {written / 1e6:.2f} MB"]
+
+
+def accuracy_level() -> list[str]:
+    moved = [each["compression"]["unet"] for each in measured("arm64")["onnx"].values()]
+    return [f"about as much as compression does ({moved[0]:.1e})".replace("e-0", "e-")]
+
+
+def gains() -> list[str]:
+    agreement = measured("gains")["vectors"]["32"]["agreement"]
+    integers, rows, vectors = (agreement[name]["log10_ratio_std"] for name in ("int8-row", "int4-row", "vq8-d4"))
+    return [f"({integers:.2f} with 32 vectors; {rows:.2f} for `int4-row`, {vectors:.2f} for `vq8-d4`)"]
+
+
 def transformer() -> list[str]:
     found = measured("pocket_dit")
     return [f"{percent(found['test'])} of the test prompts right in {found['steps']} steps"]
 
 
 SENTENCES = [
+    ("README.md", executorch),
+    ("README.md", accuracy_level),
+    ("docs/gains.md", gains),
     ("README.md", transformer),
     ("README.md", full_size),
     ("README.md", readme_codebooks),

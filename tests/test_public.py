@@ -59,6 +59,12 @@ def ran(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_windows_is_refused_in_one_sentence() -> None:
+    """It has none of the modules that locks, signals and memory limits are made of."""
+    found = ran("import sys; sys.platform = 'win32'; import turbopocket")
+    assert "ImportError: turbopocket needs Linux or macOS, this system is Windows" in found.stderr
+
+
 def test_the_import_alone_brings_nothing_heavy() -> None:
     done = ran(f"import sys, turbopocket; print([name for name in {HEAVY} if name in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
