@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from .children import Children
+from .children import SECONDS, Children
 from .corpus import Tally, damaged_artifacts, damaged_models, hostile_requests
 
 WHOLE = settings.default.max_examples >= 6_000
@@ -85,6 +85,7 @@ def test_hostile_requests_are_one_sentence(children: Children, artifacts: Path, 
 def test_a_planted_fault_is_found(children: Children, artifacts: Path, tmp_path: Path, fault: str) -> None:
     planted = f"{PREPARED}\nm.verify = {PLANTED[fault]}"
     of = range(9) if "picture" in fault else range(3)  # every fourth manifest does not agree with its files
-    tally = damaged_artifacts(children, artifacts / "onnx", tmp_path / "case", of, planted, seconds=10)
+    seconds = 10 if fault == "hang" else SECONDS  # any other may take as long as a busy machine makes it
+    tally = damaged_artifacts(children, artifacts / "onnx", tmp_path / "case", of, planted, seconds)
     assert tally.ends[fault] > 0, str(tally)
     assert len(tally.faults) == sum(count for end, count in tally.ends.items() if end not in ("success", "refusal"))
