@@ -95,7 +95,7 @@ def make_workbench(recipe: Recipe, assumed: Sequence[str], progress: StageProgre
     """Of a recipe that says how pictures are drawn; `assumed` are sentences on what of that it did not say before."""
     with progress.stage("load"):
         model = load(recipe.model.source, recipe.model.lora, recipe.sampler.steps, recipe.model.config)
-        target = open_target(recipe.target)
+        target = open_target(recipe.target).crediting(model_card(model.folder))
         components = target.components(
             model, drawn_sizes(model, recipe.image.image_sizes), recipe.sampler.image_to_image
         )

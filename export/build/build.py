@@ -24,6 +24,7 @@ from ...quant.store import load_weights, save_weights
 from ...quant.workers import IN_TURN, Workers
 from ...runtimes.compare.replay import Recorder
 from ...runtimes.manifest import Manifest, write_manifest
+from ..checkpoint.card import model_card
 from ..families.sizes import size_notes
 from ..output.kept import WEIGHTS_FILE
 from ..output.kept import keep as keep_measured
@@ -299,7 +300,8 @@ def _written(
 ) -> tuple[Workbench, dict[str, LoweringCost]]:
     specs, costs = {}, {}
     schemes = {choice.layer: choice.scheme for choice in decided.choices}
-    asked = {**inputs, "target": bench.recipe.target.model_dump(mode="json"), "schemes": schemes}
+    card = asdict(model_card(bench.model.folder))
+    asked = {**inputs, "target": bench.recipe.target.model_dump(mode="json"), "schemes": schemes, "card": card}
     with bench.progress.stage("lower", len(bench.traced)) as advance:
         for name, graph in bench.traced.items():
             lowered = lower_component(

@@ -19,6 +19,9 @@ class ModelCard:
     author: str | None = None
 
 
+NO_CARD = ModelCard()
+
+
 def model_card(folder: Path) -> ModelCard:
     """What the card in that folder says; nothing where there is none, or none that can be read.
 
@@ -28,10 +31,10 @@ def model_card(folder: Path) -> ModelCard:
     path = folder / CARD
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
-            return ModelCard()
+            return NO_CARD
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return ModelCard()
+        return NO_CARD
     head = _HEAD.match(text)
     values = dict(re.findall(r"^(\w+):[ \t]*(\S.*?)[ \t]*$", head[1], re.MULTILINE)) if head else {}
     told = {name: _plain(value) for name, value in values.items()}

@@ -17,6 +17,7 @@ from ...runtimes.arm64.emulator import Emulator
 from ...runtimes.image_size import ImageSize
 from ...runtimes.manifest import ComponentSpec, Manifest, RuntimeSpec
 from ...runtimes.memory import MemoryFigures
+from ..checkpoint.card import ModelCard
 from ..families.base import LoadedModel
 from ..families.graphs import Component
 from ..target_options import with_emulation
@@ -82,6 +83,10 @@ class Target(ABC):
     @abstractmethod
     def opened(cls, options: Any) -> Self:
         """The target with these options, of its type in `TARGET_ENTRIES`."""
+
+    def crediting(self, card: ModelCard) -> Self:
+        """The target whose files name the model's author and licence, where its format has a place for them."""
+        return self
 
     @property
     @abstractmethod

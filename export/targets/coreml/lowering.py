@@ -81,7 +81,8 @@ class Lowering:
         outputs: Mapping[str, TensorType],
     ) -> PackageContent:
         file = package_file(self.traced.component, chunk)
-        return package_content(file, self.traced.deployment, operations, inputs, outputs, self.blob_types.__getitem__)
+        asked = self.traced.deployment, operations, inputs, outputs, self.blob_types.__getitem__
+        return package_content(file, *asked, self.traced.card)
 
 
 def is_cut(traced: TracedProgram, nbytes: int) -> bool:
@@ -93,10 +94,8 @@ def skeleton_bytes(traced: TracedProgram) -> int:
     """Bytes of a package of everything but the layers, at most."""
     inner = [op for op in traced.operations if op.type != LAYER]
     file = package_file(traced.component)
-    content = package_content(
-        file, traced.deployment, inner, traced.inputs, traced.outputs, traced.rest_types.__getitem__
-    )
-    return content.nbytes
+    asked = traced.deployment, inner, traced.inputs, traced.outputs, traced.rest_types.__getitem__
+    return package_content(file, *asked, traced.card).nbytes
 
 
 def layer_bytes(form: Form, uses: Iterable[Message], constants: Mapping[str, Message]) -> int:

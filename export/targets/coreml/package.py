@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ....runtimes.coreml.file.dtypes import ARRAY_TYPES, TensorType
 from ....runtimes.coreml.file.package import coremltools_module
+from ...checkpoint.card import ModelCard
 from .blobs import blob_offsets, write_blobs
 from .mil import Message, blobs_of, describe, mil
 
@@ -78,6 +79,7 @@ def package_content(
     inputs: Mapping[str, TensorType],
     outputs: Mapping[str, TensorType],
     blob_types: Callable[[int], TensorType],
+    card: ModelCard,
 ) -> PackageContent:
     """The package of these operations, whose blobs are numbered; a number used twice is stored once."""
     program = mil().Program(version=1)
@@ -95,7 +97,9 @@ def package_content(
     for value in values:
         value.offset = offset_of[value.offset]
     model = coremltools_module("proto.Model_pb2").Model(specificationVersion=SPEC_VERSIONS[deployment])
-    model.description.metadata.shortDescription = DESCRIPTION.format(package=Path(file).stem)
+    told = model.description.metadata
+    told.shortDescription = DESCRIPTION.format(package=Path(file).stem)
+    told.author, told.license = card.author or "", card.license or ""
     for features, ends in ((model.description.input, inputs), (model.description.output, outputs)):
         for name, tensor in ends.items():
             feature = features.add(name=name, shortDescription=FEATURES.get(name, CROSSING))

@@ -17,6 +17,7 @@ from ....runtimes.coreml.file.dtypes import TensorType
 from ....runtimes.coreml.file.package import coremltools_module
 from ....runtimes.coreml.interface import CHUNKS, layer_value, loop_spec, package_file
 from ....runtimes.manifest import ComponentSpec, TensorSpec
+from ...checkpoint.card import NO_CARD, ModelCard
 from ...families.graphs import Component
 from ...target_options import CoreMLOptions
 from ..layer import NO_SCHEMES, schemes_of
@@ -48,12 +49,12 @@ def trace(
     component: Component,
     options: CoreMLOptions = DEFAULTS,
     largest: Mapping[str, float] = MappingProxyType({}),
+    card: ModelCard = NO_CARD,
 ) -> TracedProgram:
     """Runs PyTorch's tracer and coremltools once. Layer weights are neither copied nor looked at.
 
-    `largest` holds the largest
-    magnitude that calibration saw in the output of a layer, by the layer's full name: what fp16 can not hold is
-    computed in fp32.
+    `largest` holds the largest magnitude that calibration saw in the output of a layer, by the layer's full name: what
+    fp16 can not hold is computed in fp32. `card` is what the packages say of the model.
 
     Raises TurbopocketError when coremltools is missing, when two layers share one weight, or when the largest values
     name a layer that does not run or can not be held by an output of the package.
@@ -88,6 +89,7 @@ def trace(
         rest=skeleton.rest,
         rest_types=skeleton.rest_types,
         max_package_bytes=options.max_package_bytes,
+        card=card,
     )
 
 

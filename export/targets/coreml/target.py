@@ -2,7 +2,7 @@
 """Core ML packages, as a target: Apple's names and folder, checked by our evaluator where there is no Mac."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from ....runtimes.coreml.lint import UNVERIFIED, lint
 from ....runtimes.coreml.runner import CoreMLRunner
 from ....runtimes.image_size import ImageSize
 from ....runtimes.manifest import ComponentSpec, Manifest, RuntimeSpec
+from ...checkpoint.card import NO_CARD, ModelCard
 from ...families.base import LoadedModel
 from ...families.components import components_of
 from ...families.graphs import Component
@@ -47,6 +48,8 @@ class CoreML(Target):
     """Core ML on an Apple device."""
 
     options: CoreMLOptions = coreml.DEFAULTS
+    card: ModelCard = NO_CARD
+    """What packages say of who made the model, and under which licence."""
 
     name = "coreml"
     own_runtime = False
@@ -73,6 +76,9 @@ class CoreML(Target):
     def opened(cls, options: CoreMLOptions) -> Self:
         return cls(options)
 
+    def crediting(self, card: ModelCard) -> Self:
+        return replace(self, card=card)
+
     def form_options(self, ranges: Mapping[str, Ranges] = NO_RANGES) -> Deployment:
         return self.options.deployment
 
@@ -89,7 +95,7 @@ class CoreML(Target):
         return self._traced(component, largest)
 
     def _traced(self, component: Component, largest: Mapping[str, float]) -> coreml.TracedProgram:
-        return coreml.trace(component, self.options, largest)
+        return coreml.trace(component, self.options, largest, self.card)
 
     def component_spec(self, traced: coreml.TracedProgram) -> ComponentSpec:
         return coreml.component_spec(traced)

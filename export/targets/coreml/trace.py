@@ -15,6 +15,7 @@ from torch import nn
 from ....runtimes.coreml.file.blobs import BlobFile
 from ....runtimes.coreml.file.dtypes import TensorType
 from ....runtimes.coreml.interface import layer_value
+from ...checkpoint.card import ModelCard
 from ...families.graphs import Component
 from ...target_options import Deployment
 from ..layer import kind_of, require_own_weights
@@ -45,6 +46,7 @@ class TracedProgram:
     rest: list[NDArray[Any]]
     rest_types: list[TensorType]
     max_package_bytes: int
+    card: ModelCard
 
 
 @dataclass

@@ -18,6 +18,7 @@ from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.coreml.target import CoreML
 from turbopocket.ground.errors import ParityFailed
+from turbopocket.runtimes.coreml.file.package import load_model, open_package
 from turbopocket.runtimes.coreml.file.program import Program
 from turbopocket.runtimes.manifest import file_entries, load_manifest, write_manifest
 
@@ -33,8 +34,10 @@ def recipe_of(values: dict[str, Any], model: Path, **compress: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def built(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Built:
-    out = tmp_path_factory.mktemp("coreml") / "art"
-    recipe = recipe_of(recipe_values, tiny_sdxl, budget="1700kB")
+    out, model = tmp_path_factory.mktemp("coreml") / "art", tmp_path_factory.mktemp("carded") / "model"
+    shutil.copytree(tiny_sdxl, model)
+    (model / "README.md").write_text("---\nlicense: other\nlicense_name: sai-nc\nauthor: Jürgen Vogt\n---\n", "utf-8")
+    recipe = recipe_of(recipe_values, model, budget="1700kB")
     return build(recipe, out, overwrite=False, progress=StageProgress(quiet=True))
 
 
@@ -49,6 +52,19 @@ def test_the_folder_is_the_one_that_the_swift_package_reads(built: Built) -> Non
     names = {path.name for path in built.folder.iterdir()}
     packages = {f"{name}.mlpackage" for name in ("TextEncoder", "TextEncoder2", "Unet", "VAEDecoder")}
     assert names == packages | {"vocab.json", "merges.txt", "tokenizer", "tokenizer_2", "manifest.json", "self_check"}
+
+
+def test_packages_say_who_made_the_model_and_under_which_licence(built: Built, guided: Built) -> None:
+    for folder, told in ((built.folder, ("Jürgen Vogt", "sai-nc")), (guided.folder, ("", ""))):
+        packages = list(folder.glob("*.mlpackage"))
+        assert len(packages) == 4
+        for package in packages:
+            metadata = load_model(open_package(package)).description.metadata
+            assert (metadata.author, metadata.license) == told
+            assert package.stem in metadata.shortDescription
+    origin = load_manifest(built.folder).model
+    assert origin is not None
+    assert (origin.author, origin.license) == ("Jürgen Vogt", "sai-nc")
 
 
 def test_all_three_arithmetics_are_in_the_parity_table(built: Built) -> None:
