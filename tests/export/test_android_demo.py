@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from turbopocket.export.build.build import build
@@ -81,9 +82,13 @@ def test_codebook_operators_of_ours_run_in_the_jvm(
     library = onnx_operators()
     if library is None:
         pytest.skip("the library of our operators is not built (make kernels)")
-    asked = {"model": {"source": str(tiny_sd)}, "compress": {"formats": ["avq2x4-d4", "fp16"], "fit": "absmax"}}
+    one, two = ("unet.*.to_q", "unet.*.conv2"), ("unet.*.ff.*", "unet.*.conv1")
+    pins = dict.fromkeys(one, "vq8-d4") | dict.fromkeys(two, "avq2x8-d8")
+    asked = {"model": {"source": str(tiny_sd)}, "compress": {"formats": ["fp16"], "pin": pins, "fit": "absmax"}}
     artifact = tmp_path / "artifact"
     build(make_recipe({**recipe_values, **asked}, "test"), artifact, progress=StageProgress(quiet=True))
+    unet = onnx.load(artifact / "unet" / "model.onnx", load_external_data=False)
+    assert len({node.op_type for node in unet.graph.node if node.domain == "turbopocket"}) == 4
     write_golden(tmp_path / "golden", artifact, tokenizers, PROMPTS)
     (tmp_path / "golden" / "walks.json").write_text("[]")
     for operators in (library, None):

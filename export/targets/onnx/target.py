@@ -36,7 +36,7 @@ from .names import DOMAIN, OPSET
 from .stores import STORES
 
 OLDEST = "1.23.2"
-"""Of ONNX Runtime, for files in the formats of the demo: 1.23.2, 1.24.2, 1.24.4 and 1.25 to 1.31 run them, on
+"""Of ONNX Runtime, for files in the formats of the demo and in codebooks: 1.23.2, 1.24.2 and 1.25 to 1.31 run them, on
 x86-64 Linux. 1.22.1 and older have no MatMulNBits of 8 bits."""
 INT8_TO_PYTORCH, INT8_TO_NATIVE = 1e-2, 1.5e-2
 """At MatMulNBits' accuracy level 4, where each CPU's kernels round activations to int8 in their own way. Measured with

@@ -42,28 +42,34 @@ class OnnxRuntime(
 
     override fun open(component: String, spec: ComponentSpec, file: File): Session {
         operators?.let(::requireWhole)
-        val session = try {
-            OrtSession.SessionOptions().use { options ->
-                options.setCPUArenaAllocator(false)
-                options.setMemoryPatternOptimization(false)
-                // which ends the process in ONNX Runtime 1.29.0 at artifacts from before manifests had `runtime`
-                options.addConfigEntry(DISABLED, "FuseFp16InitializerToFp32NodeTransformer")
-                options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-                threads?.let(options::setIntraOpNumThreads)
-                operators?.let { options.registerCustomOpLibrary(it.path) }
-                environment.createSession(file.path, options)
-            }
-        } catch (error: OrtException) {
-            throw Refused("$component: ONNX Runtime ${environment.version} cannot open it: ${error.message}", error)
-        }
+        val options = OrtSession.SessionOptions() // open as long as the session: closing it unloads the operators
         try {
-            requireTensors(component, "input", spec.inputs, session.inputInfo)
-            requireTensors(component, "output", spec.outputs, session.outputInfo)
+            val session = opened(component, file, options)
+            try {
+                requireTensors(component, "input", spec.inputs, session.inputInfo)
+                requireTensors(component, "output", spec.outputs, session.outputInfo)
+            } catch (error: Refused) {
+                session.close()
+                throw error
+            }
+            return OnnxSession(environment, component, spec, session, options)
         } catch (error: Refused) {
-            session.close()
+            options.close()
             throw error
         }
-        return OnnxSession(environment, component, spec, session)
+    }
+
+    private fun opened(component: String, file: File, options: OrtSession.SessionOptions): OrtSession = try {
+        options.setCPUArenaAllocator(false)
+        options.setMemoryPatternOptimization(false)
+        // which ends the process in ONNX Runtime 1.29.0 at artifacts from before manifests had `runtime`
+        options.addConfigEntry(DISABLED, "FuseFp16InitializerToFp32NodeTransformer")
+        options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
+        threads?.let(options::setIntraOpNumThreads)
+        operators?.let { options.registerCustomOpLibrary(it.path) }
+        environment.createSession(file.path, options)
+    } catch (error: OrtException) {
+        throw Refused("$component: ONNX Runtime ${environment.version} cannot open it: ${error.message}", error)
     }
 }
 
@@ -100,6 +106,7 @@ private class OnnxSession(
     private val component: String,
     private val spec: ComponentSpec,
     private val session: OrtSession,
+    private val sessionOptions: OrtSession.SessionOptions,
 ) : Session {
     @Volatile private var options: OrtSession.RunOptions? = null
     @Volatile private var stopped = false
@@ -132,7 +139,10 @@ private class OnnxSession(
         Unit
     }
 
-    override fun close() = session.close()
+    override fun close() {
+        session.close()
+        sessionOptions.close()
+    }
 
     /** Sizes of named dimensions are any, but one name has one size. */
     private fun requireInputs(inputs: Map<String, Tensor>) {
