@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,10 @@ def memory() -> str:
         figures = measured["unet_memory"][name]
         grown = f"{(figures['ran_anon_bytes'] - figures['start_anon_bytes']) / 1e6:.2f} MB"
         rows.append([name, f"{figures['weight_bytes'] / 1e6:.2f} MB", grown, f"{ratio:.2f} ×"])
+    codebooks = _load("session_options")
+    for name, runs in codebooks["grown_anon_bytes"].items():
+        grown = f"{median(runs) / 1e6:.2f} MB"
+        rows.append([f"onnx codebooks, {name}", f"{codebooks['weight_bytes'] / 1e6:.2f} MB", grown, ""])
     return _table(["UNet of `pocket-turbo`", "files", "anonymous memory after a run", "latency to fp32"], rows)
 
 
