@@ -26,6 +26,7 @@ from ..sampling.spec import sampler_spec, with_sampling
 from ..targets.base import Target
 from ..targets.registry import open_target
 from ..units import format_bytes
+from . import forecast_runtimes as runtimes
 from . import forecast_stages as stages
 from .candidates import candidate_schemes
 from .forecast_learning import reconstruct
@@ -220,9 +221,9 @@ def _together(asked: Asked, resident: Mapping[str, float]) -> Forecast:
         **({"fine-tune": stages.fine_tune(asked)} if asked.tuning.iterations else {}),
         **({"trace again": stages.trace(asked)} if asked.moves_vectors else {}),
         "lower": stages.lower(asked),
-        "compare": stages.compare(asked),
-        "self-check": stages.self_check(asked),
-        "memory": stages.memory(asked),
+        "compare": runtimes.compare(asked),
+        "self-check": runtimes.self_check(asked),
+        "memory": runtimes.memory(asked),
     }
     held, left, made = 0.0, 0.0, []
     for name, stage in found.items():
