@@ -53,7 +53,7 @@ def _killer(number: int, folder: Path, besides: Path, pipe: int) -> Callable[[st
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
         nonlocal done
-        if not _changes_something(folder, besides, event, args):
+        if not changes_something(folder, besides, event, args):
             return
         if done == number:
             os.write(pipe, f"{event} {' '.join(str(arg) for arg in args[:2])}".replace(str(folder), "").encode())
@@ -63,7 +63,7 @@ def _killer(number: int, folder: Path, besides: Path, pipe: int) -> Callable[[st
     return audit
 
 
-def _changes_something(folder: Path, besides: Path, event: str, args: tuple[Any, ...]) -> bool:
+def changes_something(folder: Path, besides: Path, event: str, args: tuple[Any, ...]) -> bool:
     if event == "ctypes.dlsym":
         return bool(args[1] == "renameat2")
     if event not in (*_MOVES, "open") or (event == "open" and not (isinstance(args[2], int) and args[2] & _WRITES)):
