@@ -124,6 +124,7 @@ bench-quality: setup
 	$(RUN) build --recipe demo --out build/demo --overwrite
 	$(RUN) build --recipe codebooks --out build/codebooks --overwrite
 	$(BIN)/python benchmarks/alignment.py build/int8 build/demo build/codebooks
+	$(BIN)/python benchmarks/session_options.py build/codebooks
 	$(BIN)/python benchmarks/demo_pairs.py build/demo.report docs/demo_pairs.png
 	$(BIN)/python benchmarks/apple_pipeline.py build/demo
 	$(BIN)/python benchmarks/readme_tables.py

@@ -48,7 +48,7 @@ def main(artifact: Path, out: Path) -> None:
         command = [sys.executable, __file__, str(artifact), "--row", row]
         runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(TRIALS)]
         grown[row] = [int(said) for said in runs]
-    weights = component_bytes(load_manifest(artifact), "unet")
+    weights = component_bytes(artifact, load_manifest(artifact), "unet")
     told = json.dumps({"onnxruntime": ort.__version__, "weight_bytes": weights, "grown_anon_bytes": grown}, indent=2)
     out.write_text(told + "\n", encoding="utf-8")
     print(told)
