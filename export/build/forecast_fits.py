@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ...quant.fit import Fit
-from ...quant.formats import Dense, LayerFormat
+from ...quant.fit.threads import one_thread
+from ...quant.formats import Affine, Dense, LayerFormat
 from .forecast_rates import Rates, seconds_of
 from .forecast_work import LayerWork
 
@@ -24,21 +25,23 @@ FACTOR_FLOPS = 1 / 3
 
 @dataclass(frozen=True)
 class FitCost:
-    """Seconds of a fit: for each layer, each column, each weight, and each weight times K; `whole` says that it also
-    factors a [K, K] matrix."""
+    """Seconds of a fit in one thread: for each layer, each column, each weight, and each weight times K. `whole` says
+    that it also factors a [K, K] matrix, `in_turn` that columns wait for each other, so that rows are not shared."""
 
     layer: float = 0.0
     column: float = 0.0
     weight: float = 0.0
     weight_column: float = 0.0
     whole: bool = False
+    in_turn: bool = False
 
     def seconds(self, layer: LayerWork, rates: Rates) -> float:
-        """Of one layer in one format."""
+        """Of one layer in one format, with this process's threads."""
         columns, weights = layer.columns, layer.weights
         factor = FACTOR_FLOPS * columns**3 / rates.flops if self.whole else 0.0
-        grown = self.weight_column * weights * columns
-        return self.layer + self.column * columns + self.weight * weights + grown + factor
+        shared = weights * (self.weight + self.weight_column * columns)
+        shared /= 1 if self.in_turn else torch.get_num_threads()
+        return self.layer + self.column * columns + shared + factor
 
 
 def fit_cost(layer_format: LayerFormat, fit: Fit, rates: Rates) -> FitCost:
@@ -73,7 +76,8 @@ def _measured(layer_format: LayerFormat, fit: Fit, rates: Rates) -> FitCost:
         return FitCost(layer=rest, weight=weight)
     column = rest / columns
     grown = max(0.0, wide - more_columns * (column + few_rows * weight))
-    return FitCost(0.0, column, weight, grown / (few_rows * more_columns * (more_columns - columns)), whole)
+    grown /= few_rows * more_columns * (more_columns - columns)
+    return FitCost(0.0, column, weight, grown, whole, in_turn=isinstance(layer_format, Affine))
 
 
 def _sample(layer_format: LayerFormat, fit: Fit, outputs: int, columns: int) -> float:
@@ -81,7 +85,8 @@ def _sample(layer_format: LayerFormat, fit: Fit, outputs: int, columns: int) -> 
     weight = torch.randn(outputs, columns, generator=generator)
     x = torch.randn(2 * columns, columns, generator=generator)
     hessian = (x.T @ x) / len(x) if fit.whole_hessian else x.square().mean(0)
-    return seconds_of(lambda: layer_format.compress(weight, fit, hessian), least_seconds=0.01)
+    with one_thread():  # a thread that waits for others on a busy machine takes its own time for that
+        return seconds_of(lambda: layer_format.compress(weight, fit, hessian), least_seconds=0.01)
 
 
 def fit_bytes(layer: LayerWork, fit: Fit, formats: Sequence[LayerFormat]) -> float:

@@ -16,6 +16,7 @@ from .base import as_codes, nearest_steps
 from .grids import IntegerCodes, IntegerGrid
 from .hessian import Hessian, factor_in_place, flip_in_place, own_hessian
 from .mse import best_scale
+from .threads import one_thread
 
 # Added to the Hessian's diagonal as a share of its mean (GPTQ section 3.3, step 3).
 DAMPING = 0.01
@@ -81,12 +82,13 @@ class _Sweep:
         """Rounds columns [start, stop); later columns hear of the errors once, in one matrix product."""
         weight_BO, own_BB = weight_OB.T.contiguous(), self._sent(slice(start, stop), slice(start, stop))
         errors_BO = torch.empty_like(weight_BO)
-        for column in range(start, stop):
-            group, inside = column // self.grid.group, column - start
-            if column % self.grid.group == 0:
-                self._choose_scale(group)
-            torch.sub(weight_BO[inside], self._round_column(column, group), out=errors_BO[inside])
-            self.pending_KO[column + 1 : stop].addr_(own_BB[inside, inside + 1 :], errors_BO[inside])
+        with one_thread():
+            for column in range(start, stop):
+                group, inside = column // self.grid.group, column - start
+                if column % self.grid.group == 0:
+                    self._choose_scale(group)
+                torch.sub(weight_BO[inside], self._round_column(column, group), out=errors_BO[inside])
+                self.pending_KO[column + 1 : stop].addr_(own_BB[inside, inside + 1 :], errors_BO[inside])
         self.pending_KO[stop:].addmm_(self._sent(slice(start, stop), slice(stop, None)).T, errors_BO)
 
     def _sent(self, rows: slice, columns: slice) -> Tensor:

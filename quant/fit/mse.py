@@ -10,6 +10,7 @@ from torch import Tensor
 from .base import as_codes, covering_scale, nearest_steps, storable_scale, value_range
 from .grids import IntegerCodes, IntegerGrid
 from .hessian import Hessian, checked_diagonal
+from .threads import in_threads
 
 # Shares of the full range that a scale may cover, down to a third; a long tail in a 4-bit row is worth clipping far.
 # Chosen, not measured: least squares afterwards makes up for the distance between two of them.
@@ -27,7 +28,7 @@ def mse_codes(weight_OK: Tensor, grid: IntegerGrid, hessian: Hessian | None = No
     if hessian is not None:
         importance_Gg = column_importance(checked_diagonal(hessian, weight_OK.shape[1])).reshape(-1, grid.group)
     rows = max(1, CHUNK_WEIGHTS // weight_OK.shape[1])
-    chunks = [best_scale(chunk, grid, importance_Gg) for chunk in grid.grouped(weight_OK).split(rows)]
+    chunks = in_threads(lambda chunk: best_scale(chunk, grid, importance_Gg), grid.grouped(weight_OK).split(rows))
     scale_OG = torch.cat([scale for scale, _ in chunks])
     zeros = [zero for _, zero in chunks if zero is not None]
     zero_OG = torch.cat(zeros) if zeros else None
