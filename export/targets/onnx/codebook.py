@@ -4,7 +4,7 @@
 A runtime that knows the operator (domain `turbopocket`, version 1) runs its kernel and reads the codes as they are
 stored; any other takes the body, which makes one layer's weight dense for the time of its product.
 
-    CodebookLinear<M>(x [..., K], codes uint8 [O, J, M], codebooks fp16 [M, 256, D], scale fp16 [O])
+    CodebookLinear<M>(x [B, ..., K], codes uint8 [O, J, M], codebooks fp16 [M, 256, D], scale fp16 [O])
     CodebookLinear<M>Biased(the same, bias fp32 [O])
     CodebookConv2d<M>, CodebookConv2d<M>Biased(the same with x [B, I, H, W]; weight_shape [O, kh, kw, I], strides, pads,
         dilations)
@@ -65,7 +65,7 @@ class _CodebookForm(CodebookForm, Form):
         biased = len(node.input) > 2
         inputs = ["x", "codes", "codebooks", "scale", *(["bias"] if biased else [])]
         attributes = [attribute.name for attribute in self._attributes(node)]
-        nodes = [*_summed_vectors(self.count), *self._product(biased)]
+        nodes = [*_decoded(self.count), *self._product(biased)]
         opset = [helper.make_opsetid("", OPSET)]
         return [helper.make_function(DOMAIN, self._name(node), inputs, ["y"], nodes, opset, attributes)]
 
@@ -77,7 +77,7 @@ class _CodebookForm(CodebookForm, Form):
 
     @abstractmethod
     def _product(self, biased: bool) -> list[NodeProto]:
-        """Nodes from the weight's vectors to `y`."""
+        """Nodes from x, `matrix` and `factor` to `y`."""
 
 
 class CodebookLinear(_CodebookForm):
@@ -87,13 +87,12 @@ class CodebookLinear(_CodebookForm):
     summary = "CodebookLinear, or Gather, Add, MatMul: codes stay packed in memory, one layer at a time is dense"
 
     def _product(self, biased: bool) -> list[NodeProto]:
+        scaled = "scaled" if biased else "y"
         return [
-            helper.make_node("Constant", [], ["rows"], value_ints=[0, -1]),
-            helper.make_node("Reshape", ["vectors", "rows"], ["weight"]),
-            helper.make_node("Transpose", ["weight"], ["transposed"], perm=[1, 0]),
+            helper.make_node("Transpose", ["matrix"], ["transposed"], perm=[1, 0]),
             helper.make_node("MatMul", ["x", "transposed"], ["product"]),
-            cast_to_fp32("scale", "factor"),
-            *_scaled(biased, "factor", "bias"),
+            helper.make_node("Mul", ["product", "factor"], [scaled]),
+            *([helper.make_node("Add", [scaled, "bias"], ["y"])] if biased else []),
         ]
 
 
@@ -111,67 +110,57 @@ class CodebookConv2d(_CodebookForm):
     def _product(self, biased: bool) -> list[NodeProto]:
         shape = helper.make_node("Constant", [], ["taps"])
         shape.attribute.append(_of_caller("value_ints", "weight_shape"))
-        conv = helper.make_node("Conv", ["x", "weight"], ["product"])
+        conv = helper.make_node("Conv", ["x", "weight", *(["bias"] if biased else [])], ["y"])
         conv.attribute.extend(_of_caller(name, name) for name in _GEOMETRY)
         return [
             shape,
-            helper.make_node("Reshape", ["vectors", "taps"], ["channels_last"]),
+            helper.make_node("Transpose", ["factor"], ["factors"], perm=[1, 0]),
+            helper.make_node("Mul", ["matrix", "factors"], ["scaled"]),
+            helper.make_node("Reshape", ["scaled", "taps"], ["channels_last"]),
             helper.make_node("Transpose", ["channels_last"], ["weight"], perm=[0, 3, 1, 2]),
             conv,
-            helper.make_node("Constant", [], ["per_channel"], value_ints=[-1, 1, 1]),
-            cast_to_fp32("scale", "scale32"),
-            helper.make_node("Reshape", ["scale32", "per_channel"], ["factor"]),
-            *([helper.make_node("Reshape", ["bias", "per_channel"], ["offset"])] if biased else []),
-            *_scaled(biased, "factor", "offset"),
         ]
 
 
-def _summed_vectors(count: int) -> list[NodeProto]:
-    """Nodes from codes and codebooks to `vectors` [O, J, 1, D].
+def _decoded(count: int) -> list[NodeProto]:
+    """Nodes from codes, codebooks and scale to `matrix` [O, K], not scaled yet, and `factor` [1, O].
+
+    Everything waits for x: codes, codebooks and scale get a dimension more at the front, whose place is x's number of
+    values times 0. What depends on x is not folded into dense weights when the graph is loaded, nor decoded for all
+    layers before the first one runs. It is also what makes a graph of many layers open fast:
+
+    - No node but the constants' own is ready before x is. ONNX Runtime sorts a graph again for each of its passes, and
+      walks through all that is ready for each node that becomes so.
+    - Where the dimension goes is not known beforehand, and so no rank of what follows. ONNX Runtime's memory planner
+      would keep a dense weight of known shape for the next of its shape, and compares one whose rank alone is known
+      with all that are free, for every tensor of the graph.
 
     ONNX Runtime runs what leads to an input the sooner the later it stands in the list. So the sums stand last: two
     parts are alive at a time, however many codebooks there are.
-
-    The codes are reshaped to their own shape by numbers that a comparison within x lets through, as it always does: x's
-    first value is never less than itself. What depends on x is not folded into dense weights when the graph is loaded,
-    nor decoded for all layers before the first one runs. How many numbers come through is not known beforehand, and so
-    no rank of what follows: ONNX Runtime's memory planner would keep a dense weight of known shape for the next of its
-    shape, and compares one whose rank alone is known with all that are free, for every tensor of the graph.
     """
-    planes = [f"codes{book}" for book in range(count)] if count > 1 else ["ready"]
+    books = [f"book{book}" for book in range(count)] if count > 1 else ["books"]
+    planes = [f"indices{book}" for book in range(count)] if count > 1 else ["indices"]
     nodes = [
-        helper.make_node("Constant", [], ["flat"], value_ints=[-1]),
-        helper.make_node("Reshape", ["x", "flat"], ["values"]),
-        helper.make_node("Constant", [], ["thrice"], value_ints=[0, 0, 0]),
-        helper.make_node("Gather", ["values", "thrice"], ["value"], axis=0),
-        helper.make_node("Less", ["value", "value"], ["never"]),
-        helper.make_node("Not", ["never"], ["always"]),
-        helper.make_node("Constant", [], ["same"], value_ints=[0, 0, -1]),
-        helper.make_node("Compress", ["same", "always"], ["same_later"]),
-        helper.make_node("Reshape", ["codes", "same_later"], ["ready"]),
-        cast_to_fp32("codebooks", "codebooks32"),
+        helper.make_node("Constant", [], ["zero"], value_ints=[0]),
+        helper.make_node("Size", ["x"], ["size"]),
+        helper.make_node("Mul", ["size", "zero"], ["front"]),
+        helper.make_node("Unsqueeze", ["scale", "front"], ["factor16"]),
+        cast_to_fp32("factor16", "factor"),
+        helper.make_node("Unsqueeze", ["codebooks", "front"], ["books16"]),
+        cast_to_fp32("books16", "books"),
+        helper.make_node("Unsqueeze", ["codes", "front"], ["ready"]),
+        helper.make_node("Cast", ["ready"], ["indices"], to=TensorProto.INT32),
     ]
     if count > 1:
-        nodes.append(helper.make_node("Split", ["ready"], planes, axis=2, num_outputs=count))
+        nodes.append(helper.make_node("Split", ["books"], books, axis=1, num_outputs=count))
+        nodes.append(helper.make_node("Split", ["indices"], planes, axis=3, num_outputs=count))
     for book in reversed(range(count)):
-        nodes += [
-            helper.make_node("Constant", [], [f"book{book}"], value_int=book),
-            helper.make_node("Gather", ["codebooks32", f"book{book}"], [f"codebook{book}"], axis=0),
-            helper.make_node("Cast", [planes[book]], [f"indices{book}"], to=TensorProto.INT32),
-            helper.make_node("Gather", [f"codebook{book}", f"indices{book}"], [f"part{book}"], axis=0),
-        ]
+        nodes.append(helper.make_node("Gather", [books[book], planes[book]], [f"part{book}"], axis=2))
     total = "part0"
     for book in range(1, count):
         nodes.append(helper.make_node("Add", [total, f"part{book}"], [f"sum{book}"]))
         total = f"sum{book}"
-    nodes[-1].output[0] = "vectors"
-    return nodes
-
-
-def _scaled(biased: bool, factor: str, bias: str) -> list[NodeProto]:
-    scaled = "scaled" if biased else "y"
-    nodes = [helper.make_node("Mul", ["product", factor], [scaled])]
-    return [*nodes, helper.make_node("Add", [scaled, bias], ["y"])] if biased else nodes
+    return [*nodes, helper.make_node("Flatten", [total], ["matrix"], axis=4)]
 
 
 def _of_caller(name: str, attribute: str) -> AttributeProto:
