@@ -142,10 +142,11 @@ def codebooks() -> str:
 
 
 def opening() -> str:
-    """Seconds to open chains of layers, by how many they are."""
+    """Seconds to open chains of layers, by how many they are, and a UNet."""
     measured = _load("opening")["opening"]
-    rows = [[name, *(f"{each['seconds']:.2f} s" for each in by_count.values())] for name, by_count in measured.items()]
-    return _table(["weights in", *(f"{count} layers" for count in next(iter(measured.values())))], rows)
+    names = next(iter(measured.values()))
+    rows = [[name, *(f"{found[name]:.2f} s" for found in measured.values())] for name in names]
+    return _table(["weights in", *(f"{of} layers" if of.isdigit() else of for of in measured)], rows)
 
 
 def executorch_codebooks() -> str:
