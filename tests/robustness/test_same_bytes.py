@@ -63,7 +63,11 @@ def test_hash_seed_path_locale_umask_and_workers_leave_the_bytes_as_they_are(
 
 @pytest.mark.slow
 def test_threads_change_nothing_but_what_pytorch_measured(published: Path, tmp_path: Path) -> None:
-    """PyTorch adds up in another order: what a fit reads of activations has other last digits, `absmax` reads none."""
+    """PyTorch adds up in another order: what a fit reads of activations has other last digits, `absmax` reads none.
+
+    Neither does what its plan compares, so losses differ as activations do, by 1e-6 of them. A fit that reads them, as
+    `mse` does, may take the scale beside for a group, which moved the loss of one layer by 1.6 % here.
+    """
     asked = "--budget", BUDGETS["onnx"], "--fit", "absmax"
     one, two = (built(published, tmp_path / count, *asked, OMP_NUM_THREADS=count) for count in "12")
     measured = {"art/manifest.json", "art.report/plan.json", "art.report/choices.json"}
@@ -71,5 +75,5 @@ def test_threads_change_nothing_but_what_pytorch_measured(published: Path, tmp_p
     assert set(different(one, two)) <= measured | shown
     plans = [json.loads(files["art.report/plan.json"]) for files in (one, two)]
     losses = [[plan.pop("predicted_loss"), *(each.pop("loss") for each in plan["choices"])] for plan in plans]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert plans[0] == plans[1]

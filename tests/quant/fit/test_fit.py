@@ -223,9 +223,9 @@ def test_what_is_stored_has_the_values_of_the_codes(name: str, fit: Fit) -> None
     assert torch.equal(stored.format.decompress(stored), found[0])
 
 
-def test_plans_for_vqdm_are_measured_with_it_and_others_with_mse() -> None:
+def test_plans_for_absmax_and_vqdm_are_measured_with_them_and_others_with_mse() -> None:
     assert {fit.name: measuring_fit(fit).name for fit in FITS} == {
-        "absmax": "mse",
+        "absmax": "absmax",
         "mse": "mse",
         "gptq": "mse",
         "vqdm": "quick vqdm",
