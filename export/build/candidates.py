@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import islice
 
 from ...ground.errors import TurbopocketError
 from ...quant.layer_rounding import activations_name
@@ -15,6 +16,8 @@ from ..targets.base import NO_RANGES, Target
 from ..targets.layer import kind_of
 
 CURVE_POINTS = 17
+PLAIN = ("fp16", "fp32")
+"""Formats that fit any shape; a target has one of them."""
 
 
 def candidate_schemes(
@@ -33,7 +36,9 @@ def candidate_schemes(
         kept[name] = [each for each, reason in reasons.items() if reason is None]
         if not kept[name]:
             why = "; ".join(str(reason) for reason in reasons.values())
-            raise TurbopocketError(f"{name}: no format left for shape {list(shape)}: {why}", hint="allow fp16 as well")
+            fitting = (each for each in PLAIN if target.storable(parse_scheme(each), kind_of(shape), shape) is None)
+            hint = "".join(f"allow {each} as well" for each in islice(fitting, 1))
+            raise TurbopocketError(f"{name}: no format left for shape {list(shape)}: {why}", hint=hint or None)
     return kept
 
 

@@ -64,8 +64,16 @@ def test_candidates_are_resolved_for_what_each_layer_saw() -> None:
 
 
 def test_layer_without_any_format_is_named_with_every_reason() -> None:
-    with pytest.raises(TurbopocketError, match=r"unet.conv_in: no format left .*multiple of .*32"):
+    with pytest.raises(TurbopocketError, match=r"unet.conv_in: no format left .*multiple of .*32") as refused:
         candidate_schemes(Onnx(), SHAPES, ["int8-g32"], {})
+    assert refused.value.hint == "allow fp16 as well"
+
+
+def test_a_layer_without_any_format_is_told_of_one_that_its_target_stores() -> None:
+    with pytest.raises(TurbopocketError, match=r"unet.conv_in: no format left .*; XNNPACK would widen fp16") as refused:
+        candidate_schemes(ExecuTorch(), SHAPES, ["int8-g32", "fp16"], {})
+    assert refused.value.hint == "allow fp32 as well"
+    assert candidate_schemes(ExecuTorch(), SHAPES, ["int8-g32", "fp32"], {})
 
 
 def test_parts_of_a_plan_and_its_fixed_bytes_are_its_total() -> None:
