@@ -116,7 +116,9 @@ def require_one(out: Path, known: Mapping[str, dict[str, str]], absent: bool, wh
         name = "absent"
     assert name, f"{where}: neither the old output nor the new one: {sorted(found)}"
     for each in NEIGHBOURS:
-        assert (out.parent / each).read_text() == "mine", f"{where}: {each}"
+        kept = out.parent / each
+        assert kept.is_file(), f"{where}: {each}, which is the user's, is gone"
+        assert kept.read_text() == "mine", f"{where}: {each}"
     return name
 
 
