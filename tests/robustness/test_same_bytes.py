@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
-SHORT = ("--formats", "int8-g32,int4-g32,fp16", "--steps", "2", "--guidance", "1")
+SHORT = ("--steps", "2", "--guidance", "1")
 SET = ("--set", "calibrate.pictures=1", "--set", "parity.pictures=1")
-BUDGETS = {"onnx": "1000kB", "coreml": "1000kB", "executorch": "1800kB"}
+ASKED = {
+    "onnx": ("--formats", "int8-g32,int4-g32,fp16", "--budget", "1000kB"),
+    "coreml": ("--formats", "int8-g32,int4-g32,fp16", "--budget", "1000kB"),
+    "executorch": ("--formats", "int8-row,int4-g32,fp32", "--budget", "1800kB"),
+}
+"""What leaves layers of each target a choice: no plan may be of one format."""
 REPORTED = ("plan.json", "choices.json")
 COMMAND = "import os, sys; os.umask(int(sys.argv.pop(1), 8)); from turbopocket.cli import main; main()"
 OTHER = {"PYTHONHASHSEED": "12345", "LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Kathmandu"}
@@ -49,13 +54,14 @@ def different(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", BUDGETS)
+@pytest.mark.parametrize("target", ASKED)
 def test_hash_seed_path_locale_umask_and_workers_leave_the_bytes_as_they_are(
     target: str, published: Path, tmp_path: Path
 ) -> None:
-    asked = "--target", target, "--budget", BUDGETS[target]
+    asked = "--target", target, *ASKED[target]
     expected = built(published, tmp_path / "a", *asked)
     assert len(expected) > 5
+    assert len({each["scheme"] for each in json.loads(expected["art.report/plan.json"])["choices"]}) > 1
     elsewhere = tmp_path / "another" / "and longer path"
     found = built(published, elsewhere, *asked, "--workers", "2", umask="077", **OTHER)
     assert different(found, expected) == []
@@ -68,7 +74,7 @@ def test_threads_change_nothing_but_what_pytorch_measured(published: Path, tmp_p
     Neither does what its plan compares, so losses differ as activations do, by 1e-6 of them. A fit that reads them, as
     `mse` does, may take the scale beside for a group, which moved the loss of one layer by 1.6 % here.
     """
-    asked = "--budget", BUDGETS["onnx"], "--fit", "absmax"
+    asked = *ASKED["onnx"], "--fit", "absmax"
     one, two = (built(published, tmp_path / count, *asked, OMP_NUM_THREADS=count) for count in "12")
     measured = {"art/manifest.json", "art.report/plan.json", "art.report/choices.json"}
     shown = {"art/self_check/latents.f32", "art/self_check/picture.rgb"}
