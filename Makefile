@@ -113,9 +113,15 @@ bench-mixdq: setup
 bench-allocation: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/allocation.py
 
-# Ranges of activations by timestep beside one range for all, from exported files: some minutes of one core.
+# Ranges of activations by timestep from exported files, some minutes of one core; then temporal features under nearest and
+# learned rounding: hours of one core, row by row, and goes on where it was.
+bench-tfmq: export OMP_NUM_THREADS = 1
 bench-tfmq: setup
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tfmq.py
+	$(BIN)/python benchmarks/tfmq.py
+	$(BIN)/python benchmarks/temporal.py
+	$(BIN)/python benchmarks/temporal.py --folded
+	$(BIN)/python benchmarks/temporal.py --model pocket
+	$(BIN)/python benchmarks/readme_tables.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8, about 4 bits and codebooks, against float PyTorch.
 bench-quality: export OMP_NUM_THREADS = 1

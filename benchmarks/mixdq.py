@@ -39,6 +39,7 @@ from turbopocket.export.build.rewriting import rewritten
 from turbopocket.export.build.walk import make_walk
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.evidence import evidence_for
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.components import components_of, described
 from turbopocket.export.recipe import Recipe, make_recipe
 from turbopocket.export.targets.side_files import write_tokenizers
@@ -84,7 +85,7 @@ class Subject:
     def __init__(self, source: str, bos_aware: bool) -> None:
         values = {"model": {"source": source}, "compress": {"rewrites": ["bos-aware"] if bos_aware else []}}
         self.recipe: Recipe = make_recipe(values, "benchmark")
-        model = load(source)
+        model = self.loaded(source)
         sampling = json.loads((model.folder / "sampling.json").read_text())
         sampler = {"steps": sampling["steps"], "guidance": sampling["guidance_scale"]}
         self.recipe = make_recipe({**values, "sampler": sampler}, "benchmark")
@@ -102,6 +103,9 @@ class Subject:
         self.layers = {name: layer for name, layer in self.layers.items() if name in stats}
         self.ranges, self.numbers = ranges_of(stats), self._numbers()
         self.stored = cache(self._stored)
+
+    def loaded(self, source: str) -> LoadedModel:
+        return load(source)
 
     def draw(self, asked: Sequence[str]) -> Pictures:
         session = replace(self.session, prompts=asked)

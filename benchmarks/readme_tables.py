@@ -232,6 +232,30 @@ def ranges_by_step() -> str:
     return _table(["", "PSNR of all pictures together", "median picture", "worst picture"], rows)
 
 
+def temporal(model: str) -> str:
+    """Temporal features and pictures of one model, by bits and what is done about the temporal block."""
+    measured = _load("temporal")[model]
+    rows = [
+        [
+            bits,
+            name,
+            f"{row['cosine']:.5f}",
+            f"{row['least_cosine']:.4f}",
+            f"{row['mismatches']} of {row['features']}",
+            f"{row['shift']:.1f}",
+            f"{row['block_alone_psnr_db']:.1f} dB",
+            f"{row['psnr_db']:.1f} dB",
+            f"{row['median_psnr_db']:.1f} dB",
+            _percent(row),
+            f"{row['frechet']:.2f}" if "frechet" in row else "",
+        ]
+        for bits, by_name in measured["rows"].items()
+        for name, row in by_name.items()
+    ]
+    header = ["", "", "cosine", "worst", "mismatches", "δ", "block alone", "PSNR", "median", "alignment", "Fréchet"]
+    return _table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "results_executorch": lambda: results("alignment_executorch"),
@@ -248,6 +272,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "allocation": allocation,
     "ranges by step": ranges_by_step,
     "apple_pipeline": apple_pipeline,
+    "temporal": lambda: temporal("pocket-turbo"),
+    "temporal folded": lambda: temporal("pocket-turbo, folded"),
+    "temporal pocket": lambda: temporal("pocket"),
 }
 
 
