@@ -114,13 +114,14 @@ bench-allocation: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/allocation.py
 
 # Ranges of activations by timestep from exported files, some minutes of one core; then temporal features under nearest and
-# learned rounding: hours of one core, row by row, and goes on where it was.
+# learned rounding, row by row: some hours of one core, and goes on where it was.
+LEARNED := --pictures 16 --iterations 150 --learning-rate 0.03
 bench-tfmq: export OMP_NUM_THREADS = 1
 bench-tfmq: setup
 	$(BIN)/python benchmarks/tfmq.py
-	$(BIN)/python benchmarks/temporal.py
-	$(BIN)/python benchmarks/temporal.py --folded
-	$(BIN)/python benchmarks/temporal.py --model pocket
+	$(BIN)/python benchmarks/temporal.py $(LEARNED)
+	$(BIN)/python benchmarks/temporal.py $(LEARNED) --folded
+	$(BIN)/python benchmarks/temporal.py $(LEARNED) --model pocket --prompts 100
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8, about 4 bits and codebooks, against float PyTorch.

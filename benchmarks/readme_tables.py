@@ -232,27 +232,25 @@ def ranges_by_step() -> str:
     return _table(["", "PSNR of all pictures together", "median picture", "worst picture"], rows)
 
 
-def temporal(model: str) -> str:
-    """Temporal features and pictures of one model, by bits and what is done about the temporal block."""
-    measured = _load("temporal")[model]
+def temporal() -> str:
+    """Temporal features and pictures, by model, bits and what is done about the temporal block."""
+    psnr = "block_alone_psnr_db", "block_alone_median_psnr_db", "psnr_db", "median_psnr_db"
     rows = [
         [
-            bits,
-            name,
+            f"{model}, {bits}: {name}",
             f"{row['cosine']:.5f}",
             f"{row['least_cosine']:.4f}",
             f"{row['mismatches']} of {row['features']}",
             f"{row['shift']:.1f}",
-            f"{row['block_alone_psnr_db']:.1f} dB",
-            f"{row['psnr_db']:.1f} dB",
-            f"{row['median_psnr_db']:.1f} dB",
-            _percent(row),
-            f"{row['frechet']:.2f}" if "frechet" in row else "",
+            *(f"{row[name]:.1f} dB" if name in row else "" for name in psnr),
+            *([_percent(row), f"{row['frechet']:.1f}"] if "frechet" in row else [""] * 2),
         ]
+        for model, measured in _load("temporal").items()
         for bits, by_name in measured["rows"].items()
         for name, row in by_name.items()
     ]
-    header = ["", "", "cosine", "worst", "mismatches", "δ", "block alone", "PSNR", "median", "alignment", "Fréchet"]
+    features, pictures = ["cosine", "worst", "mismatches", "mean δ"], ["PSNR", "median", "alignment", "Fréchet"]
+    header = ["", *features, "block alone", "median", *pictures]
     return _table(header, rows)
 
 
@@ -272,9 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "allocation": allocation,
     "ranges by step": ranges_by_step,
     "apple_pipeline": apple_pipeline,
-    "temporal": lambda: temporal("pocket-turbo"),
-    "temporal folded": lambda: temporal("pocket-turbo, folded"),
-    "temporal pocket": lambda: temporal("pocket"),
+    "temporal": temporal,
 }
 
 

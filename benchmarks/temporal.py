@@ -65,7 +65,6 @@ from turbopocket.quant.reconstruct_blocks import (
     TEMPORAL,
     UNITS_FOLDER,
     TemporalUnit,
-    errors_in,
     reconstruct_to_files,
     reconstructed_in,
 )
@@ -77,6 +76,7 @@ from turbopocket.runtimes.compare.metrics import psnr_db
 BITS = {"W4A8": ("int4-row", 8), "W8A6": ("int8-row", 6), "W8A8": ("int8-row", 8)}
 IN_FLOAT = ("unet.conv_in", "unet.conv_out")
 FEATURE_PROMPTS = 16
+ALONE_PROMPTS = 100
 FRECHET_PROMPTS = 500
 """A covariance of 128 features is not known from fewer pictures."""
 Stored = Mapping[str, CompressedTensor]
@@ -137,10 +137,12 @@ class Ablation:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.name = f"{asked.model}, folded" if asked.folded else asked.model
         self.options = ReconstructOptions(iterations=asked.iterations, learning_rate=asked.learning_rate)
+        self.block_alone = asked.block_alone
         self.out, self.work, self.pictures = asked.out, asked.work / self.name.replace(", ", "-"), asked.pictures
         self.about = {
             "prompts": asked.prompts,
             "feature_prompts": FEATURE_PROMPTS,
+            "alone_prompts": min(ALONE_PROMPTS, asked.prompts),
             "calibration_prompts": CALIBRATION,
             "reconstruction_pictures": asked.pictures,
             "iterations": asked.iterations,
@@ -161,28 +163,33 @@ class Ablation:
         self.reference = cache(lambda: render(others, torch.Generator().manual_seed(0)))
 
     def row(self, bits: str, name: str) -> None:
-        """One row, if it is not there."""
+        """One row, if it is not there; with `block_alone`, as much of it as the temporal block's layers say."""
         model = self._kept()
         rows = model["rows"].setdefault(bits, {})
-        if name in rows:
+        if name in rows and (self.block_alone or "psnr_db" in rows[name]):
             return
         began = time.process_time()
         stored, roundings = self.made(bits, name)
-        learned = time.process_time() - began
+        made = time.process_time()
         alone = {each: stored[each] for each in self.own}, {each: roundings[each] for each in self.own}
-        with self.quantized(stored, roundings):
-            pictures = self.subject.draw(self.asked)
+        whole = {}
+        if not self.block_alone:
+            with self.quantized(stored, roundings):
+                pictures = self.subject.draw(self.asked)
+            whole = self.seen(pictures)
+            whole |= {"psnr_db": psnr_db(pictures, self.floats()), "median_psnr_db": self._median(pictures)}
         with self.quantized(*alone):
-            of_block = self.subject.draw(self.asked)
+            of_block = self.subject.draw(self.asked[:ALONE_PROMPTS])
         rows[name] = {
-            **self.seen(pictures),
+            **whole,
             **self.features(*alone),
-            "psnr_db": psnr_db(pictures, self.floats()),
-            "median_psnr_db": self._median(pictures),
-            "block_alone_psnr_db": psnr_db(of_block, self.floats()),
+            "block_alone_psnr_db": psnr_db(of_block, self.floats()[: len(of_block)]),
             "block_alone_median_psnr_db": self._median(of_block),
-            "learning_seconds": learned,
+            "making_seconds": made - began,
+            "seconds": time.process_time() - began,
         }
+        model["temporal_inputs"], model["temporal_share"] = list(self.block.inputs), self.block.share
+        model["cached_layers"] = sorted(self.cached())
         self._write(model)
         told = {key: value for key, value in rows[name].items() if key != "blocks"}
         print(self.name, bits, name, told, flush=True)
@@ -190,10 +197,8 @@ class Ablation:
     def float_row(self) -> None:
         """What the judge says of the float model."""
         model = self._kept()
-        if "float" not in model:
+        if "float" not in model and not self.block_alone:
             model["float"] = self.seen(self.floats())
-            model["temporal_inputs"], model["temporal_share"] = list(self.block.inputs), self.block.share
-            model["cached_layers"] = sorted(self.cached())
             self._write(model)
 
     def _kept(self) -> dict[str, Any]:
@@ -225,9 +230,9 @@ class Ablation:
         temporal = TemporalUnit(self.block, self.denoiser.module, self.subject.layers, with_features(self.block, calls))
         options = replace(self.options, temporal=arm.learned)
         blocks = self.denoiser.blocks()
+        if self.block_alone:
+            blocks = {each: blocks[each] for each in blocks if arm.learned == "inside" and self._mixed(each)}
         reconstruct_to_files(blocks, temporal, self.inputs(), stored, roundings, options, 0, folder)
-        errors = [after / before for before, after in errors_in(folder).values() if before]
-        print(name, "error of a unit after / before, median:", float(np.median(errors)), flush=True)
         return OverlaidStore(stored, reconstructed_in(folder)), roundings
 
     def _folder(self, bits: str, name: str) -> Path:
@@ -238,13 +243,15 @@ class Ablation:
         """Units that know no temporal layer are learned from the same arguments in every row, so with the same end."""
         (folder / UNITS_FOLDER).mkdir(parents=True, exist_ok=True)
         for file in (other / UNITS_FOLDER).glob("*.json"):
-            mixed = any(f"{layer}.".startswith(f"{file.stem}.") for layer in self.block.layers)
-            if mixed or file.stem == TEMPORAL or (folder / UNITS_FOLDER / file.name).is_file():
+            if self._mixed(file.stem) or file.stem == TEMPORAL or (folder / UNITS_FOLDER / file.name).is_file():
                 continue
             formats = {layer: parse_format(form) for layer, form in json.loads(file.read_text())["layers"].items()}
             for layer in formats:
                 shutil.copy(WeightStore(other, formats).file(layer), WeightStore(folder, formats).file(layer))
             shutil.copy(file, folder / UNITS_FOLDER / file.name)
+
+    def _mixed(self, unit: str) -> bool:
+        return any(f"{layer}.".startswith(f"{unit}.") for layer in self.block.layers)
 
     @contextmanager
     def quantized(self, stored: Stored, roundings: Mapping[str, Rounding]) -> Iterator[None]:
@@ -305,7 +312,7 @@ class Ablation:
             return self.block.features(self.denoiser.module, self.own, call.inputs)
 
     def _median(self, pictures: Pictures) -> float:
-        return float(np.median([psnr_db(one, other) for one, other in zip(pictures, self.floats(), strict=True)]))
+        return float(np.median([psnr_db(one, other) for one, other in zip(pictures, self.floats(), strict=False)]))
 
     def _nearest(self, layer: str, form: str) -> CompressedTensor:
         weight = weight_of(layer, self.subject.layers[layer]).detach()
@@ -320,10 +327,11 @@ class Ablation:
         return set(self.block.layers) - set(compressible_layers("unet", found.module.model))
 
     def _floats(self) -> Pictures:
-        file = self.work / f"float-{len(self.asked)}.npy"
+        asked = self.asked[:ALONE_PROMPTS] if self.block_alone else self.asked
+        file = self.work / f"float-{len(asked)}.npy"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, self.subject.draw(self.asked))
+            np.save(file, self.subject.draw(asked))
         pictures: Pictures = np.load(file)
         return pictures
 
@@ -351,6 +359,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--folded", action="store_true", help="without SDXL's added branch")
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--rows", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--block-alone", action="store_true", help="features and the block alone: minutes, not hours")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--pictures", type=int, default=32, help="to learn from")
     parser.add_argument("--iterations", type=int, default=2000)
