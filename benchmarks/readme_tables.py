@@ -242,7 +242,7 @@ def temporal() -> str:
             f"{row['least_cosine']:.4f}",
             f"{row['mismatches']} of {row['features']}",
             f"{row['shift']:.1f}",
-            *(f"{row[name]:.1f} dB" if name in row else "" for name in psnr),
+            *("" if name not in row else "equal" if row[name] is None else f"{row[name]:.1f} dB" for name in psnr),
             *([_percent(row), f"{row['frechet']:.1f}"] if "frechet" in row else [""] * 2),
         ]
         for model, measured in _load("temporal").items()

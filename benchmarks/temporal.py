@@ -177,13 +177,13 @@ class Ablation:
             with self.quantized(stored, roundings):
                 pictures = self.subject.draw(self.asked)
             whole = self.seen(pictures)
-            whole |= {"psnr_db": psnr_db(pictures, self.floats()), "median_psnr_db": self._median(pictures)}
+            whole |= {"psnr_db": _finite(psnr_db(pictures, self.floats())), "median_psnr_db": self._median(pictures)}
         with self.quantized(*alone):
             of_block = self.subject.draw(self.asked[:ALONE_PROMPTS])
         rows[name] = {
             **whole,
             **self.features(*alone),
-            "block_alone_psnr_db": psnr_db(of_block, self.floats()[: len(of_block)]),
+            "block_alone_psnr_db": _finite(psnr_db(of_block, self.floats()[: len(of_block)])),
             "block_alone_median_psnr_db": self._median(of_block),
             "making_seconds": made - began,
             "seconds": time.process_time() - began,
@@ -197,8 +197,9 @@ class Ablation:
     def float_row(self) -> None:
         """What the judge says of the float model."""
         model = self._kept()
-        if "float" not in model and not self.block_alone:
-            model["float"] = self.seen(self.floats())
+        name = "float_alone" if self.block_alone else "float"
+        if name not in model:
+            model[name] = self.seen(self.floats())
             self._write(model)
 
     def _kept(self) -> dict[str, Any]:
@@ -261,9 +262,9 @@ class Ablation:
 
     def seen(self, pictures: Pictures) -> dict[str, float]:
         """What the judge says."""
-        scenes = [parse_caption(each) for each in self.asked]
+        scenes = [parse_caption(each) for each in self.asked[: len(pictures)]]
         found = {"alignment": alignment(self.judge, pictures, scenes).all_right}
-        if len(self.asked) >= FRECHET_PROMPTS:
+        if len(pictures) >= FRECHET_PROMPTS:
             found["frechet"] = frechet_distance(self.judge, pictures, self.reference())
         return found
 
@@ -311,8 +312,9 @@ class Ablation:
         with at_place(**asdict(call.place)):
             return self.block.features(self.denoiser.module, self.own, call.inputs)
 
-    def _median(self, pictures: Pictures) -> float:
-        return float(np.median([psnr_db(one, other) for one, other in zip(pictures, self.floats(), strict=False)]))
+    def _median(self, pictures: Pictures) -> float | None:
+        found = [psnr_db(one, other) for one, other in zip(pictures, self.floats(), strict=False)]
+        return _finite(float(np.median(found)))
 
     def _nearest(self, layer: str, form: str) -> CompressedTensor:
         weight = weight_of(layer, self.subject.layers[layer]).detach()
@@ -346,6 +348,11 @@ class Ablation:
                 for index in range(self.pictures):
                     session.draw(runner, index)
         return inputs
+
+
+def _finite(decibels: float) -> float | None:
+    """None of equal pictures: JSON has no infinity."""
+    return decibels if np.isfinite(decibels) else None
 
 
 def _conditions(call: TemporalCall) -> bytes:

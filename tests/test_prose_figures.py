@@ -99,7 +99,38 @@ def transformer() -> list[str]:
     return [f"{percent(found['test'])} of the test prompts right in {found['steps']} steps"]
 
 
+def temporal() -> list[str]:
+    found = measured("temporal")
+    rows, folded = (found[name]["rows"]["W4A8"] for name in ("pocket-turbo", "pocket-turbo, folded"))
+
+    def further(of: Any, name: str) -> int:
+        blocks, nearest = of[name]["blocks"], of["nearest"]["blocks"]
+        return sum(blocks[each]["cosine"] < nearest[each]["cosine"] for each in blocks)
+
+    def alone(name: str) -> str:
+        return f"{folded[name]['block_alone_median_psnr_db']:.1f} dB"
+
+    def behind(name: str) -> str:
+        return f"{rows['tiar']['psnr_db'] - rows[name]['psnr_db']:.1f} dB"
+
+    cosines = [f"{folded[name]['cosine']:.5f}" for name in ("inside", "tiar", "nearest")]
+    assert further(folded, "tiar") == further(rows, "tiar") == 0
+    assert not any(row["mismatches"] for each in found.values() for by in each["rows"].values() for row in by.values())
+    own = found["pocket-turbo"]["float"]
+    return [
+        f"Of float, {percent(own)} of the test prompts are right, at a Fréchet distance of {own['frechet']:.1f}; "
+        f"folded, {100 * found['pocket-turbo, folded']['float_alone']['alignment']:.0f} of 100",
+        f"folded, `inside` turns the features of {further(folded, 'inside')} of 17 blocks further than nearest "
+        f"rounding, and `tiar` none (cosine {cosines[0]} and {cosines[1]}; nearest {cosines[2]})",
+        f"picture at {alone('inside')} with `inside` and {alone('tiar')} with `tiar`, at {alone('nearest')}",
+        f"`inside` turns the features of {further(rows, 'inside')} of 17 blocks further",
+        f"to {behind('inside')} in PSNR, and of learning anything at all {behind('nearest')} are gained; `frozen` is "
+        f"{behind('frozen')} behind",
+    ]
+
+
 SENTENCES = [
+    ("docs/tfmq.md", temporal),
     ("README.md", executorch),
     ("README.md", accuracy_level),
     ("docs/gains.md", gains),
