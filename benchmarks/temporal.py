@@ -233,7 +233,8 @@ class Ablation:
         blocks = self.denoiser.blocks()
         if self.block_alone:
             blocks = {each: blocks[each] for each in blocks if arm.learned == "inside" and self._mixed(each)}
-        reconstruct_to_files(blocks, temporal, self.inputs(), stored, roundings, options, 0, folder)
+        inputs = self.inputs() if blocks else BlockInputs(folder)
+        reconstruct_to_files(blocks, temporal, inputs, stored, roundings, options, 0, folder)
         return OverlaidStore(stored, reconstructed_in(folder)), roundings
 
     def _folder(self, bits: str, name: str) -> Path:

@@ -116,7 +116,7 @@ def temporal() -> list[str]:
     cosines = [f"{folded[name]['cosine']:.5f}" for name in ("inside", "tiar", "nearest")]
     assert further(folded, "tiar") == further(rows, "tiar") == 0
     assert not any(row["mismatches"] for each in found.values() for by in each["rows"].values() for row in by.values())
-    own = found["pocket-turbo"]["float"]
+    own, six = found["pocket-turbo"]["float"], found["pocket-turbo"]["rows"]["W8A6"]
     return [
         f"Of float, {percent(own)} of the test prompts are right, at a Fréchet distance of {own['frechet']:.1f}; "
         f"folded, {100 * found['pocket-turbo, folded']['float_alone']['alignment']:.0f} of 100",
@@ -124,6 +124,8 @@ def temporal() -> list[str]:
         f"rounding, and `tiar` none (cosine {cosines[0]} and {cosines[1]}; nearest {cosines[2]})",
         f"picture at {alone('inside')} with `inside` and {alone('tiar')} with `tiar`, at {alone('nearest')}",
         f"`inside` turns the features of {further(rows, 'inside')} of 17 blocks further",
+        f"of 6 bits, the worst feature's cosine is {six['nearest, FSC']['least_cosine']:.4f} in the place of "
+        f"{six['nearest']['least_cosine']:.4f}",
         f"to {behind('inside')} in PSNR, and of learning anything at all {behind('nearest')} are gained; `frozen` is "
         f"{behind('frozen')} behind",
     ]
