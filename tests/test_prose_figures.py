@@ -115,7 +115,9 @@ def temporal() -> list[str]:
 
     cosines = [f"{folded[name]['cosine']:.5f}" for name in ("inside", "tiar", "nearest")]
     assert further(folded, "tiar") == further(rows, "tiar") == 0
-    assert not any(row["mismatches"] for each in found.values() for by in each["rows"].values() for row in by.values())
+    of_four = (found[name]["rows"].values() for name in ("pocket-turbo", "pocket-turbo, folded"))
+    assert not any(row["mismatches"] for bits in of_four for by_name in bits for row in by_name.values())
+    twenty = found["pocket"]["rows"]["W4A8"]["nearest"]
     own, six = found["pocket-turbo"]["float"], found["pocket-turbo"]["rows"]["W8A6"]
     return [
         f"Of float, {percent(own)} of the test prompts are right, at a Fréchet distance of {own['frechet']:.1f}; "
@@ -124,6 +126,7 @@ def temporal() -> list[str]:
         f"rounding, and `tiar` none (cosine {cosines[0]} and {cosines[1]}; nearest {cosines[2]})",
         f"picture at {alone('inside')} with `inside` and {alone('tiar')} with `tiar`, at {alone('nearest')}",
         f"`inside` turns the features of {further(rows, 'inside')} of 17 blocks further",
+        f"{twenty['mismatches']} of {twenty['features']} are in W4A8",
         f"of 6 bits, the worst feature's cosine is {six['nearest, FSC']['least_cosine']:.4f} in the place of "
         f"{six['nearest']['least_cosine']:.4f}",
         f"to {behind('inside')} in PSNR, and of learning anything at all {behind('nearest')} are gained; `frozen` is "
