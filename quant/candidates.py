@@ -10,11 +10,11 @@ outputs, K columns of the matrix view.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, one_hot, softmax
+from torch.nn.functional import softmax
 
 from ..ground.errors import TurbopocketError
 from .finetune import Trained
@@ -56,7 +56,7 @@ class CandidateOptions:
     pictures: int = 16
     ratio_weight: float = 0.3
     ratio_learning_rate: float = 5e-2
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         for name, least, most in (("count", 0, 4), ("iterations", 1, 10**9), ("pictures", 1, 16384)):
@@ -149,58 +149,80 @@ class _Plane:
         codes_GN = codes.codes_RC.reshape(len(points_GND), -1)
         groups = zip(points_GND, scales_GND, codes.codebook_GPD.float(), codes_GN, strict=True)
         found = [_nearest(*group, self.count) for group in groups]
-        self.candidates_GNn = torch.stack([each for each, _ in found])
-        distances_GNn = torch.stack([each for _, each in found])
-        self.frozen_GN = torch.zeros(self.candidates_GNn.shape[:2], dtype=torch.bool)
+        # Candidates lead: a softmax over few neighbouring numbers takes ten times as long.
+        self.candidates_nGN = torch.stack([each.T for each, _ in found], 1)
+        distances_nGN = torch.stack([each.T for _, each in found], 1)
+        self.frozen_GN = torch.zeros(self.candidates_nGN.shape[1:], dtype=torch.bool)
         self.logits: nn.Parameter | None = None
         if self.count > 1:
-            farthest_GN1 = distances_GNn.amax(-1, keepdim=True).clamp(min=_LEAST_DISTANCE)
-            by_distance = torch.log(farthest_GN1 / (distances_GNn + _LEAST_DISTANCE))
-            self.logits = nn.Parameter(by_distance if start == "distance" else torch.zeros_like(distances_GNn))
+            farthest_1GN = distances_nGN.amax(0, keepdim=True).clamp(min=_LEAST_DISTANCE)
+            by_distance = torch.log(farthest_1GN / (distances_nGN + _LEAST_DISTANCE))
+            self.logits = nn.Parameter(by_distance if start == "distance" else torch.zeros_like(distances_nGN))
 
     def ratios(self) -> Tensor:
-        """[G, N, n], of which each vector's add up to 1."""
+        """[n, G, N], of which each vector's add up to 1."""
         assert self.logits is not None
-        soft = softmax(self.logits, -1)
+        soft = softmax(self.logits, 0)
         if not self.frozen_GN.any():
             return soft
-        chosen = one_hot(self.logits.detach().argmax(-1), self.count).to(soft.dtype)
-        return torch.where(self.frozen_GN.unsqueeze(-1), chosen, soft)
+        chosen = torch.arange(self.count).reshape(-1, 1, 1) == self.logits.detach().argmax(0)
+        return torch.where(self.frozen_GN, chosen.to(soft.dtype), soft)
 
     def __call__(self) -> Tensor:
         """[O, K], not yet scaled."""
         entries = self._entries()
         flat = self.codebook().flatten(0, 1)
         if self.logits is None:
-            vectors = flat.index_select(0, entries[:, 0])
+            vectors = flat.index_select(0, entries[0])
         else:
-            vectors = embedding_bag(entries, flat, mode="sum", per_sample_weights=self.ratios().flatten(0, 1))
+            vectors = _Mixture.apply(flat, self.ratios().flatten(1), entries)
         return self.codes.grid.placed(vectors, *self.codes.codes_RC.shape)
 
     def _entries(self) -> Tensor:
-        """int64 [G * N, n] among the entries of all codebooks."""
-        first_G11 = self.codes.codebook_GPD.shape[1] * torch.arange(len(self.candidates_GNn)).reshape(-1, 1, 1)
-        return (self.candidates_GNn + first_G11).flatten(0, 1)
+        """int64 [n, G * N] among the entries of all codebooks."""
+        first_G1 = self.codes.codebook_GPD.shape[1] * torch.arange(self.candidates_nGN.shape[1]).unsqueeze(1)
+        return (self.candidates_nGN + first_G1).flatten(1)
 
     def freeze(self) -> Tensor:
-        self.frozen_GN |= self.ratios().detach().amax(-1) > FROZEN_RATIO
+        self.frozen_GN |= self.ratios().detach().amax(0) > FROZEN_RATIO
         return self.frozen_GN
 
     def harden(self) -> None:
         if self.logits is not None:
-            best_GN1 = self.logits.argmax(-1, keepdim=True)
-            self.candidates_GNn = self.candidates_GNn.gather(-1, best_GN1)
+            best_1GN = self.logits.argmax(0, keepdim=True)
+            self.candidates_nGN = self.candidates_nGN.gather(0, best_1GN)
             self.logits = None
 
     def stored(self, trains_codebook: bool) -> VectorCodes:
         assert self.logits is None
-        codes_RC = self.candidates_GNn.squeeze(-1).reshape(self.codes.codes_RC.shape).to(torch.uint8)
+        codes_RC = self.candidates_nGN.reshape(self.codes.codes_RC.shape).to(torch.uint8)
         before = self.codes.codebook_GPD
         return replace(
             self.codes,
             codes_RC=codes_RC,
             codebook_GPD=_as_fp16(self.codebook(), before) if trains_codebook else before,
         )
+
+
+class _Mixture(torch.autograd.Function):
+    """[N, D] from entries [P, D] in ratios [n, N]; `embedding_bag` and its gradients take four times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, codebook_PD: Tensor, ratios_nN: Tensor, entries_nN: Tensor) -> Tensor:
+        ctx.save_for_backward(codebook_PD, ratios_nN, entries_nN)
+        parts = zip(entries_nN, ratios_nN.unsqueeze(-1), strict=True)
+        return sum((codebook_PD.index_select(0, entries) * ratios for entries, ratios in parts), torch.tensor(0.0))
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, Tensor, None]:
+        codebook_PD, ratios_nN, entries_nN = ctx.saved_tensors
+        of_ratios = [(codebook_PD.index_select(0, entries) * gradient_ND).sum(1) for entries in entries_nN]
+        of_codebook_DP = codebook_PD.new_zeros(codebook_PD.T.shape)
+        gradient_DN = gradient_ND.T.contiguous()
+        for entries, ratios in zip(entries_nN, ratios_nN, strict=True):
+            for sums, gradient in zip(of_codebook_DP, gradient_DN, strict=True):
+                sums.scatter_add_(0, entries, gradient * ratios)
+        return of_codebook_DP.T, torch.stack(of_ratios), None
 
 
 def _as_fp16(values: Tensor, before: Tensor) -> Tensor:

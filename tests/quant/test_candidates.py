@@ -34,7 +34,7 @@ def test_hardened_at_once_it_is_what_was_stored(text: str, shape: tuple[int, ...
     weight, compressed = stored(text, shape)
     soft = SoftWeight(weight, compressed, count, "equal")
     for logits in soft.logits:
-        logits.data[..., 0] = 1.0
+        logits.data[0] = 1.0
     soft.harden()
     assert soft.is_hard
     again = soft.compressed()
@@ -72,10 +72,10 @@ def test_candidates_are_the_nearest_entries_and_the_mixture_is_their_sum() -> No
     scales = codes.scale_O.float().repeat_interleave(8).unsqueeze(1)
     distances = torch.cdist(points.unsqueeze(1), scales.unsqueeze(1) * codes.codebook_GPD[0].float()).squeeze(1)
     stored_code = codes.codes_RC.flatten().long()
-    assert torch.equal(plane.candidates_GNn[0, :, 0], stored_code)
+    assert torch.equal(plane.candidates_nGN[0, 0], stored_code)
     others = distances.scatter(1, stored_code.unsqueeze(1), torch.inf).topk(2, largest=False).indices
-    assert torch.equal(plane.candidates_GNn[0, :, 1:], others)
-    mixed = scales * codes.codebook_GPD[0].float()[plane.candidates_GNn[0]].mean(1)
+    assert torch.equal(plane.candidates_nGN[1:, 0].T, others)
+    mixed = scales * codes.codebook_GPD[0].float()[plane.candidates_nGN[:, 0]].mean(0)
     torch.testing.assert_close(soft().detach().reshape(-1, 4), mixed, atol=1e-6, rtol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_candidates_of_a_sum_fit_what_the_other_codebooks_leave() -> None:
     distances = torch.cdist(left.unsqueeze(1), scales.unsqueeze(1) * first.codebook_GPD[0].float()).squeeze(1)
     stored_code = first.codes_RC.flatten().long().unsqueeze(1)
     nearest_other = distances.scatter(1, stored_code, torch.inf).argmin(1)
-    assert torch.equal(soft.planes[0].candidates_GNn[0, :, 1], nearest_other)
+    assert torch.equal(soft.planes[0].candidates_nGN[1, 0], nearest_other)
 
 
 def test_ratios_start_equal_or_by_distance() -> None:
@@ -98,24 +98,46 @@ def test_ratios_start_equal_or_by_distance() -> None:
     plane = SoftWeight(weight, compressed, 3, "distance").planes[0]
     ratios = plane.ratios()
     # k-means stores the nearest entry, and candidates come in order of distance.
-    assert (ratios[..., 0] >= ratios[..., 1]).float().mean() > 0.99
-    assert (ratios[..., 1] >= ratios[..., 2]).all()
-    torch.testing.assert_close(ratios.sum(-1), torch.ones(ratios.shape[:-1]))
+    assert (ratios[0] >= ratios[1]).float().mean() > 0.99
+    assert (ratios[1] >= ratios[2]).all()
+    torch.testing.assert_close(ratios.sum(0), torch.ones(ratios.shape[1:]))
+
+
+@pytest.mark.parametrize("text", ["vq4-d4", "vq3-d4-r8", "avq2x3-d4"])
+def test_gradients_are_those_of_the_sum_as_it_is_written(text: str) -> None:
+    weight, compressed = stored(text)
+    soft = SoftWeight(weight, compressed, 3, "distance")
+    given = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    soft().backward(given)  # type: ignore[no-untyped-call]
+    found = [(each.logits.grad, each.codebook.parameter.grad) for each in soft.planes if each.logits is not None]
+    written = []
+    for plane in soft.planes:
+        books, ratios = plane.codebook(), torch.softmax(plane.logits, 0)  # type: ignore[arg-type]
+        rows = [
+            (ratios[:, group].unsqueeze(-1) * book[plane.candidates_nGN[:, group]]).sum(0)
+            for group, book in enumerate(books)
+        ]
+        written.append(torch.cat(rows).reshape(weight.shape))
+    again = (torch.stack(written).sum(0) * soft.scale().unsqueeze(1) * given).sum()
+    leaves = [leaf for plane in soft.planes for leaf in (plane.logits, plane.codebook.parameter)]
+    wanted = torch.autograd.grad(again, leaves)  # type: ignore[arg-type]
+    for one, other in zip([each for pair in found for each in pair], wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_frozen_has_no_gradient_and_one_candidate() -> None:
     weight, compressed = stored("vq4-d4")
     soft = SoftWeight(weight, compressed, 2, "equal")
     (logits,) = soft.logits
-    logits.data[0, :10, 1] = 5.0
-    assert soft.freeze() == pytest.approx(10 / logits.shape[1])
+    logits.data[1, 0, :10] = 5.0
+    assert soft.freeze() == pytest.approx(10 / logits.shape[2])
     ratios = soft.planes[0].ratios()
-    assert ratios[0, :10, 1].eq(1).all()
-    assert ratios[0, 10:].lt(FROZEN_RATIO).all()
+    assert ratios[1, 0, :10].eq(1).all()
+    assert ratios[:, 0, 10:].lt(FROZEN_RATIO).all()
     soft().square().sum().backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
-    assert logits.grad[0, :10].eq(0).all()
-    assert logits.grad[0, 10:].abs().sum() > 0
+    assert logits.grad[:, 0, :10].eq(0).all()
+    assert logits.grad[:, 0, 10:].abs().sum() > 0
 
 
 @torch.no_grad()
@@ -124,7 +146,7 @@ def test_indecision_is_none_at_zero_and_one() -> None:
     soft = SoftWeight(weight, compressed, 2, "equal")
     assert float(soft.indecision("joint")) == pytest.approx(1.0)
     assert float(soft.indecision("freeze")) == pytest.approx(0.5)
-    soft.logits[0].data[..., 1] = 50.0
+    soft.logits[0].data[1] = 50.0
     assert float(soft.indecision("joint")) == pytest.approx(0.0, abs=1e-6)
     assert float(soft.indecision("freeze")) == pytest.approx(0.0, abs=1e-6)
 
