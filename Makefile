@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
 .PHONY: setup search fuzz-search demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality \
-	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq bench-allocation bench-tfmq synthetic-sdxl test-sdxl train-pocket \
+	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq bench-allocation bench-tfmq bench-vq4dit synthetic-sdxl test-sdxl train-pocket \
 	train-pocket-dit distill-pocket distill-baseline test-optimum test-clients kernels kernels-arm64 fuzz-kernels \
 	clean
 
@@ -122,6 +122,11 @@ bench-tfmq: setup
 	$(BIN)/python benchmarks/temporal.py $(LEARNED)
 	$(BIN)/python benchmarks/temporal.py $(LEARNED) --folded
 	$(BIN)/python benchmarks/temporal.py $(LEARNED) --model pocket --prompts 100
+	$(BIN)/python benchmarks/readme_tables.py
+
+# VQ4DiT and its rivals at 2 and 3 bits, 500 test prompts: over an hour of one core, and goes on where it was.
+bench-vq4dit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vq4dit.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The README's quality table: 500 test prompts in ONNX Runtime, int8, about 4 bits and codebooks, against float PyTorch.

@@ -23,6 +23,7 @@ PAGES = (
     "docs/coreml.md",
     "docs/mixdq.md",
     "docs/tfmq.md",
+    "docs/vq4dit.md",
 )
 GAINS_FORMATS = ("int8-row", "int4-row", "vq8-d4")
 
@@ -254,6 +255,29 @@ def temporal() -> str:
     return _table(header, rows)
 
 
+def vq4dit() -> str:
+    """A diffusion transformer at 2 and 3 bits, by every method."""
+    rows = []
+    for name, row in _load("vq4dit")["rows"].items():
+        if name == "float":
+            rows.append([name, "32", "", _percent(row), "", "", f"{row['frechet']:.1f}", "", ""])
+            continue
+        rows.append(
+            [
+                name,
+                f"{row['bits']:.2f}",
+                f"{row['bytes'] / 1e6:.2f} MB",
+                _percent(row),
+                *(f"{row[kind]:.1f} dB" for kind in ("psnr_db", "mean_psnr_db")),
+                f"{row['frechet']:.1f}",
+                f"{1e6 * row['fit_seconds'] / row['coded_weights']:.1f}",
+                f"{row['fit_peak_bytes'] / 1e6:.0f} MB",
+            ]
+        )
+    header = ["blocks of `pocket-dit` in", "bits", "transformer", "alignment", "PSNR", "mean PSNR", "Fréchet"]
+    return _table([*header, "seconds per million weights", "memory"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "results_executorch": lambda: results("alignment_executorch"),
@@ -271,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ranges by step": ranges_by_step,
     "apple_pipeline": apple_pipeline,
     "temporal": temporal,
+    "vq4dit": vq4dit,
 }
 
 
