@@ -271,7 +271,7 @@ def vq4dit() -> str:
                 *(f"{row[kind]:.1f} dB" for kind in ("psnr_db", "mean_psnr_db")),
                 f"{row['frechet']:.1f}",
                 f"{1e6 * row['fit_seconds'] / row['coded_weights']:.1f}",
-                f"{row['fit_peak_bytes'] / 1e6:.0f} MB",
+                f"{row['fit_peak_bytes'] / 1e6:.0f} MB" if "fit_peak_bytes" in row else "",
             ]
         )
     header = ["blocks of `pocket-dit` in", "bits", "transformer", "alignment", "PSNR", "mean PSNR", "Fréchet"]

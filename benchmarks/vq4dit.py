@@ -38,7 +38,9 @@ from dit import DENOISER, MODEL, TRAINING, Exported, OneComponent, Pictures, Sub
 from fit_times import status_bytes
 
 from turbopocket.export.families.components import parameter_count
+from turbopocket.export.targets.onnx.program import TracedGraph
 from turbopocket.export.targets.onnx.target import Onnx
+from turbopocket.ground.memory import give_back_freed
 from turbopocket.pocket.evaluate import frechet_distance, write_json
 from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.render import render
@@ -47,7 +49,7 @@ from turbopocket.quant.block_inputs import BlockInputs
 from turbopocket.quant.candidate_training import train_in_blocks
 from turbopocket.quant.candidates import CandidateOptions
 from turbopocket.quant.compress import decompressed
-from turbopocket.quant.finetune import Calls, FineTuneOptions, fine_tune
+from turbopocket.quant.finetune import Calls, FineTuneOptions, fine_tune, stand_ins
 from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import Affine, CompressedTensor, LayerFormat, parse_format
 from turbopocket.quant.layers import weight_of
@@ -129,6 +131,8 @@ class Maker:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.made: dict[tuple[LayerFormat, tuple[Stage, ...]], tuple[Weights, dict[str, float]]] = {}
+        self.losses: dict[str, dict[str, float]] = {}
+        """Of the blocks in which candidates were trained last, on calls held out."""
 
     def weights(self, way: Way) -> tuple[Weights, dict[str, float]]:
         """The weights, with seconds and bytes of the whole way to them."""
@@ -136,6 +140,7 @@ class Maker:
         if key not in self.made:
             before, spent = self.weights(Way(way.format, way.stages[:-1])) if way.stages[1:] else ({}, {})
             self.subject.stats(), self.subject.training()  # all rows have these in common
+            give_back_freed()
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is held now
             held, start = status_bytes("VmRSS"), time.process_time()
             made = self._stage(way.format, way.stages[-1], before)
@@ -163,7 +168,7 @@ class Maker:
             if isinstance(stage, CandidateOptions):
                 asked = modules, subject.component.blocks(), subject.layers, before, list(subject.stats())
                 trained, losses = train_in_blocks(*asked, lambda _: subject.training(), stage, Path(folder))
-                print({name: asdict(each) for name, each in losses.items()}, flush=True)
+                self.losses = {name.rpartition(".")[2]: asdict(each) for name, each in losses.items()}
                 return trained
             fit, stats, forms = parse_fit(stage.split()[0]), subject.stats(), subject.forms(form)
             if stage.endswith("sequential"):
@@ -203,7 +208,7 @@ class Table:
         if {name: self.result.get(name) for name in self.about} != self.about:
             self.result = {**self.about, "rows": {}}
         self.floats = cache(lambda: self.subject.draw(self.asked))
-        self.traced = cache(lambda: Onnx().trace(self.subject.component))
+        self.traced = cache(self._traced)
         self.reference = cache(lambda: render(sample_scenes("test", REFERENCE, 1), torch.Generator().manual_seed(0)))
 
     def row(self, name: str, way: Way | None) -> None:
@@ -215,7 +220,8 @@ class Table:
         weights, spent = self.maker.weights(way)
         with decompressed({DENOISER: self.subject.model}, weights):
             found = self.subject.draw(self.asked)
-        self.write(name, self.figures(found) | self.sizes(way.format) | spent)
+        told = {"block_losses": self.maker.losses} if isinstance(way.stages[-1], CandidateOptions) else {}
+        self.write(name, self.figures(found) | self.sizes(way) | spent | told)
 
     def write(self, name: str, figures: Mapping[str, Any]) -> None:
         self.result["rows"][name] = dict(figures)
@@ -235,13 +241,20 @@ class Table:
         to_float = {"psnr_db": psnr_db(found, own), "mean_psnr_db": float(np.mean(each))}
         return figures | to_float | {"frechet_to_float": frechet_distance(self.judge, found, own)}
 
-    def sizes(self, form: LayerFormat) -> dict[str, float]:
-        subject = self.subject
+    def _traced(self, trained: bool) -> TracedGraph:
+        """The transformer's graph, which keeps equal biases once; those that were trained are not equal."""
+        modules = {DENOISER: self.subject.model}
+        with decompressed(modules, stand_ins(modules) if trained else {}):
+            return Onnx().trace(self.subject.component)
+
+    def sizes(self, way: Way) -> dict[str, float]:
+        subject, form = self.subject, way.format
         stand_in = stored_by_a_target(form)
+        trained = any(isinstance(stage, CandidateOptions | FineTuneOptions) for stage in way.stages)
         schemes = {name: Scheme(own) for name, own in subject.forms(stand_in).items()}
         coded = sum(form.nbytes(subject.shape(name)) for name in subject.coded)
         stood_in = sum(stand_in.nbytes(subject.shape(name)) for name in subject.coded)
-        nbytes = Onnx().lowered_bytes(self.traced(), schemes) + coded - stood_in
+        nbytes = Onnx().lowered_bytes(self.traced(trained), schemes) + coded - stood_in
         weights = sum(math.prod(subject.shape(name)) for name in subject.coded)
         return {
             "bytes": nbytes,
@@ -256,12 +269,15 @@ class Table:
             return
         weights, _ = self.maker.weights(way)
         subject, asked = self.subject, self.asked[:EXPORTED]
-        with tempfile.TemporaryDirectory() as folder, decompressed({DENOISER: subject.model}, weights):
-            layers = {layer: weights[layer] for layer in subject.layers}
-            spec = Onnx().lower(Onnx().trace(subject.component), layers, Path(folder))
+        rest = {name: each for name, each in weights.items() if name not in subject.layers}
+        with tempfile.TemporaryDirectory() as folder:
+            with decompressed({DENOISER: subject.model}, rest):
+                traced = Onnx().trace(subject.component)
+            spec = Onnx().lower(traced, {name: weights[name] for name in subject.layers}, Path(folder))
             nbytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
             runner = OnnxRunner(Path(folder), OneComponent({DENOISER: spec}), threads=1)  # type: ignore[arg-type]
-            found, stored = subject.draw(asked, Exported(runner, subject.runner)), subject.draw(asked)
+            with decompressed({DENOISER: subject.model}, weights):
+                found, stored = subject.draw(asked, Exported(runner, subject.runner)), subject.draw(asked)
         self.result.setdefault("exported", {})[name] = {
             "pictures": len(asked),
             "psnr_db_to_pytorch": min(psnr_db(found, stored), 99.0),
