@@ -2,6 +2,7 @@
 """Recipes: what is filled in, what is refused, and that what is printed reads back the same."""
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import tomli_w
 
 from turbopocket.export.distill.recipe import DistillRecipe, load_distill_recipe
+from turbopocket.export.plan import plan
 from turbopocket.export.recipe import Recipe, load_recipe, make_recipe, parse_recipe
 from turbopocket.export.settings import Section, shipped_recipes, with_values
 from turbopocket.export.units import format_bytes, parse_bytes
@@ -23,6 +25,16 @@ def test_printed_recipe_reads_back_the_same() -> None:
 @pytest.mark.parametrize("name", shipped_recipes(Recipe))
 def test_shipped_recipe_loads(name: str) -> None:
     assert isinstance(load_recipe(name), Recipe)
+
+
+def test_two_bits_are_those_of_the_transformer_s_blocks() -> None:
+    """Codes, scales and codebooks counted; no layer of another part has less than eight."""
+    choices = plan(load_recipe("two-bits")).plan.choices
+    blocks = [choice for choice in choices if choice.layer.startswith("transformer.transformer_blocks.")]
+    weights = sum(prod(choice.shape) for choice in blocks)
+    assert weights > 0.75 * sum(prod(choice.shape) for choice in choices)
+    assert 8 * sum(choice.nbytes for choice in blocks) / weights < 2.25
+    assert {choice.scheme.partition("+")[0] for choice in choices if choice not in blocks} == {"int8-row"}
 
 
 @pytest.mark.parametrize(
