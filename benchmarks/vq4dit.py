@@ -40,7 +40,7 @@ from fit_times import status_bytes
 from turbopocket.export.families.components import parameter_count
 from turbopocket.export.targets.onnx.program import TracedGraph
 from turbopocket.export.targets.onnx.target import Onnx
-from turbopocket.ground.memory import give_back_freed
+from turbopocket.ground.heap import give_back_freed
 from turbopocket.pocket.evaluate import frechet_distance, write_json
 from turbopocket.pocket.judge import alignment, load_judge
 from turbopocket.pocket.render import render

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from ..ground.errors import TurbopocketError
-from ..ground.memory import PeakBytes, give_back_freed
+from ..ground.heap import give_back_freed
+from ..ground.memory import PeakBytes
 from .units import format_bytes
 
 Advance = Callable[[], None]

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process and those it started hold of memory, and what it keeps that it has freed.
+"""What this process and those it started hold of memory.
 
 What counts is anonymous: a mapped file's pages can be dropped and read again, and so need no memory of their own.
 """
 
-import ctypes
 import os
 import re
 import sys
@@ -18,18 +17,6 @@ import psutil
 SAMPLE_SECONDS = 0.05
 _ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB$", re.MULTILINE)
 _PROCESSES = Path("/proc")
-
-
-def give_back_freed() -> None:
-    """Hands freed memory back to the system, where the C library keeps it: glibc does, in the middle of its heap.
-
-    A model's blocks free tensors of all sizes in turn, and what is kept of those adds up to several times the largest.
-    """
-    if (trim := getattr(_LIBRARY, "malloc_trim", None)) is not None:
-        trim(0)
-
-
-_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def anonymous_bytes(pid: int | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..ground.errors import TurbopocketError
-from ..ground.memory import give_back_freed
+from ..ground.heap import give_back_freed
 from ..ground.names import LayerName
 from .block_inputs import BlockInputs
 from .calibrate import calibrate

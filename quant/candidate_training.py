@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 
 from ..ground.errors import TurbopocketError
-from ..ground.memory import give_back_freed
+from ..ground.heap import give_back_freed
 from ..ground.names import LayerName
 from .block_inputs import BlockInputs
 from .candidates import CandidateOptions, SoftWeight, has_candidates

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ground.errors import TurbopocketError
-from ..ground.memory import give_back_freed
+from ..ground.heap import give_back_freed
 from ..ground.names import LayerName
 from .formats import CompressedTensor
 

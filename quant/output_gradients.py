@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..ground.memory import give_back_freed
+from ..ground.heap import give_back_freed
 
 Gradients = list[Tensor | None]
 """One for each of some tensors; None where there is none."""

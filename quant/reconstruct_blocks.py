@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..ground.files import write_whole
-from ..ground.memory import give_back_freed
+from ..ground.heap import give_back_freed
 from ..ground.names import at_place
 from .block_inputs import BlockInputs
 from .formats import CompressedTensor, parse_format

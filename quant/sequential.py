@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..ground.memory import give_back_freed
+from ..ground.heap import give_back_freed
 from ..ground.names import LayerName
 from .calibrate import calibrate
 from .compress import compress, decompressed

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from ..ground.heap import give_back_freed
 from .manifest import Manifest
 from .memory import component_bytes
 
@@ -41,8 +42,10 @@ class Kept(Generic[T]):
         return value
 
     def make_room(self, component: str) -> None:
-        """Closes what has to be closed for so much to be opened as a component holds."""
-        room = MOST_BYTES - self._bytes(component)
+        """Closes what has to be closed for so much to be opened as a component holds, and gives its memory back."""
+        room, before = MOST_BYTES - self._bytes(component), len(self._open)
         while self._open and sum(map(self._bytes, self._open)) > room:
             oldest = next(iter(self._open))
             self._shut(oldest, self._open.pop(oldest))
+        if len(self._open) < before:
+            give_back_freed()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ground.errors import ParityFailed
-from ...ground.memory import give_back_freed
+from ...ground.heap import give_back_freed
 from ...ground.names import at_place
 from ...quant.account import layer_snr_db
 from ...quant.compress import decompressed

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from turbopocket.ground.memory import anonymous_bytes
 from turbopocket.runtimes import kept
 from turbopocket.runtimes.drawing.text_to_image import generate
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
@@ -118,3 +119,25 @@ def test_a_process_is_told_what_to_free(toy_artifact: Path, monkeypatch: pytest.
         with Counting(toy_artifact, manifest) as runner:
             found = [runner.run(component, zeros(manifest, component)) for component in manifest.components]
         assert [int(next(iter(each.values()))[0]) for each in found] == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is freed is kept by glibc")
+def test_memory_of_a_closed_component_is_free_before_the_next_is_opened(
+    toy_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "MOST_BYTES", 1)
+    open_ones, pins = kept.Kept[list[Any]](toy_artifact, load_manifest(toy_artifact)), []
+
+    def opened() -> list[Any]:
+        """Two hundred megabytes in pieces that the heap holds, with small ones between that stay in use."""
+        pieces = []
+        for _ in range(2000):
+            pieces.append(np.ones(100_000, np.uint8))
+            pins.append(np.ones(2_000, np.uint8))
+        return pieces
+
+    open_ones.get("unet", opened)
+    held = anonymous_bytes()
+    free: list[int] = []
+    open_ones.get("text_encoder", lambda: free.append(held - anonymous_bytes()) or [])  # type: ignore[func-returns-value]
+    assert free[0] > 150_000_000
