@@ -83,6 +83,8 @@ Formats = Annotated[str | None, typer.Option(help="Candidate formats or schemes,
 LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
 Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help=LORA_HELP)]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT (or scheme) for layers that must keep it.")]
+Fit = Annotated[str | None, typer.Option(help=f"How values are chosen: {FIT_NAMES}.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")]
 Keep = Annotated[
     bool | None, typer.Option(help="Whether intermediate results stay; default: when they are not over 1 GiB.")
 ]
