@@ -92,13 +92,15 @@ def covering_scale(low_OG: Tensor, high_OG: Tensor, grid: IntegerGrid) -> tuple[
     return scale_OG, zero_OG
 
 
-def nearest_steps(weight_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, grid: IntegerGrid) -> Tensor:
-    """float32 [O, G, g]: the nearest code minus zero, so that the value is this times the scale."""
-    steps = torch.div(weight_OGg, scale_OG.unsqueeze(-1)).round_()
+def nearest_steps(
+    weight_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, grid: IntegerGrid, out: Tensor | None = None
+) -> Tensor:
+    """float32 [O, G, g], `out` if given: the nearest code minus zero, so that the value is this times the scale."""
+    steps = torch.div(weight_OGg, scale_OG.unsqueeze(-1), out=out).round_()
     if zero_OG is None:
         return steps.clamp_(grid.lowest_code, grid.highest_code)
     zero_OG1 = zero_OG.unsqueeze(-1)
-    return torch.minimum(torch.maximum(steps, -zero_OG1), grid.highest_code - zero_OG1)
+    return steps.clamp_(-zero_OG1, grid.highest_code - zero_OG1)
 
 
 def as_codes(steps_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, grid: IntegerGrid) -> IntegerCodes:

@@ -16,7 +16,7 @@ from .threads import in_threads
 # Chosen, not measured: least squares afterwards makes up for the distance between two of them.
 SHRINKS = tuple(1.0 - 0.035 * step for step in range(20))
 # Weights per pass: the few working copies of one chunk stay in a core's cache.
-CHUNK_WEIGHTS = 2**16
+CHUNK_WEIGHTS = 2**17
 
 
 def mse_codes(weight_OK: Tensor, grid: IntegerGrid, hessian: Hessian | None = None) -> IntegerCodes:
@@ -27,12 +27,9 @@ def mse_codes(weight_OK: Tensor, grid: IntegerGrid, hessian: Hessian | None = No
     importance_Gg = None
     if hessian is not None:
         importance_Gg = column_importance(checked_diagonal(hessian, weight_OK.shape[1])).reshape(-1, grid.group)
-    rows = max(1, CHUNK_WEIGHTS // weight_OK.shape[1])
-    chunks = in_threads(lambda chunk: best_scale(chunk, grid, importance_Gg), grid.grouped(weight_OK).split(rows))
-    scale_OG = torch.cat([scale for scale, _ in chunks])
-    zeros = [zero for _, zero in chunks if zero is not None]
-    zero_OG = torch.cat(zeros) if zeros else None
-    return as_codes(nearest_steps(grid.grouped(weight_OK), scale_OG, zero_OG, grid), scale_OG, zero_OG, grid)
+    weight_OGg = grid.grouped(weight_OK)
+    scale_OG, zero_OG = best_scale(weight_OGg, grid, importance_Gg)
+    return as_codes(nearest_steps(weight_OGg, scale_OG, zero_OG, grid), scale_OG, zero_OG, grid)
 
 
 def column_importance(diagonal_K: Tensor) -> Tensor:
@@ -45,14 +42,27 @@ def column_importance(diagonal_K: Tensor) -> Tensor:
     return diagonal_K.clamp(min=0.01 * float(mean)) if mean > 0 else torch.ones_like(diagonal_K)
 
 
+@torch.no_grad()
 def best_scale(weight_OGg: Tensor, grid: IntegerGrid, importance_Gg: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero (float32 [O, G], None when symmetric) of least error: a search, then least squares."""
+    """Scale and zero (float32 [O, G], None when symmetric) of least error: a search, then least squares.
+
+    Scales to try are made for all rows at once, since an operator on those of one chunk would take longer to call than
+    to run.
+    """
     low_OG, high_OG = value_range(weight_OGg)
-    best = _Best(weight_OGg, grid, importance_Gg)
-    for shrink in SHRINKS:
-        best.offer(*covering_scale(low_OG * shrink, high_OG * shrink, grid))
-    best.offer(best.least_squares_scale(), best.zero_OG)
-    return best.scale_OG, best.zero_OG
+    covering = [covering_scale(low_OG * shrink, high_OG * shrink, grid) for shrink in SHRINKS]
+
+    def search(rows: slice) -> tuple[Tensor, Tensor | None]:
+        best = _Best(weight_OGg[rows], grid, importance_Gg)
+        for scale_OG, zero_OG in covering:
+            best.offer(scale_OG[rows], None if zero_OG is None else zero_OG[rows])
+        best.offer(best.least_squares_scale(), best.zero_OG)
+        return best.scale_OG, best.zero_OG
+
+    count = max(1, CHUNK_WEIGHTS // weight_OGg[0].numel())
+    found = in_threads(search, [slice(start, start + count) for start in range(0, len(weight_OGg), count)])
+    zeros = [zero_OG for _, zero_OG in found if zero_OG is not None]
+    return torch.cat([scale_OG for scale_OG, _ in found]), torch.cat(zeros) if zeros else None
 
 
 class _Best:
@@ -66,10 +76,11 @@ class _Best:
         self.error_OG = torch.full(weight_OGg.shape[:2], torch.inf)
         self.scale_OG = torch.ones(weight_OGg.shape[:2])
         self.zero_OG = None if grid.symmetric else torch.zeros(weight_OGg.shape[:2])
+        self._work_OGg = torch.empty_like(weight_OGg)
 
     def offer(self, scale_OG: Tensor, zero_OG: Tensor | None) -> None:
         """Takes the offered scale where it lowers the error; the earlier one stays on a tie."""
-        residual_OGg = nearest_steps(self.weight_OGg, scale_OG, zero_OG, self.grid)
+        residual_OGg = nearest_steps(self.weight_OGg, scale_OG, zero_OG, self.grid, out=self._work_OGg)
         residual_OGg.mul_(scale_OG.unsqueeze(-1)).sub_(self.weight_OGg).square_()
         error_OG = self._sum(residual_OGg)
         better = error_OG < self.error_OG

@@ -44,11 +44,12 @@ def test_what_a_chunk_raises_is_raised_and_threads_come_back(two_threads: None) 
     assert torch.get_num_threads() == 2
 
 
-def test_scales_of_a_weight_that_needs_gradients_carry_none(two_threads: None) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_a_weight_that_needs_gradients_carry_none(two_threads: None, symmetric: bool) -> None:
     """And are those of one thread, to the bit."""
-    weight = torch.randn(512, 320, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(1024, 320, generator=torch.Generator().manual_seed(0))
     assert weight.numel() > 2 * CHUNK_WEIGHTS
-    grid = IntegerGrid(bits=4, symmetric=True, group=32)
+    grid = IntegerGrid(bits=4, symmetric=symmetric, group=32)
     shared = mse_codes(
         weight.clone().requires_grad_(), grid, torch.rand(320, generator=torch.Generator().manual_seed(1))
     )
