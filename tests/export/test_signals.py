@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Told to stop, a command clears up, says so and ends with the code that shells expect."""
 
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from turbopocket.export.signals import Stopped, stopped_by_signals
+from turbopocket.export.signals import REMINDING_S, Stopped, stopped_by_signals
 
 MAIN = "from turbopocket.cli import main; main()"
 
@@ -41,16 +45,109 @@ def test_a_signal_becomes_an_exception_once_and_only_in_the_block(number: signal
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_is_heard_when_the_first_came_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turbopocket.export.signals.CLEARING_UP_S", 0.0)
-    heard = []
-    with stopped_by_signals():
-        for _ in range(2):
+def test_what_a_library_swallows_is_raised_again() -> None:
+    swallowed = []
+    with pytest.raises(Stopped), stopped_by_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped as stop:
+            swallowed.append(stop)
+        wait_for_ever()
+    assert len(swallowed) == 1
+
+
+def test_what_a_library_makes_another_error_of_is_raised_as_what_it_was() -> None:
+    with pytest.raises(Stopped) as raised, stopped_by_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped:
+            raise ValueError("the module can not be imported") from None
+    assert raised.value.signal == signal.SIGTERM
+
+
+def test_an_error_without_a_signal_is_that_error() -> None:
+    with pytest.raises(ValueError, match="mine"), stopped_by_signals():
+        raise ValueError("mine")
+
+
+def test_clearing_up_is_not_reminded() -> None:
+    """Not in a block of its own, not where it meets an error, not in a generator that is closed."""
+    cleared = []
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            time.sleep(6 * REMINDING_S)
+            cleared.append("held")
+
+    with pytest.raises(Stopped), stopped_by_signals(), held():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            try:
+                raise FileNotFoundError
+            except FileNotFoundError:
+                time.sleep(6 * REMINDING_S)
+            cleared.append("block")
+    assert cleared == ["block", "held"]
+
+
+def test_after_the_block_nobody_is_reminded() -> None:
+    for _ in range(20):
+        with suppress(Stopped), stopped_by_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(4 * REMINDING_S)  # the handler of before would raise KeyboardInterrupt
+
+
+def test_an_import_ends_before_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library whose import was cut off the rest of the process has a half."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stopped_in_the_middle.py").write_text(
+        f"import os, time\nos.kill(os.getpid(), {int(signal.SIGTERM)})\ntime.sleep({4 * REMINDING_S})\nwhole = True\n"
+    )
+    with pytest.raises(Stopped), stopped_by_signals():
+        with suppress(BaseException):  # as native code does that imports what it can do without
+            importlib.import_module("stopped_in_the_middle")
+        wait_for_ever()
+    assert sys.modules["stopped_in_the_middle"].whole
+
+
+def test_a_tracer_that_native_code_called_is_not_left_by_it() -> None:
+    left = []
+
+    class Traced(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *asked: Any, **options: Any) -> Any:
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
-            except Stopped as stop:  # as a library may swallow it
-                heard.append(stop)
-    assert len(heard) == 2
+                time.sleep(4 * REMINDING_S)
+            except BaseException as error:
+                left.append(error)
+            return super().__torch_function__(*asked, **options)
+
+    with pytest.raises(Stopped), stopped_by_signals():
+        torch.zeros(1).as_subclass(Traced) + 1
+        wait_for_ever()
+    assert not left
+
+
+def test_a_tracer_that_never_comes_back_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turbopocket.export.signals.PATIENCE_S", 4 * REMINDING_S)
+
+    class Tracer:
+        def __torch_dispatch__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for_ever()
+
+    with pytest.raises(Stopped), stopped_by_signals():
+        Tracer().__torch_dispatch__()
+
+
+def wait_for_ever() -> None:
+    for _ in range(600):
+        time.sleep(0.1)
 
 
 def test_what_the_process_was_started_to_ignore_stays_ignored() -> None:
