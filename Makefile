@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/turbopocket
 
 .PHONY: setup search fuzz-search demo test test-slow test-fuzz test-kills test-android check arm64 bench bench-quality \
-	bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq bench-allocation bench-tfmq bench-vq4dit synthetic-sdxl test-sdxl train-pocket \
+	bench-memory bench-executorch bench-distill bench-vqdm bench-codebooks bench-gains bench-mixdq bench-allocation bench-tfmq bench-vq4dit synthetic-sdxl test-sdxl train-pocket \
 	train-pocket-dit distill-pocket distill-baseline test-optimum test-clients kernels kernels-arm64 fuzz-kernels \
 	clean
 
@@ -72,6 +72,12 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/unet.py
+
+# What artifacts were predicted to take of memory beside what they take here; those that are there, of first table of README.md.
+bench-memory: setup
+	$(BIN)/python benchmarks/memory.py --terms
+	$(BIN)/python benchmarks/memory.py $(wildcard build/int8 build/demo build/codebooks build/executorch)
+	$(BIN)/python benchmarks/readme_tables.py
 
 # Folders of SDXL-Turbo's topology with weights drawn by chance, 7 GB at full width: for memory, time and file sizes.
 WIDTH ?= full

@@ -73,6 +73,8 @@ Assigned = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 SET_DISTILL_HELP = "Any other key, such as distill.method=mse; see `recipe show --distill`. May be repeated."
 AssignedToDistill = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_DISTILL_HELP)]
 Budget = Annotated[str | None, typer.Option(help="Bytes of the whole artifact, such as 8MB.")]
+PEAK_MEMORY_HELP = "Most memory that a component is predicted to take of the device at its peak, such as 1.5GB."
+PeakMemory = Annotated[str | None, typer.Option("--peak-memory", help=PEAK_MEMORY_HELP)]
 MAX_RAM_HELP = "Most memory of all processes together, such as 8GB: refused when it can not hold, kept to when it can."
 MaxRam = Annotated[str | None, typer.Option("--max-ram", help=MAX_RAM_HELP)]
 Devices = Annotated[
@@ -134,8 +136,9 @@ def _refuse_at_once(name: str | None, overrides: dict[str, Any], assigned: Seque
     for target in (overrides.get("target.name"), *(overrides.get("target.also") or ())):
         if target is not None:
             known_target(target)
-    if (budget := overrides.get("compress.budget")) is not None:
-        parse_bytes(budget)
+    for key in ("budget", "peak_memory"):
+        if (asked := overrides.get(f"compress.{key}")) is not None:
+            parse_bytes(asked, key)
     for text in assigned:
         parse_assignment(text)
 

@@ -15,6 +15,7 @@ from .options import (
     Formats,
     MaxRam,
     OptionalSource,
+    PeakMemory,
     Ray,
     RecipeFile,
     RunFolder,
@@ -43,6 +44,7 @@ def _add(stage: "Stage") -> None:
         config: Config = None,
         target: TargetName = None,
         budget: Budget = None,
+        peak_memory: PeakMemory = None,
         recipe: RecipeFile = None,
         assigned: Assigned = None,
         formats: Formats = None,
@@ -57,6 +59,7 @@ def _add(stage: "Stage") -> None:
             "model.config": config,
             "target.name": target,
             "compress.budget": budget,
+            "compress.peak_memory": peak_memory,
             "compress.formats": formats and formats.split(","),
             "machine.max_ram": max_ram,
         }

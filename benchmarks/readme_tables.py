@@ -21,6 +21,7 @@ PAGES = (
     "docs/gains.md",
     "docs/kernels.md",
     "docs/coreml.md",
+    "docs/memory.md",
     "docs/mixdq.md",
     "docs/tfmq.md",
     "docs/vq4dit.md",
@@ -61,6 +62,30 @@ def memory() -> str:
         grown = f"{median(runs) / 1e6:.2f} MB"
         rows.append([f"onnx codebooks, {name}", f"{codebooks['weight_bytes'] / 1e6:.2f} MB", grown, ""])
     return _table(["UNet of `pocket-turbo`", "files", "anonymous memory after a run", "latency to fp32"], rows)
+
+
+def predicted_memory() -> str:
+    """Peaks as predicted and measured, by component; what other benchmarks recorded last."""
+    found = _load("memory")
+    rows = []
+    for name, each in found["artifacts"].items():
+        rows += [
+            _peaks_row(name, component, figures, figures["measured"])
+            for component, figures in each["components"].items()
+        ]
+    for name, each in found.get("recorded", {}).items():
+        rows += [
+            _peaks_row(f"{name} (recorded)", component, figures, figures["default"])
+            for component, figures in each.items()
+        ]
+    return _table(["artifact", "component", "held", "beside that", "predicted peak", "measured", "of measured"], rows)
+
+
+def _peaks_row(artifact: str, component: str, figures: dict[str, int], measured: int) -> list[str]:
+    sizes = (
+        f"{nbytes / 1e6:.2f} MB" for nbytes in (figures["held"], figures["running"], figures["predicted"], measured)
+    )
+    return [artifact, component, *sizes, f"{figures['predicted'] / measured:.2f}"]
 
 
 def pocket() -> str:
@@ -290,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "executorch_codebooks": executorch_codebooks,
     "opening": opening,
     "gains": gains,
+    "predicted memory": predicted_memory,
     "mixdq": mixdq,
     "allocation": allocation,
     "ranges by step": ranges_by_step,

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ground.errors import TurbopocketError
-from .build.forecast_work import ComponentWork
+from ..quant.peak import ComponentMemory
 from .units import format_bytes
 
 ENTITLEMENT = "com.apple.developer.kernel.increased-memory-limit"
-COPIES = 1.2
-"""What a runtime holds beside weights, to the activations that are alive at once: convolutions copy what goes in or
-comes out into an order of their own. Measured in ONNX Runtime on SDXL's VAE at half width, 512 x 512: 490 MB to 403."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +44,6 @@ DEVICES: dict[str, Device] = {
 
 
 @dataclass(frozen=True)
-class ComponentMemory:
-    """Bytes that a component takes while it draws: its weights as they are stored, and what it computes with."""
-
-    weights: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """Both."""
-        return self.weights + self.activations
-
-
-@dataclass(frozen=True)
 class DeviceFit:
     """Whether a planned artifact can draw on a device; `components` are what each of its components takes."""
 
@@ -74,18 +58,18 @@ class DeviceFit:
     @property
     def together_bytes(self) -> int:
         """With all components open."""
-        weights = sum(each.weights for each in self.components.values())
-        return weights + max(each.activations for each in self.components.values())
+        held = sum(each.held for each in self.components.values())
+        return held + max(each.running for each in self.components.values())
 
     @property
     def in_turn_bytes(self) -> int:
         """With one component open at a time, as an app may do that closes each when it is done."""
-        return self.components[self.largest].total
+        return self.components[self.largest].peak
 
     @property
     def largest(self) -> str:
         """The component that takes most."""
-        return max(self.components, key=lambda name: self.components[name].total)
+        return max(self.components, key=lambda name: self.components[name].peak)
 
     @property
     def fits(self) -> bool:
@@ -110,7 +94,7 @@ class DeviceFit:
         """The numbers and the verdict, for a person."""
         device, most = self.device, self.components[self.largest]
         more = "" if device.entitled_bytes is None else f" ({format_bytes(device.entitled_bytes)} with its entitlement)"
-        parts = f"{format_bytes(most.weights)} of weights, {format_bytes(most.activations)} to compute with"
+        parts = f"{format_bytes(most.held)} held, {format_bytes(most.running)} to compute with"
         together, in_turn = format_bytes(self.together_bytes), format_bytes(self.in_turn_bytes)
         return (
             f"{self.name}: {self.verdict}. An app may have {format_bytes(device.app_bytes)}{more}; drawing takes "
@@ -130,8 +114,7 @@ class DeviceFit:
             "together_bytes": self.together_bytes,
             "in_turn_bytes": self.in_turn_bytes,
             "components": {
-                name: {"weights_bytes": each.weights, "activation_bytes": each.activations}
-                for name, each in self.components.items()
+                name: {"held_bytes": each.held, "running_bytes": each.running} for name, each in self.components.items()
             },
         }
 
@@ -143,6 +126,11 @@ def require_devices(names: Sequence[str]) -> None:
             raise TurbopocketError(f"no device is called {name}: known are {', '.join(DEVICES)}")
 
 
-def component_memory(work: ComponentWork, layer_bytes: int, bytes_of_others: int) -> ComponentMemory:
-    """What a component takes whose layers' weights are stored in `layer_bytes`, its other parameters in the other."""
-    return ComponentMemory(layer_bytes + bytes_of_others, round(COPIES * work.peak_bytes))
+def memory_limits(names: Sequence[str]) -> list[int]:
+    """What an app may have on all of these, without Apple's entitlement and with it, the less first."""
+    devices = [DEVICES[name] for name in names]
+    ways = (
+        [each.app_bytes for each in devices],
+        [max(each.app_bytes, each.entitled_bytes or 0) for each in devices],
+    )
+    return sorted({min(way) for way in ways if way})

@@ -4,6 +4,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..ground.errors import TurbopocketError
+from ..ground.errors import OverBudget, TurbopocketError
 from ..quant.account import account
-from ..quant.plan import Candidate, Choice, LayerChoices, Plan, bytes_at, smallest_total_bytes
+from ..quant.peak import PeakMemory
+from ..quant.plan import Candidate, Choice, LayerChoices, Plan, bound_by, bytes_at, smallest_total_bytes
 from ..quant.plan import plan as least_loss
 from ..quant.scheme import Scheme, parse_scheme
 from ..quant.sensitivity import estimate_from_shapes, load_choices
-from ..runtimes.image_size import ImageSize
 from .build.candidates import candidate_schemes, resolved, with_schemes
 from .build.fixed_bytes import Estimate, fixed_bytes, show_estimates
 from .build.forecast import Forecast, forecast, largest_of, require_memory, works_of
+from .build.forecast_work import ComponentWork
+from .build.peak import limits_line, memory_lines, peak_memory
 from .build.rewriting import shaped
 from .checkpoint.load import load_shapes
-from .devices import DeviceFit, component_memory, require_devices
+from .devices import DeviceFit, memory_limits, require_devices
 from .families.base import LoadedModel
 from .families.components import component_name, group_name, layers_of, parameter_count, shapes_of
-from .families.graphs import Component
 from .families.sizes import drawn_sizes
 from .recipe import Recipe
 from .sampling.defaults import SamplingUnknown
@@ -35,8 +37,6 @@ from .targets.base import Target
 from .targets.layer import kind_of
 from .targets.registry import open_target
 from .units import format_bytes
-
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Planned:
 
     Attributes:
         model: its name; target: what it is lowered to; loss_model: "shapes", or the file of the measured losses.
-        plan: the schemes chosen, layer by layer.
+        plan: the schemes chosen, layer by layer, and what each component takes of the device's memory at its peak.
+        bound_by: the limits without which it would lose less: "budget", and components by their peak memory.
         fixed_bytes: graphs, uncompressed tensors, tokenizers, configs and the manifest; `estimates` says which of them
             were not there to be counted, and how they were estimated.
         smallest_bytes: of the smallest artifact that the recipe allows.
@@ -72,6 +73,7 @@ class Planned:
     target: str
     loss_model: str
     plan: Plan
+    bound_by: tuple[str, ...]
     estimates: tuple[Estimate, ...]
     smallest_bytes: int
     fp16_bytes: int
@@ -116,6 +118,9 @@ class Planned:
             "fixed_bytes": self.fixed_bytes,
             "estimated": [asdict(each) for each in self.estimates],
             "smallest_bytes": self.smallest_bytes,
+            "peak_memory_bytes": self.plan.peak_memory_bytes,
+            "memory": {name: asdict(each) for name, each in self.plan.memory.items()},
+            "bound_by": list(self.bound_by),
             "predicted_loss": self.plan.predicted_loss,
             "fp16_bytes": self.fp16_bytes,
             "components": {name: asdict(each) for name, each in self.components.items()},
@@ -134,7 +139,8 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1, d
     """Says in seconds what a recipe's model will weigh, from its configs alone: no weights are read.
 
     With `measured` (a build's choices.json) losses are measured ones, else every weight counts alike. Of several
-    targets it is the first one's. `devices` are names from `DEVICES`: what drawing takes there is counted on shapes.
+    targets it is the first one's. `devices` are names from `DEVICES`: what an app may have on all of them is a limit of
+    peak memory where the recipe has none, and is not kept where nothing could.
     Raises OverBudget when nothing that the recipe allows fits, and TurbopocketError for a model that can not be read,
     for measurements of another one and for a device that is not known.
     """
@@ -156,7 +162,11 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1, d
     pins, budget = recipe.compress.pin, recipe.compress.budget_bytes
     if recipe.compress.average_bits is not None:
         budget = beside.total + bytes_at(choices, recipe.compress.average_bits)
-    decided = replace(least_loss(choices, budget, beside.total, pins), budget_bytes=recipe.compress.budget_bytes)
+    works = works_of(model, components, largest_of(sizes))
+    memory = peak_memory(target, works, known, recipe.compress.peak_memory_bytes)
+    decided, memory = _within(memory_limits(devices), choices, budget, beside.total, pins, memory)
+    bound = bound_by(choices, decided, pins, memory)
+    decided = replace(decided, budget_bytes=recipe.compress.budget_bytes)
     accounted = account(decided.choices)
     drawn, notes = _with_sampling(recipe, model)
     return Planned(
@@ -164,6 +174,7 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1, d
         target=recipe.target.name,
         loss_model="shapes" if measured is None else str(measured),
         plan=decided,
+        bound_by=bound,
         estimates=tuple(beside.estimates),
         smallest_bytes=smallest_total_bytes(choices, beside.total, pins),
         fp16_bytes=sum(2 * parameter_count(component) for component in components),
@@ -173,32 +184,26 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1, d
         average_bits=accounted.average_bits(),
         kept=tuple(accounted.kept),
         notes=(*model.notes, *notes, *_notes_on_scales(decided, measured is None)),
-        forecast=None if drawn is None else _forecast(drawn, model, target, workers),
-        devices=_on_devices(devices, target, model, components, sizes, decided),
+        forecast=None if drawn is None else _forecast(drawn, model, target, works, workers),
+        devices=tuple(DeviceFit(name, decided.memory) for name in devices),
     )
 
 
-def _on_devices(
-    names: Sequence[str],
-    target: Target,
-    model: LoadedModel,
-    components: Sequence[Component],
-    sizes: Sequence[ImageSize],
-    decided: Plan,
-) -> tuple[DeviceFit, ...]:
-    """Each device against the components' stored weights and what they hold while they draw the largest size."""
-    if not names:
-        return ()
-    layers = _by(decided, component_name)
-    memory = {
-        name: component_memory(
-            work,
-            layers[name].bytes if name in layers else 0,
-            target.graph_share.value * work.others_bytes // FP32_BYTES,
-        )
-        for name, work in works_of(model, components, largest_of(sizes)).items()
-    }
-    return tuple(DeviceFit(name, memory) for name in names)
+def _within(
+    limits: Sequence[int],
+    layers: Sequence[LayerChoices],
+    budget_bytes: int | None,
+    fixed_bytes: int,
+    pins: Mapping[str, str],
+    memory: PeakMemory,
+) -> tuple[Plan, PeakMemory]:
+    """The best plan within the recipe's limit of memory; without one within the first of `limits` that any plan keeps,
+    else within none."""
+    tried = [replace(memory, allowed_bytes=limit) for limit in limits] if memory.allowed_bytes is None else []
+    for within in tried:
+        with suppress(OverBudget):
+            return least_loss(layers, budget_bytes, fixed_bytes, pins, within), within
+    return least_loss(layers, budget_bytes, fixed_bytes, pins, memory), memory
 
 
 def _notes_on_scales(decided: Plan, from_shapes: bool) -> tuple[str, ...]:
@@ -208,9 +213,11 @@ def _notes_on_scales(decided: Plan, from_shapes: bool) -> tuple[str, ...]:
     return (f"at most {static} layers have static scales of activations: calibration leaves some of them dynamic",)
 
 
-def _forecast(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> Forecast:
+def _forecast(
+    recipe: Recipe, model: LoadedModel, target: Target, works: Mapping[str, ComponentWork], workers: int
+) -> Forecast:
     """Raises TurbopocketError when it is over the recipe's `max_ram`."""
-    foreseen = forecast(recipe, model, target, workers)
+    foreseen = forecast(recipe, model, target, works, workers)
     if (allowed := recipe.machine.max_ram_bytes) is not None:
         require_memory(foreseen, allowed, "max_ram allows")
     return foreseen
@@ -305,6 +312,9 @@ def show_plan(planned: Planned, console: Console) -> None:
     within = f" of {format_bytes(planned.budget_bytes)} allowed" if planned.budget_bytes else ""
     console.print(f"total {format_bytes(planned.total_bytes)}{within}", highlight=False)
     console.print(f"smallest possible {format_bytes(planned.smallest_bytes)}", highlight=False)
+    for line in memory_lines(planned.plan):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(limits_line(planned.plan, planned.bound_by), highlight=False, soft_wrap=True)
     for line in planned.forecast.lines() if planned.forecast else ():
         console.print(line, highlight=False, soft_wrap=True)
     for fit in planned.devices:

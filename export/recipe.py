@@ -108,6 +108,8 @@ class CompressSection(Section):
     """Fit block by block, each to the inputs that the stored blocks before it cause; a killed build goes on there."""
     average_bits: float | None = Field(default=None, gt=0, le=32)
     """In the place of a budget: so many stored bits for each weight of all layers, scales and codebooks counted."""
+    peak_memory: str | None = None
+    """Most memory that any component is predicted to take of the device at its peak, such as "1.5GB"."""
     content: tuple[str, ...] = ()
     """Globs over layer names, such as ("*.ff.*", "*.attn2.*"): these are judged by 1 - SSIM of the picture, the others
     by the denoiser's output; plans of several divisions of the budget are drawn with, and the best is taken."""
@@ -125,6 +127,13 @@ class CompressSection(Section):
     def _budget_has_a_unit(cls, value: str | None) -> str | None:
         if value is not None:
             parse_bytes(value)
+        return value
+
+    @field_validator("peak_memory")
+    @classmethod
+    def _memory_has_a_unit(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value, "peak_memory")
         return value
 
     @field_validator("formats")
@@ -170,6 +179,10 @@ class CompressSection(Section):
     @property
     def budget_bytes(self) -> int | None:
         return None if self.budget is None else parse_bytes(self.budget)
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        return None if self.peak_memory is None else parse_bytes(self.peak_memory, "peak_memory")
 
 
 class ImageSection(Section):

@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from ..ground.errors import OverBudget, TurbopocketError
 from ..ground.records import load_record, save_record
-from .knapsack import Kind, least_loss
+from .knapsack import SOLVER_OPTIONS, Kind, NoneFits, Option, least_loss
+from .peak import ComponentMemory, LayerMemory, PeakMemory
 from .scheme import Scheme, parse_scheme
 
 SCHEMA_VERSION = 2
@@ -38,6 +39,11 @@ class LayerChoices:
     candidates: tuple[Candidate, ...]
     roundings: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Names of its candidates' schemes."""
+        return tuple(candidate.scheme for candidate in self.candidates)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -52,11 +58,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """One choice per layer, in the order the layers were given; `fixed_bytes` is all else in the model."""
+    """One choice per layer, in the order the layers were given; `fixed_bytes` is all else in the model.
+
+    `memory` is what each component is predicted to take at its peak, where that was asked for; `peak_memory_bytes` the
+    most that one may take.
+    """
 
     choices: tuple[Choice, ...]
     fixed_bytes: int
     budget_bytes: int | None
+    memory: Mapping[str, ComponentMemory] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -76,6 +88,8 @@ class Plan:
         return {
             "schema_version": SCHEMA_VERSION,
             "budget_bytes": self.budget_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "memory": {name: asdict(each) for name, each in self.memory.items()},
             "fixed_bytes": self.fixed_bytes,
             "total_bytes": self.total_bytes,
             "predicted_loss": self.predicted_loss,
@@ -91,7 +105,9 @@ class Plan:
     def _parsed(cls, values: Mapping[str, Any], schema_version: int) -> Self:
         entries = [with_scheme(entry, schema_version) for entry in values["choices"]]
         choices = tuple(Choice(**entry | {"shape": tuple(entry["shape"])}) for entry in entries)
-        return cls(choices, values["fixed_bytes"], values["budget_bytes"])
+        memory = {name: ComponentMemory(**each) for name, each in values.get("memory", {}).items()}
+        allowed = values["budget_bytes"], memory, values.get("peak_memory_bytes")
+        return cls(choices, values["fixed_bytes"], *allowed)
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON, whole or not at all."""
@@ -110,29 +126,73 @@ def plan(
     budget_bytes: int | None,
     fixed_bytes: int,
     pins: Mapping[str, str] | None = None,
+    memory: PeakMemory | None = None,
 ) -> Plan:
-    """The plan of least predicted loss whose total is within `budget_bytes` (None: no limit).
+    """The plan of least predicted loss whose total is within `budget_bytes` (None: no limit), and whose components are
+    within what `memory` allows.
 
-    Least to one part in 10,000, which is where the solver stops; the budget is kept to the byte.
+    Least to one part in 10,000, which is where the solver stops; both limits are kept to the byte.
 
     `pins` maps a glob over layer names to a scheme; where two globs match, the later one holds. A weight format that
     says nothing of activations is pinned with those that the candidates have, the first one's where they differ.
     Deterministic: among equal layers the earlier get the larger formats, a tie in loss goes to fewer bytes.
-    Raises OverBudget with the smallest possible total, TurbopocketError for a pin that matches no layer or names a
-    scheme the layer cannot have.
+    Raises OverBudget with the smallest possible total, or the least possible peak, TurbopocketError for a pin that
+    matches no layer or names a scheme the layer cannot have.
     """
     allowed = apply_pins(layers, pins or {})
+    if memory is not None:
+        memory.require_possible(allowed)
     if budget_bytes is None:
         capacity = sum(max(candidate.nbytes for candidate in layer.candidates) for layer in allowed)
     else:
         capacity = budget_bytes - fixed_bytes
         refuse_over_budget(fixed_bytes + _smallest_bytes(allowed), fixed_bytes, budget_bytes)
-    chosen = _solve(allowed, capacity)
+    try:
+        chosen = _solve(allowed, capacity, memory)
+    except NoneFits:
+        assert memory is not None
+        chosen = _smallest(allowed, memory)
+        if budget_bytes is not None:
+            smallest = fixed_bytes + sum(candidate.nbytes for candidate in chosen)
+            refuse_over_budget(smallest, fixed_bytes, budget_bytes, memory.allowed_bytes)
     choices = tuple(
         Choice(layer.layer, layer.shape, candidate.scheme, candidate.nbytes, candidate.loss)
         for layer, candidate in zip(allowed, chosen, strict=True)
     )
-    return Plan(choices, fixed_bytes, budget_bytes)
+    found = Plan(choices, fixed_bytes, budget_bytes)
+    return found if memory is None else with_memory(found, memory)
+
+
+BUDGET = "budget"
+"""What `bound_by` calls the limit of bytes."""
+
+
+def bound_by(
+    layers: Sequence[LayerChoices],
+    decided: Plan,
+    pins: Mapping[str, str] | None = None,
+    memory: PeakMemory | None = None,
+) -> tuple[str, ...]:
+    """Which limits a plan would lose less without: the budget, and components by what they may take at their peak."""
+    asked = decided.fixed_bytes, pins
+
+    def helps(budget_bytes: int | None, left: PeakMemory | None) -> bool:
+        without = plan(layers, budget_bytes, *asked, left)
+        return without.predicted_loss < decided.predicted_loss * (1 - SOLVER_OPTIONS["mip_rel_gap"])
+
+    found = [BUDGET] if decided.budget_bytes is not None and helps(None, memory) else []
+    for name in () if memory is None else memory.limited(apply_pins(layers, pins or {})):
+        assert memory is not None
+        others = {each: peak for each, peak in memory.components.items() if each != name}
+        if helps(decided.budget_bytes, replace(memory, components=others)):
+            found.append(name)
+    return tuple(found)
+
+
+def with_memory(plan: Plan, memory: PeakMemory) -> Plan:
+    """The plan with what its components are predicted to take."""
+    schemes = {choice.layer: choice.scheme for choice in plan.choices}
+    return replace(plan, memory=memory.of(schemes), peak_memory_bytes=memory.allowed_bytes)
 
 
 def bytes_at(layers: Sequence[LayerChoices], average_bits: float) -> int:
@@ -161,10 +221,20 @@ def tradeoff(
 
 
 def smallest_total_bytes(
-    layers: Sequence[LayerChoices], fixed_bytes: int, pins: Mapping[str, str] | None = None
+    layers: Sequence[LayerChoices],
+    fixed_bytes: int,
+    pins: Mapping[str, str] | None = None,
+    memory: PeakMemory | None = None,
 ) -> int:
-    """Bytes of the smallest plan there is: the least budget that `plan` accepts."""
-    return fixed_bytes + _smallest_bytes(apply_pins(layers, pins or {}))
+    """Bytes of the smallest plan there is: the least budget that `plan` accepts.
+
+    Raises OverBudget where no plan takes as little memory as is allowed.
+    """
+    allowed = apply_pins(layers, pins or {})
+    if memory is None:
+        return fixed_bytes + _smallest_bytes(allowed)
+    memory.require_possible(allowed)
+    return fixed_bytes + sum(candidate.nbytes for candidate in _smallest(allowed, memory))
 
 
 def apply_pins(layers: Sequence[LayerChoices], pins: Mapping[str, str]) -> list[LayerChoices]:
@@ -212,28 +282,53 @@ def _smallest_bytes(layers: Sequence[LayerChoices]) -> int:
     return sum(min(candidate.nbytes for candidate in layer.candidates) for layer in layers)
 
 
-def refuse_over_budget(smallest_bytes: int, fixed_bytes: int, budget_bytes: int) -> None:
-    """Raises OverBudget when the smallest plan, `fixed_bytes` included, is larger than the budget."""
+def refuse_over_budget(
+    smallest_bytes: int, fixed_bytes: int, budget_bytes: int, peak_memory_bytes: int | None = None
+) -> None:
+    """Raises OverBudget when the smallest plan, `fixed_bytes` included, is larger than the budget; a limit of memory
+    that makes it so large is named."""
     if smallest_bytes > budget_bytes:
+        within = "" if peak_memory_bytes is None else f" within {peak_memory_bytes:,} bytes of peak memory"
         raise OverBudget(
-            f"smallest plan is {smallest_bytes:,} bytes ({fixed_bytes:,} of them not in compressible layers), "
+            f"smallest plan{within} is {smallest_bytes:,} bytes ({fixed_bytes:,} of them not in compressible layers), "
             f"{smallest_bytes - budget_bytes:,} over the budget of {budget_bytes:,} bytes",
             hint="allow a smaller format, loosen a pin, or raise the budget",
         )
 
 
-def _solve(layers: Sequence[LayerChoices], capacity_bytes: int) -> list[Candidate]:
+def _smallest(layers: Sequence[LayerChoices], memory: PeakMemory) -> list[Candidate]:
+    """Of fewest bytes within what is allowed of memory, which some plan is."""
+    sized = [
+        replace(layer, candidates=tuple(replace(each, loss=float(each.nbytes)) for each in layer.candidates))
+        for layer in layers
+    ]
+    most = sum(max(candidate.nbytes for candidate in layer.candidates) for layer in layers)
+    chosen = _solve(sized, most, memory)
+    return [
+        next(each for each in layer.candidates if each.scheme == found.scheme)
+        for layer, found in zip(layers, chosen, strict=True)
+    ]
+
+
+def _solve(layers: Sequence[LayerChoices], capacity_bytes: int, memory: PeakMemory | None) -> list[Candidate]:
     """One candidate per layer. Layers with the same options are one kind, solved by count, not by name.
 
     That takes the symmetry out (794 layers of the SDXL UNet are a few dozen kinds), which is what makes
     branch and bound quick, and it makes the answer independent of how the solver walks through equal layers.
+    Memory counts where it can be over: in components that some of the candidates would take over the limit.
     """
-    options = [efficient(layer.candidates) for layer in layers]
-    members: dict[tuple[tuple[int, float], ...], list[int]] = {}
-    for index, candidates in enumerate(options):
-        key = tuple((candidate.nbytes, candidate.loss) for candidate in candidates)
-        members.setdefault(key, []).append(index)
-    counts = least_loss([Kind(key, len(indices)) for key, indices in members.items()], capacity_bytes)
+    rooms, taken = _rooms(layers, memory)
+    options = [efficient(layer.candidates, taken[layer.layer][1] if layer.layer in taken else None) for layer in layers]
+    members: dict[tuple[str, tuple[Option, ...]], list[int]] = {}
+    for index, layer in enumerate(layers):
+        pool, own = taken.get(layer.layer, ("", {}))
+        key = tuple(
+            Option(each.nbytes, each.loss, *((own[each.scheme].held, own[each.scheme].running) if own else ()))
+            for each in options[index]
+        )
+        members.setdefault((pool, key), []).append(index)
+    kinds = [Kind(key, len(indices), pool) for (pool, key), indices in members.items()]
+    counts = least_loss(kinds, capacity_bytes, rooms)
     chosen: dict[int, Candidate] = {}
     for indices, kind_counts in zip(members.values(), counts, strict=True):
         largest_first = _spread(reversed(range(len(kind_counts))), kind_counts)
@@ -242,15 +337,52 @@ def _solve(layers: Sequence[LayerChoices], capacity_bytes: int) -> list[Candidat
     return [chosen[index] for index in range(len(layers))]
 
 
+_Taken = Mapping[str, tuple[str, Mapping[str, LayerMemory]]]
+
+
+def _rooms(layers: Sequence[LayerChoices], memory: PeakMemory | None) -> tuple[dict[str, int], _Taken]:
+    """By component what its layers may take over what it takes anyhow, and by layer its component and what each scheme
+    takes: of a moment what is over the floor, below which no plan comes."""
+    if memory is None or memory.allowed_bytes is None:
+        return {}, {}
+    schemes = {layer.layer: layer.schemes for layer in layers}
+    rooms: dict[str, int] = {}
+    taken: dict[str, tuple[str, Mapping[str, LayerMemory]]] = {}
+    for name, peak in memory.limited(layers).items():
+        floor = peak.floor(schemes)
+        rooms[name] = memory.allowed_bytes - peak.own.held - floor
+        for layer, own in peak.layers.items():
+            taken[layer] = (
+                name,
+                {
+                    scheme: LayerMemory(own[scheme].held, max(0, own[scheme].running - floor))
+                    for scheme in schemes[layer]
+                },
+            )
+    return rooms, taken
+
+
 def _spread(order: Iterator[int], counts: Sequence[int]) -> Iterator[int]:
     for option in order:
         yield from [option] * counts[option]
 
 
-def efficient(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The candidates no other one beats in both bytes and loss, smallest first, loss falling."""
+def efficient(
+    candidates: Sequence[Candidate], memory: Mapping[str, LayerMemory] | None = None
+) -> tuple[Candidate, ...]:
+    """The candidates that no other one beats in bytes, loss, and memory where that counts; smallest first."""
     kept: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda candidate: (candidate.nbytes, candidate.loss)):
-        if not kept or candidate.loss < kept[-1].loss:
+        if not any(_as_good(other, candidate, memory) for other in kept):
             kept.append(candidate)
     return tuple(kept)
+
+
+def _as_good(one: Candidate, other: Candidate, memory: Mapping[str, LayerMemory] | None) -> bool:
+    """Whether one of no more bytes than the other has no more loss, and takes no more memory."""
+    if one.loss > other.loss:
+        return False
+    if memory is None:
+        return True
+    mine, theirs = memory[one.scheme], memory[other.scheme]
+    return mine.held <= theirs.held and mine.running <= theirs.running

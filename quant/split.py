@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from ..ground.errors import TurbopocketError
-from .plan import Choice, LayerChoices, Plan, apply_pins, plan, smallest_total_bytes
+from .peak import PeakMemory
+from .plan import Choice, LayerChoices, Plan, apply_pins, plan, smallest_total_bytes, with_memory
 
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
@@ -22,12 +23,15 @@ def split_plan(
     budget_bytes: int,
     fixed_bytes: int,
     pins: Mapping[str, str] | None = None,
+    memory: PeakMemory | None = None,
 ) -> Plan:
     """The plan in which layers named in `content` get that share of what is left when every layer is smallest.
 
     `layers` have losses of quality, `content` those of content for the same candidates; each kind is of least loss of
-    its own. Bytes that a kind does not need go to the other. Predicted losses are those of quality.
-    Raises OverBudget like `plan`, and TurbopocketError when `content` names a layer that there is not.
+    its own. Bytes that a kind does not need go to the other. Predicted losses are those of quality. Of what `memory`
+    leaves to a component, content gets the same share, and the others what it did not take.
+    Raises OverBudget like `plan`, also where this division does not fit in memory, and TurbopocketError when `content`
+    names a layer that there is not.
     """
     if strangers := set(content) - {layer.layer for layer in layers}:
         raise TurbopocketError(f"{min(strangers)} is not among the layers to plan")
@@ -48,8 +52,31 @@ def split_plan(
     schemes: dict[str, str] = {}
     for kind, own in kinds.items():
         if own:
-            schemes |= {each.layer: each.scheme for each in plan(own, least[kind] + given[kind], 0).choices}
-    return Plan(_chosen(allowed, schemes), fixed_bytes, budget_bytes)
+            room = None if memory is None else _room(memory, allowed, own, schemes, share if kind else 1.0)
+            found = plan(own, least[kind] + given[kind], 0, memory=room)
+            schemes |= {each.layer: each.scheme for each in found.choices}
+    found = Plan(_chosen(allowed, schemes), fixed_bytes, budget_bytes)
+    return found if memory is None else with_memory(found, memory)
+
+
+def _room(
+    memory: PeakMemory,
+    layers: Sequence[LayerChoices],
+    own: Sequence[LayerChoices],
+    decided: Mapping[str, str],
+    share: float,
+) -> PeakMemory:
+    """What layers of one kind may take when others are decided, or take least: this share of what that leaves."""
+    if memory.allowed_bytes is None:
+        return memory
+    names = {each.layer for each in own}
+    others = {name: each for name, each in memory.least_schemes(layers).items() if name not in names} | dict(decided)
+    components = {name: each.with_chosen(others) for name, each in memory.components.items()}
+    room = PeakMemory(components, memory.allowed_bytes)
+    kept_back = {
+        name: round((1 - share) * (memory.allowed_bytes - each.peak)) for name, each in room.least(own).items()
+    }
+    return PeakMemory({name: each.with_more(kept_back[name]) for name, each in components.items()}, room.allowed_bytes)
 
 
 def different(plans: Sequence[Plan]) -> list[Plan]:

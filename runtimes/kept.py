@@ -11,7 +11,8 @@ from .memory import component_bytes
 
 MOST_BYTES = 1_000_000_000
 """Of files of all components that are held open together. Pictures of the bundled models open everything once; a model
-of SDXL's size holds its denoiser while that runs and nothing beside it."""
+of SDXL's size holds its denoiser while that runs and nothing beside it. An artifact that was planned for a limit of
+memory is held to that instead, by what its components were predicted to take at their peaks."""
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ class Kept(Generic[T]):
     """Open components by name, the one used last at the end.
 
     Those used longest ago are given to `shut` and forgotten before another is opened that would make them more than
-    `MOST_BYTES` together; one component is always allowed.
+    is allowed together; one component is always allowed.
     """
 
     def __init__(
@@ -29,7 +30,10 @@ class Kept(Generic[T]):
         manifest: Manifest,
         shut: Callable[[str, T], object] = lambda component, value: None,
     ) -> None:
-        self._bytes = lambda component: component_bytes(folder, manifest, component)
+        plan = manifest.plan or {}
+        self._most: int | None = plan.get("peak_memory_bytes")
+        peaks: dict[str, int] = plan.get("component_peak_bytes", {})
+        self._bytes = peaks.__getitem__ if peaks else lambda component: component_bytes(folder, manifest, component)
         self._shut = shut
         self._open: dict[str, T] = {}
 
@@ -43,7 +47,8 @@ class Kept(Generic[T]):
 
     def make_room(self, component: str) -> None:
         """Closes what has to be closed for so much to be opened as a component holds, and gives its memory back."""
-        room, before = MOST_BYTES - self._bytes(component), len(self._open)
+        most = MOST_BYTES if self._most is None else self._most
+        room, before = most - self._bytes(component), len(self._open)
         while self._open and sum(map(self._bytes, self._open)) > room:
             oldest = next(iter(self._open))
             self._shut(oldest, self._open.pop(oldest))

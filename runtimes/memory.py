@@ -17,7 +17,7 @@ class MemoryFigures:
 
     `start` is before the graph is opened, `loaded` when it is open, `ran` after its first run. Anonymous
     pages (`anon`) must stay in memory on a phone; pages of files (`file`) can be dropped and read again.
-    `peak` is the largest sum of both at any moment.
+    `peak` is the largest sum of both at any moment; `mapped` are pages of the component's own files after the run.
     """
 
     start_anon_bytes: int
@@ -26,8 +26,15 @@ class MemoryFigures:
     start_file_bytes: int
     loaded_file_bytes: int
     ran_file_bytes: int
+    mapped_bytes: int
     peak_bytes: int
     weight_bytes: int
+
+    @property
+    def component_peak_bytes(self) -> int:
+        """The most that the component took: what the process was before, and pages of the runtime's own files, are no
+        part of it."""
+        return self.peak_bytes - self.start_anon_bytes - (self.ran_file_bytes - self.mapped_bytes)
 
 
 def component_bytes(folder: Path, manifest: Manifest, component: str) -> int:

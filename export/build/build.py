@@ -47,7 +47,7 @@ from .manifest import final_manifest, folder_bytes, require_budget
 from .measured import measurements
 from .measuring import measured_choices
 from .outcome import Built
-from .planning import proposals, refuse_impossible
+from .planning import proposals, refuse_impossible, tell_limits
 from .reconstructing import reconstructed, reconstruction_inputs
 from .selecting import selected
 from .self_check import record_self_check, with_self_check
@@ -123,7 +123,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         if stage == last:
             raise _Reached
 
-    recipe, assumed, workers = foreseen(recipe, workers, run.path, run.progress)
+    recipe, assumed, workers, works = foreseen(recipe, workers, run.path, run.progress)
     with claim.staged(out, report_folder(out)) as (artifact, report), workers.open() as spread:
         bench = make_workbench(recipe, assumed, run.progress, spread)
         journal = run.journal(bench.model)
@@ -131,7 +131,7 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
         bench.target.write_side_files(bench.model, bench.traced, bench.draft.image.size, artifact)
         session = parity_session(bench, artifact)
         bench = with_self_check(bench, session, artifact)
-        refuse_impossible(bench, artifact)
+        refuse_impossible(bench, works, artifact)
         to_diffusers = _compare_with_diffusers(bench, session, journal)
         stats = calibrated(bench, session, journal)
         reached("calibrate")
@@ -140,7 +140,9 @@ def _build(recipe: Recipe, out: Path, claim: Claim, run: RunFolder, workers: Wor
             run.progress.remark(f"note: {note}")
         choices, content = measured_choices(bench, session, stats, journal)
         reached("measure")
-        decided = selected(bench, session, stats, proposals(bench, stats, choices, content, artifact), journal)
+        proposed = proposals(bench, works, stats, choices, content, artifact)
+        decided = selected(bench, session, stats, proposed, journal)
+        tell_limits(bench, works, choices, decided)
         weights = _compress(bench, session, stats, decided, journal)
         weights, errors = reconstructed(bench, session, stats, decided, weights, journal)
         fitted = _fitted_inputs(bench, session, decided, journal)

@@ -35,6 +35,7 @@ from .forecast_stages import Asked, Stage
 from .forecast_training import train_candidates
 from .forecast_work import ComponentWork, component_work
 from .probe import PROBE_PROMPTS, PROBE_STEPS
+from .rewriting import shaped
 
 # Measured on two x86 cores with PyTorch 2.13; `benchmarks/forecast.py` measures forecasts beside builds.
 IMPORTS_BYTES = 110e6
@@ -120,22 +121,33 @@ class Forecast:
         ]
 
 
-def forecast(recipe: Recipe, model: LoadedModel, target: Target, workers: int = 1) -> Forecast:
-    """Foresees a build from a model without weights (`load_shapes`) and a recipe that says how it is drawn.
+def forecast(
+    recipe: Recipe, model: LoadedModel, target: Target, works: Mapping[str, ComponentWork], workers: int = 1
+) -> Forecast:
+    """Foresees a build from a model without weights (`load_shapes`), a recipe that says how it is drawn, and what calls
+    of its components take (`drawing_works`).
 
     Memory and disk are counted from shapes, on top of what this process holds now. Seconds are counts of operations
     over what this machine does in a fraction of a second, of a machine that does nothing else.
     """
     held = anonymous_bytes()  # the model without weights, too, which is as many objects as the one that is loaded
-    asked = _asked(recipe, model, target, workers)
+    asked = _asked(recipe, model, target, works, workers)
     return _together(asked, _resident(asked, model, held))
 
 
-def _asked(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> Asked:
+def drawing_works(recipe: Recipe, model: LoadedModel, target: Target) -> dict[str, ComponentWork]:
+    """What one call of each component takes for the largest picture, counted on a model without weights."""
     sizes = drawn_sizes(model, recipe.image.image_sizes)
-    components = target.components(model, sizes, recipe.sampler.image_to_image)
+    components = shaped(target.components(model, sizes, recipe.sampler.image_to_image), recipe, model)
+    return works_of(model, components, largest_of(sizes))
+
+
+def _asked(
+    recipe: Recipe, model: LoadedModel, target: Target, works: Mapping[str, ComponentWork], workers: int
+) -> Asked:
+    sizes = drawn_sizes(model, recipe.image.image_sizes)
     largest = largest_of(sizes)
-    works, latents = works_of(model, components, largest), latent_size(model, largest)
+    latents = latent_size(model, largest)
     sampler = sampler_spec(model, recipe.sampler)
     told = model.denoiser.config.get("time_cond_proj_dim") is not None  # the guidance, in the place of asking twice
     twice = 2 if sampler.guidance_scale > 1 and not told else 1
@@ -145,7 +157,7 @@ def _asked(recipe: Recipe, model: LoadedModel, target: Target, workers: int) -> 
         name: list(dict.fromkeys(each.weight for each in own)) for name, own in schemes.items()
     }
     return Asked(
-        components=works,
+        components=dict(works),
         calls={name: _calls(each, len(sampler.timesteps), twice) for name, each in works.items()},
         pixels=largest.height * largest.width,
         latent_positions=latents.height * latents.width,
@@ -233,7 +245,9 @@ def _together(asked: Asked, resident: Mapping[str, float]) -> Forecast:
     return Forecast(tuple(made), asked.workers)
 
 
-def foresee(recipe: Recipe, model: LoadedModel, workers: int, folder: Path) -> Forecast:
+def foresee(
+    recipe: Recipe, model: LoadedModel, works: Mapping[str, ComponentWork], workers: int, folder: Path
+) -> Forecast:
     """The forecast of a build whose files go beside and into `folder`; fewer workers where more do not fit in memory.
 
     Raises TurbopocketError, with the numbers of each stage, for a build that the recipe's `max_ram` or the free disk
@@ -241,9 +255,9 @@ def foresee(recipe: Recipe, model: LoadedModel, workers: int, folder: Path) -> F
     """
     target = open_target(recipe.target)
     allowed = recipe.machine.max_ram_bytes
-    foreseen = forecast(recipe, model, target, workers)
+    foreseen = forecast(recipe, model, target, works, workers)
     while allowed is not None and foreseen.memory_bytes > allowed and foreseen.workers > 1:
-        foreseen = forecast(recipe, model, target, foreseen.workers // 2)
+        foreseen = forecast(recipe, model, target, works, foreseen.workers // 2)
     if allowed is not None:
         require_memory(foreseen, allowed, "max_ram allows")
     require_memory(foreseen, machine_bytes(), "this machine has", OFF)
@@ -291,8 +305,9 @@ def tell(foreseen: Forecast, recipe: Recipe, workers: int, progress: StageProgre
 
 def foreseen(
     recipe: Recipe, workers: Workers, folder: Path, progress: StageProgress
-) -> tuple[Recipe, tuple[str, ...], Workers]:
-    """The recipe with its sampling in it, what of that was assumed, and as many workers as memory has room for.
+) -> tuple[Recipe, tuple[str, ...], Workers, dict[str, ComponentWork]]:
+    """The recipe with its sampling in it, what of that was assumed, as many workers as memory has room for, and what a
+    call of each component takes.
 
     From the configs, so that what nobody can tell is asked for, and what can not end refused, before gigabytes are
     fetched and read. Raises what `foresee` raises.
@@ -300,6 +315,7 @@ def foreseen(
     with progress.stage("forecast"):
         shapes = load_shapes(recipe.model.source, recipe.model.config)
         recipe, assumed = with_sampling(recipe, shapes)
-        found = foresee(recipe, shapes, workers.count, folder)
+        works = drawing_works(recipe, shapes, open_target(recipe.target))
+        found = foresee(recipe, shapes, works, workers.count, folder)
     tell(found, recipe, workers.count, progress)
-    return recipe, assumed, replace(workers, count=found.workers)
+    return recipe, assumed, replace(workers, count=found.workers), works

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...quant.layers import compressible_layers
 from ..families.graphs import Component, Role, block_name
+from .forecast_alive import Buffers
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def total(works: Sequence[Work]) -> Work:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer: numbers of its `weight` [O, K], calls, N of all of them, numbers in and out, and `fed`, which is equal
-    for layers that are given the same tensor."""
+    """One layer: numbers of its `weight` [O, K], calls, N of all of them, numbers in and out, `fed`, which is equal for
+    layers that are given the same tensor, and the moments at which its first call begins and its last one ends."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,6 +66,8 @@ class LayerWork:
     outputs: int
     calls: int
     fed: int
+    begins: int
+    ends: int
 
     @property
     def weights(self) -> int:
@@ -94,7 +97,10 @@ class ComponentWork:
     """One call of a component.
 
     `peak_bytes` is the most that it holds of activations at any moment, with the layer's weight in float32 that runs;
-    `returned_bytes` what it gives; `others_bytes` of parameters in float32 that are no layer's weight.
+    `returned_bytes` what it gives; `others_bytes` of the `others`, parameters in float32 that are no layer's weight,
+    and `table_bytes` of those of them whose rows are looked up. `alive` are bytes of activations by moment, and `kept`
+    those of the buffers that they take of a runtime that keeps one for the next tensor of its shape. `norms` are its
+    GroupNorms.
     """
 
     name: str
@@ -103,7 +109,12 @@ class ComponentWork:
     blocks: Mapping[str, BlockWork]
     peak_bytes: int
     returned_bytes: int
+    others: int
     others_bytes: int
+    table_bytes: int
+    norms: int
+    alive: Sequence[int]
+    kept: Sequence[int]
 
     @property
     def layers(self) -> tuple[LayerWork, ...]:
@@ -129,7 +140,8 @@ def component_work(component: Component, sides: Mapping[str, int]) -> ComponentW
         outputs = component.module(*inputs)
     returned = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     owned = {id(layer.weight) for layer in layers.values()}
-    others = sum(4 * each.numel() for each in component.module.parameters() if id(each) not in owned)
+    others = [each for each in component.module.parameters() if id(each) not in owned]
+    modules = list(component.module.modules())
     blocks = {
         name: BlockWork(tuple(seen.layers.values()), seen.work, seen.input_bytes, seen.output_bytes, seen.made_bytes)
         for name, seen in counter.blocks.items()
@@ -141,7 +153,12 @@ def component_work(component: Component, sides: Mapping[str, int]) -> ComponentW
         blocks,
         counter.peak_bytes,
         sum(map(_nbytes, returned)),
-        others,
+        len(others),
+        sum(4 * each.numel() for each in others),
+        sum(4 * each.weight.numel() for each in modules if isinstance(each, nn.Embedding)),
+        sum(isinstance(each, nn.GroupNorm) for each in modules),
+        counter.buffers.alive(),
+        counter.buffers.kept(),
     )
 
 
@@ -167,12 +184,14 @@ class _Counter(TorchDispatchMode):
     def __init__(self, layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.work, self.held_bytes, self.peak_bytes = NO_WORK, 0, 0
+        self.buffers = Buffers()
         self.blocks = {name: _Block() for name in blocks}
         self._layers, self._modules = layers, blocks
         self._inside: list[_Block] = []
         self._numbers: Any = WeakIdKeyDictionary()
         self._next = itertools.count()
         self._given: set[int] = set()
+        self._began = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -194,7 +213,12 @@ class _Counter(TorchDispatchMode):
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self._take(storage.nbytes())
-        weakref.finalize(storage, self._take, -storage.nbytes())
+        which = self.buffers.come((tuple(tensor.shape), tensor.dtype), storage.nbytes())
+        weakref.finalize(storage, self._let_go, which, storage.nbytes())
+
+    def _let_go(self, which: int, nbytes: int) -> None:
+        self.buffers.go(which)
+        self._take(-nbytes)
 
     def _take(self, nbytes: int) -> None:
         self.held_bytes += nbytes
@@ -216,6 +240,7 @@ class _Counter(TorchDispatchMode):
 
     def _layer_begins(self, name: str) -> Callable[..., None]:
         def begin(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+            self._began = self.buffers.now
             self._take(4 * layer.weight.numel())
 
         return begin
@@ -226,7 +251,7 @@ class _Counter(TorchDispatchMode):
             x, shape = inputs[0], tuple(layer.weight.shape)
             vectors = output[:, 0].numel() if isinstance(layer, nn.Conv2d) else x[..., 0].numel()
             columns, layers = layer.weight[0].numel(), self.blocks[block_name(name)].layers
-            before = layers.get(name, LayerWork(name, shape, columns, 0, 0, 0, 0, self._number(x)))
+            before = layers.get(name, LayerWork(name, shape, columns, 0, 0, 0, 0, self._number(x), self._began, 0))
             layers[name] = LayerWork(
                 name,
                 shape,
@@ -236,6 +261,8 @@ class _Counter(TorchDispatchMode):
                 before.outputs + output.numel(),
                 before.calls + 1,
                 before.fed,
+                before.begins,
+                self.buffers.now,
             )
 
         return end

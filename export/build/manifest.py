@@ -14,6 +14,7 @@ from ..verify.gaps import Gaps
 from ..verify.table import parity_summary
 
 _WORST_NUMBER = -1.2345678901234567e-100
+_MOST_BYTES = 10**10
 
 
 def final_manifest(draft: Manifest, artifact: Path, plan: Plan, gaps: Gaps) -> Manifest:
@@ -34,18 +35,25 @@ def expected_manifest_bytes(
     files_to_come: Sequence[str],
     runtimes: Sequence[str],
     artifact: Path,
+    limited: bool = False,
 ) -> int:
-    """Returns the bytes of the finished manifest.json, at most: names as long and numbers as wide as they get."""
+    """Returns the bytes of the finished manifest.json, at most: names as long and numbers as wide as they get.
+
+    `limited` is whether memory has a limit.
+    """
     schemes = [candidate.scheme for layer in choices.values() for candidate in layer.candidates]
-    files = file_entries(artifact) + [FileEntry(path=path, bytes=10**10, sha256="0" * 64) for path in files_to_come]
+    files = file_entries(artifact) + [
+        FileEntry(path=path, bytes=_MOST_BYTES, sha256="0" * 64) for path in files_to_come
+    ]
     numbers = dict.fromkeys(draft.components, _WORST_NUMBER)
     kinds = dict.fromkeys(("float_model", "stored", "artifact"), _WORST_NUMBER)
     values = draft.model_dump() | {
         "files": [entry.model_dump() for entry in files],
         "plan": {
-            "budget_bytes": 10**10,
-            "total_bytes": 10**10,
+            "budget_bytes": _MOST_BYTES,
+            "total_bytes": _MOST_BYTES,
             "predicted_loss": _WORST_NUMBER,
+            **(_memory_summary(_MOST_BYTES, dict.fromkeys(draft.components, _MOST_BYTES)) if limited else {}),
             "schemes": dict.fromkeys(choices, max(schemes, key=len)),
         },
         "parity": {
@@ -80,8 +88,18 @@ def _plan_summary(plan: Plan) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "total_bytes": plan.total_bytes,
         "predicted_loss": plan.predicted_loss,
+        **({} if plan.peak_memory_bytes is None else _memory_summary(plan.peak_memory_bytes, _peaks(plan))),
         "schemes": {choice.layer: choice.scheme for choice in plan.choices},
     }
+
+
+def _peaks(plan: Plan) -> dict[str, int]:
+    return {name: each.peak for name, each in plan.memory.items()}
+
+
+def _memory_summary(allowed_bytes: int, peaks: Mapping[str, int]) -> dict[str, Any]:
+    """What a runner reads that holds components open: no more than so much together."""
+    return {"peak_memory_bytes": allowed_bytes, "component_peak_bytes": dict(peaks)}
 
 
 def zipped_bytes(folder: Path) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best plan whose files fit the budget, every byte counted that is not a layer's weight."""
+"""The best plan whose files fit the budget, every byte counted that is not a layer's weight, and that memory holds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,14 +10,17 @@ from ...ground.errors import OverBudget
 from ...quant.compress import decompressed
 from ...quant.finetune import stand_ins
 from ...quant.observe import LayerStats
-from ...quant.plan import LayerChoices, Plan, bytes_at, plan, refuse_over_budget, smallest_total_bytes
+from ...quant.peak import PeakMemory
+from ...quant.plan import LayerChoices, Plan, bound_by, bytes_at, plan, refuse_over_budget, smallest_total_bytes
 from ...quant.scheme import Scheme
 from ...quant.sensitivity import estimate_from_shapes
 from ...quant.split import SHARES, different, split_plan
 from ..families.components import shapes_of
 from .bench import Workbench, traced, with_ranges
 from .candidates import resolved, with_schemes
+from .forecast_work import ComponentWork
 from .manifest import expected_manifest_bytes, folder_bytes
+from .peak import limits_line, peak_memory
 
 PASSES = 3
 """How often schemes are chosen anew, with what the files of the last choice need."""
@@ -25,6 +28,7 @@ PASSES = 3
 
 def proposals(
     bench: Workbench,
+    works: Mapping[str, ComponentWork],
     stats: Mapping[str, LayerStats],
     choices: Mapping[str, LayerChoices],
     content: Mapping[str, LayerChoices],
@@ -37,31 +41,50 @@ def proposals(
     of quality alone.
     """
     if not bench.recipe.moves_vectors:
-        return _plans_for(bench, choices, content, artifact)
+        return _plans_for(bench, works, choices, content, artifact)
     with decompressed(bench.modules, stand_ins(bench.modules)):
         graphs = traced(bench.target, bench.components, bench.progress, "trace for fine-tuning")
-        return _plans_for(with_ranges(replace(bench, traced=graphs), stats), choices, content, artifact)
+        return _plans_for(with_ranges(replace(bench, traced=graphs), stats), works, choices, content, artifact)
 
 
-def refuse_impossible(bench: Workbench, artifact: Path) -> None:
-    """Raises OverBudget when not even the smallest schemes fit: bytes need no losses, so before anything is drawn.
+def refuse_impossible(bench: Workbench, works: Mapping[str, ComponentWork], artifact: Path) -> None:
+    """Raises OverBudget when not even the smallest schemes fit: bytes and memory need no losses, so before anything is
+    drawn.
 
     Where scales of activations come from calibration, nothing is told yet: which layers have them is part of the bytes.
     """
     shapes = shapes_of(bench.layers)
     whole = resolved(bench.target, shapes, bench.candidates)
-    if bench.recipe.compress.budget_bytes is None or any(each.is_static for own in whole.values() for each in own):
+    limits = bench.recipe.compress.budget_bytes, bench.recipe.compress.peak_memory_bytes
+    if limits == (None, None) or any(each.is_static for own in whole.values() for each in own):
         return
-    _plans_for(bench, with_schemes(estimate_from_shapes(shapes, bench.formats), whole), {}, artifact)
+    _plans_for(bench, works, with_schemes(estimate_from_shapes(shapes, bench.formats), whole), {}, artifact)
+
+
+def tell_limits(
+    bench: Workbench, works: Mapping[str, ComponentWork], choices: Mapping[str, LayerChoices], decided: Plan
+) -> None:
+    """Says which limit holds the plan back, where memory has one."""
+    compression = bench.recipe.compress
+    if compression.peak_memory_bytes is not None:
+        memory = peak_memory(bench.target, works, choices, compression.peak_memory_bytes)
+        bound = bound_by(list(choices.values()), decided, compression.pin, memory)
+        bench.progress.remark(f"note: {limits_line(decided, bound)}")
 
 
 def _plans_for(
-    bench: Workbench, choices: Mapping[str, LayerChoices], content: Mapping[str, LayerChoices], artifact: Path
+    bench: Workbench,
+    works: Mapping[str, ComponentWork],
+    choices: Mapping[str, LayerChoices],
+    content: Mapping[str, LayerChoices],
+    artifact: Path,
 ) -> list[Plan]:
     compression, target, graphs = bench.recipe.compress, bench.target, bench.traced.values()
     to_come = [path for spec in bench.draft.components.values() for path in target.files(spec)]
     small = folder_bytes(artifact)
-    small += expected_manifest_bytes(bench.draft, choices, to_come, target.runtime_names, artifact)
+    memory = peak_memory(target, works, choices, compression.peak_memory_bytes)
+    limited = compression.peak_memory_bytes is not None
+    small += expected_manifest_bytes(bench.draft, choices, to_come, target.runtime_names, artifact, limited)
 
     def file_bytes(schemes: Mapping[str, Scheme]) -> int:
         return small + sum(
@@ -73,20 +96,26 @@ def _plans_for(
 
     def divided(share: float) -> Propose:
         def propose(allowed: int | None, fixed: int) -> Plan:
-            if allowed is None:
-                return plan(layers, None, fixed, pins)
-            return split_plan(layers, content, share, allowed, fixed, pins)
+            if allowed is None and not limited:
+                return plan(layers, None, fixed, pins, memory)
+            most = fixed + sum(max(each.nbytes for each in layer.candidates) for layer in layers)
+            return split_plan(layers, content, share, most if allowed is None else allowed, fixed, pins, memory)
 
         return propose
 
     shares = SHARES if content else ()
     if compression.average_bits is not None:
         allowed = bytes_at(layers, compression.average_bits)
-        of_layers = [plan(layers, allowed, 0, pins), *(divided(share)(allowed, 0) for share in shares)]
+        of_layers = [plan(layers, allowed, 0, pins, memory)]
+        for share in shares:
+            with suppress(OverBudget):  # a division that memory has no room for
+                of_layers.append(divided(share)(allowed, 0))
         return [_with_exact_bytes(each, file_bytes) for each in different(of_layers)]
-    of_quality = best_fitting(layers, budget, pins, first, file_bytes)
-    divisions = [best_fitting(layers, budget, pins, first, file_bytes, divided(share)) for share in shares]
-    return different([of_quality, *divisions])
+    found = [best_fitting(layers, budget, pins, first, file_bytes, memory)]
+    for share in shares:
+        with suppress(OverBudget):
+            found.append(best_fitting(layers, budget, pins, first, file_bytes, memory, divided(share)))
+    return different(found)
 
 
 def _with_exact_bytes(proposed: Plan, file_bytes: Callable[[Mapping[str, Scheme]], int]) -> Plan:
@@ -105,6 +134,7 @@ def best_fitting(
     pins: Mapping[str, str],
     fixed_bytes: int,
     file_bytes: Callable[[Mapping[str, Scheme]], int],
+    memory: PeakMemory | None = None,
     propose: Propose | None = None,
 ) -> Plan:
     """The plan of least loss, of those tried, whose files fit the budget; its `fixed_bytes` are exact.
@@ -113,9 +143,9 @@ def best_fitting(
     codebooks are shared by layers. So the first pass takes `fixed_bytes`, and each later one what `file_bytes` counts
     for the schemes of the pass before it. If none of the plans fits, one is made with the largest count so far, and
     then the smallest of all. Raises OverBudget when that does not fit either. Plans are those that `propose` makes, by
-    default of least loss.
+    default of least loss within what `memory` allows.
     """
-    propose = propose or (lambda allowed, fixed: plan(layers, allowed, fixed, pins))
+    propose = propose or (lambda allowed, fixed: plan(layers, allowed, fixed, pins, memory))
     tried: list[Plan] = []
 
     def attempt(fixed: int, allowed: int | None) -> int:
@@ -133,7 +163,7 @@ def best_fitting(
         if not fitting():
             attempt(max(each.fixed_bytes for each in tried), budget_bytes)
     if not fitting():
-        attempt(0, smallest_total_bytes(layers, 0, pins))
+        attempt(0, smallest_total_bytes(layers, 0, pins, memory))
     best = min(fitting() or tried[-1:], key=lambda each: (each.predicted_loss, each.total_bytes))
     if budget_bytes is not None:
         refuse_over_budget(best.total_bytes, best.fixed_bytes, budget_bytes)

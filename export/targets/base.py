@@ -23,7 +23,7 @@ from ..families.graphs import Component
 from ..target_options import with_emulation
 from ..verify.emulated import EmulatedRuntime
 from ..verify.gaps import Runtime
-from .layer import NO_SCHEMES, Kind, Layer, Stores, kind_of, schemes_of
+from .layer import NO_SCHEMES, Kind, Layer, LayerBytes, LayerUse, Stores, kind_of, schemes_of
 
 NO_RANGES: Mapping[str, Ranges] = MappingProxyType({})
 """Of layers that were not calibrated yet."""
@@ -65,6 +65,7 @@ class Target(ABC):
         own_runtime: whether what runs the artifact here is what a phone runs, so that its seconds mean something.
         stores: its forms of layers.
         max_lowering_error: largest relative error of a call that counts as right, if the recipe says nothing.
+        keeps_buffers: whether its runtime holds the buffer of a tensor that is gone for the next of its shape.
         group_scale_digits: significant bits of a scale that a group of weights shares; fp16 has 11.
         tokenizer_files: names of what it ships of each tokenizer; first_tokenizer_files: of the first one beside that.
     """
@@ -75,6 +76,7 @@ class Target(ABC):
     tools: ClassVar[tuple[str, ...]]
     max_lowering_error: ClassVar[float]
     graph_share: ClassVar[GraphShare]
+    keeps_buffers: ClassVar[bool] = False
     group_scale_digits: ClassVar[int] = 11
     tokenizer_files: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
     first_tokenizer_files: ClassVar[tuple[str, ...]] = ()
@@ -152,6 +154,21 @@ class Target(ABC):
     @abstractmethod
     def fixed_bytes(self, traced: Any, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         """Bytes of its files beside the layers' own, at most, when each layer gets one of its candidates."""
+
+    def layer_memory(self, layer: Layer, scheme: Scheme, use: LayerUse) -> LayerBytes:
+        """What the layer takes of memory in that scheme.
+
+        Raises TurbopocketError with `storable`'s reason when it can not be stored so.
+        """
+        return self.stores.form_of(layer, scheme, self.form_options()).memory(use)
+
+    def component_memory(self, operators: float, norms: int, others: int, others_bytes: int, table_bytes: int) -> int:
+        """Bytes of memory that a component takes while it is open beside its layers: for plans that open nothing.
+
+        Of so many operators in PyTorch and GroupNorms, and `others` tensors that are no layer's weight, in fp32, of
+        which tables are only looked up: few of their rows are ever read.
+        """
+        return others_bytes - table_bytes
 
     def form_bytes(self, layer: Layer, schemes: Iterable[Scheme]) -> int:
         """Bytes beside the layer's weight in the wordiest of these schemes; 0 where `graph_share` has them."""

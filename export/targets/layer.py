@@ -5,11 +5,12 @@ O outputs, I inputs, kh kw kernel height and width.
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,29 @@ class Layer:
     def path(self) -> str:
         """Its module path inside the component."""
         return LayerName.parse(self.name).path
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of memory that a layer takes: `held` while its component is open, once it has run, and `scratch` beside
+    activations while it runs; of these `kept` are of a buffer that stays for the next weight of its shape."""
+
+    held: int
+    scratch: int = 0
+    kept: int = 0
+
+
+class LayerUse(Protocol):
+    """What a call of the component gives a layer and gets of it: numbers in and out, and N input vectors."""
+
+    @property
+    def inputs(self) -> int: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def vectors(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,15 @@ class LayerForm(ABC):
     def stored_as(cls, scheme: Scheme) -> str:
         """`summary`, of one scheme."""
         return cls.summary
+
+    def memory(self, use: LayerUse) -> LayerBytes:
+        """What it takes of memory in one such call: by default its weight as it is stored, and no more."""
+        return LayerBytes(self.format.nbytes(self.layer.shape))
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of its weight in float32."""
+        return 4 * math.prod(self.layer.shape)
 
     @abstractmethod
     def tensors(self) -> Sequence[Any]:

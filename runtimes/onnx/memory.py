@@ -13,7 +13,7 @@ from ..memory import MemoryFigures, component_bytes, zero_inputs
 from ..runner import component_spec
 from .session import open_session
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/smaps")
 
 
 _TIMEOUT_SECONDS = 900
@@ -50,6 +50,18 @@ def resident_bytes() -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in wanted}
 
 
+def mapped_bytes(folder: Path) -> int:
+    """Bytes in memory of this process's pages of files in a folder."""
+    own, total = False, 0
+    for line in _MAPS.read_text(encoding="utf-8").splitlines():
+        name, *words = line.split(maxsplit=5)
+        if not name.endswith(":"):  # "7f00-7f10 r--p 00000000 08:01 123 /path" begins a mapping
+            own = len(words) == 5 and Path(words[4]).is_relative_to(folder.resolve())
+        elif own and name == "Rss:":
+            total += int(words[0]) * 1024
+    return total
+
+
 def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
     """The figures of this very process, which must not have opened anything yet."""
     manifest = load_manifest(folder)
@@ -59,7 +71,7 @@ def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
     session = open_session(str(folder / spec.file), threads)
     loaded = resident_bytes()
     session.run(None, inputs)
-    ran = resident_bytes()
+    ran, mapped = resident_bytes(), mapped_bytes(folder)
     if "torch" in sys.modules:
         raise TurbopocketError("PyTorch was imported, its memory would be counted with the component's")
     return MemoryFigures(
@@ -69,6 +81,7 @@ def _measure_here(folder: Path, component: str, threads: int) -> MemoryFigures:
         start_file_bytes=start["RssFile"],
         loaded_file_bytes=loaded["RssFile"],
         ran_file_bytes=ran["RssFile"],
+        mapped_bytes=mapped,
         peak_bytes=ran["VmHWM"],
         weight_bytes=component_bytes(folder, manifest, component),
     )

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.devices import DEVICES, ComponentMemory, DeviceFit
+from turbopocket.export.devices import DEVICES, Device, DeviceFit
 from turbopocket.export.plan import Planned, plan
 from turbopocket.export.recipe import make_recipe
 from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.peak import ComponentMemory
 
 from .published_sdxl import write_configs
 
@@ -30,7 +31,7 @@ PHONE = "iphone-13-pro"  # 3.12 GB for an app, 4.20 with the entitlement
     ],
 )
 def test_how_it_fits(unet: float, decoder: float, verdict: str) -> None:
-    """Weights of the UNet, and what the decoder computes with."""
+    """What the UNet holds, and what the decoder computes with."""
     components = {"unet": ComponentMemory(int(unet * GB), 0), "vae_decoder": ComponentMemory(0, int(decoder * GB))}
     fit = DeviceFit(PHONE, components)
     assert fit.verdict.startswith(verdict)
@@ -59,14 +60,33 @@ def test_sdxl_fits_a_phone_at_512_and_its_decoder_not_at_1024(sdxl: Path) -> Non
     assert (small.fits, large.fits) == (True, False)
     assert (small.largest, large.largest) == ("unet", "vae_decoder")
     decoder, unet = large.components["vae_decoder"], large.components["unet"]
-    assert decoder.activations == pytest.approx(4 * small.components["vae_decoder"].activations, rel=0.05)
-    assert unet.weights == pytest.approx(small.components["unet"].weights, rel=0.01)
+    assert decoder.running == pytest.approx(4 * small.components["vae_decoder"].running, rel=0.05)
+    assert unet.held == pytest.approx(small.components["unet"].held, rel=0.01)
 
 
-def test_weights_in_memory_are_those_that_are_planned(sdxl: Path) -> None:
-    found = planned(sdxl, "512x512", "android-6gb")
-    held = sum(each.weights for each in found.devices[0].components.values())
-    assert held == pytest.approx(found.total_bytes, rel=0.02)
+def test_a_device_is_a_limit_where_a_plan_can_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the entitlement if that is enough, else with it, and where nothing fits the plan is as it would be."""
+    recipe = make_recipe({"compress": {"formats": ["int8-row", "int4-row", "fp16"]}}, "test")
+    free = plan(recipe)
+    most = max(each.peak for each in free.plan.memory.values())
+    least = max(
+        each.peak for each in plan(make_recipe({"compress": {"formats": ["int4-row"]}}, "t")).plan.memory.values()
+    )
+    assert least < 0.9 * most
+    enough = (least + most) // 2
+
+    def asked(app_bytes: int, entitled_bytes: int | None) -> Planned:
+        monkeypatch.setitem(DEVICES, "toy", Device(10**9, app_bytes, entitled_bytes, "a test"))
+        return plan(recipe, devices=["toy"])
+
+    for found in (asked(enough, None), asked(least // 2, enough), asked(enough, 2 * most)):
+        assert found.plan.peak_memory_bytes == enough
+        assert max(each.peak for each in found.plan.memory.values()) <= enough
+        assert found.devices[0].fits
+        assert found.bound_by == ("unet",)
+    nothing = asked(least // 2, None)
+    assert nothing.plan == free.plan
+    assert nothing.devices[0].verdict.startswith("does not fit: unet alone is ")
 
 
 def test_a_device_that_is_not_known_is_named(sdxl: Path) -> None:

@@ -201,7 +201,7 @@ def test_tradeoff_never_rises_even_where_the_solver_does_worse(monkeypatch: pyte
 
 def test_budget_holds_to_the_byte_under_a_solver_that_overshoots(monkeypatch: pytest.MonkeyPatch) -> None:
     solve = knapsack._milp
-    monkeypatch.setattr(knapsack, "_milp", lambda kinds, units, limit: solve(kinds, units, limit + 1))
+    monkeypatch.setattr(knapsack, "_milp", lambda kinds, limits, units: solve(kinds, limits, [u + 1 for u in units]))
     assert plan(three_layers(), 20, 0).total_bytes <= 20
 
 

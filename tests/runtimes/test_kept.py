@@ -101,6 +101,23 @@ def test_the_component_used_longest_ago_is_closed_before_another_is_opened(
     assert (text_encoder, unet, vae_decoder) == (True, False, True)
 
 
+@pytest.mark.parametrize(("allowed", "most"), [(100, 1), (130, 2), (160, 3)])
+def test_an_artifact_planned_for_so_much_memory_is_held_to_it(
+    toy_artifact: Path, alive: list[weakref.ref[Any]], allowed: int, most: int
+) -> None:
+    """By what its components were predicted to take, not by their files."""
+    manifest = load_manifest(toy_artifact)
+    peaks = {"text_encoder": 30, "unet": 100, "vae_decoder": 30}
+    planned = {**(manifest.plan or {}), "peak_memory_bytes": allowed, "component_peak_bytes": peaks}
+    runner = OnnxRunner(toy_artifact, manifest.model_copy(update={"plan": planned}))
+    held = []
+    for component in ("text_encoder", "vae_decoder", "unet"):
+        runner.run(component, zeros(manifest, component))
+        held.append(open_now(alive))
+    assert held[-1] == most
+    assert open_now(alive) == most
+
+
 def test_showing_layers_of_a_large_component_closes_it_first(
     toy_artifact: Path, monkeypatch: pytest.MonkeyPatch, alive: list[weakref.ref[Any]]
 ) -> None:

@@ -16,6 +16,7 @@ j D up to (j + 1) D of (kh, kw, I). O outputs, I inputs, K = kh kw I columns, M 
 J = K / D vectors per row.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -23,8 +24,10 @@ from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
 from ....quant.formats import CompressedTensor
 from ..codebook import CodebookForm
+from ..layer import LayerBytes, LayerUse
 from .data import StoredTensor
 from .form import Array, Form, cast_to_fp32
+from .memory import unfolding_bytes
 from .names import BIASED, DOMAIN, OPSET
 
 _GEOMETRY = ("strides", "pads", "dilations")
@@ -50,6 +53,21 @@ class _CodebookForm(CodebookForm, Form):
 
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         return [part.numpy() for part in self.parts(weight)]
+
+    def values_memory(self, use: LayerUse) -> LayerBytes:
+        """Codes stay in their file. Of the body, not of our kernels: what `_decoded` and `_product` have alive at once.
+
+        Two parts and their sum, of several codebooks; of one the indices in int32 and what they look up, or, of a
+        convolution, that and the same in another order. A weight of no known rank gets no buffer that is kept.
+        """
+        unfolding = unfolding_bytes(self.layer.shape, use)
+        if self.count > 1:
+            decoding = 3 * self.dense_bytes
+        elif self.layer.kind == "conv2d":
+            decoding = 2 * self.dense_bytes
+        else:
+            decoding = self.dense_bytes + 4 * math.prod(self.shapes()[0])
+        return LayerBytes(self.mapped_bytes, max(decoding, self.dense_bytes + unfolding))
 
     def prepare(self) -> list[NodeProto]:
         return []

@@ -5,8 +5,10 @@ import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ....quant.formats import CompressedTensor, Dense
+from ..layer import LayerBytes, LayerUse
 from .data import StoredTensor
 from .form import Array, Form, FormOptions, cast_to_fp32, conv_of
+from .memory import unfolding_bytes
 from .unfolded import unfolded, unfolded_shape
 
 
@@ -36,6 +38,13 @@ class _DenseForm(Form):
 
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         return [weight.parts["weight"].numpy()]
+
+    def values_memory(self, use: LayerUse) -> LayerBytes:
+        """fp32 is packed into private memory; fp16 stays in its file, and a dense weight is made of it for each use."""
+        if self.format.bits == 32:
+            return LayerBytes(self.dense_bytes)
+        scratch = self.dense_bytes + unfolding_bytes(self.layer.shape, use)
+        return LayerBytes(self.mapped_bytes, scratch, self.dense_bytes)
 
     def prepare(self) -> list[NodeProto]:
         if self.format.bits == 32:

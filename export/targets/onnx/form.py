@@ -10,7 +10,7 @@ multiply int8: these become int8 when the graph is loaded, a byte a weight.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoPro
 from ....quant.formats import CompressedTensor
 from ....quant.ranges import Ranges
 from ...target_options import OnnxOptions
-from ..layer import LayerForm
+from ..layer import LayerBytes, LayerForm, LayerUse
 from .data import StoredTensor, data_bytes, external_initializers
+from .memory import NAMED_NODE_BYTES, NODE_BYTES, PAGE_BYTES, TENSOR_BYTES
 from .steps import StepClock, StepColumn
 
 Array = NDArray[Any]
@@ -60,6 +61,25 @@ class Form(LayerForm):
     @abstractmethod
     def arrays(self, weight: CompressedTensor) -> list[Array]:
         """The initializers' values."""
+
+    def memory(self, use: LayerUse) -> LayerBytes:
+        inputs = ["x", "weight", "bias"]
+        node = helper.make_node(self.layer.kind, inputs, ["y"], name="y")
+        named = len(self.prepare()) + len(self.apply(node))
+        inlined = sum(len(function.node) for function in self.functions(node))
+        tensors = [tensor for at, tensor in enumerate(self.tensors()) if at not in self.shared()]
+        graph = NAMED_NODE_BYTES * named + NODE_BYTES * inlined + TENSOR_BYTES * len(tensors)
+        values = self.values_memory(use)
+        return replace(values, held=values.held + graph)
+
+    @abstractmethod
+    def values_memory(self, use: LayerUse) -> LayerBytes:
+        """What its numbers take of memory in one such call, in ONNX Runtime; nodes and tensors themselves are extra."""
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Of a weight that stays in its file, of which pages are in memory once it has run."""
+        return int(self.format.nbytes(self.layer.shape)) + PAGE_BYTES * len(self.tensors())
 
     def require_calibrated(self) -> None:
         """Returns when everything is known that the nodes hold; else TurbopocketError."""

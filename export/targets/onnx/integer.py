@@ -4,6 +4,8 @@
 O outputs, I inputs, K = kh kw I columns of the matrix view, G scales per row.
 """
 
+import math
+
 import torch
 from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
@@ -14,8 +16,10 @@ from ....quant.formats.bits import pack
 from ....quant.ranges import Ranges
 from ....quant.rounding import keeps_digits
 from ....quant.scheme import Scheme, with_activations
+from ..layer import LayerBytes, LayerUse
 from .data import StoredTensor
 from .form import MICROSOFT, Array, Form, FormOptions, cast_to_fp32, conv_of
+from .memory import unfolding_bytes
 
 _SMALLEST_BLOCK = 16
 _LARGEST_BLOCK = 256
@@ -85,6 +89,14 @@ class MatMulNBits(Form):
                 zero_point = zero_point | zero_point << 4  # both nibbles, so that whole bytes can be repeated
             stored.append(zero_point)
         return stored
+
+    def values_memory(self, use: LayerUse) -> LayerBytes:
+        """Codes of 4 bits are packed into private memory, and multiplied as they are. Those of 8 stay in their file and
+        become a dense weight for the time of a product, but where activations are rounded to 8 bits as well."""
+        scales = 4 * self.layer.shape[0] * self._blocks
+        if self.format.bits == 4 or self.options.asked.accuracy_level == 4:
+            return LayerBytes(self.format.nbytes(self.layer.shape) + scales)
+        return LayerBytes(self.mapped_bytes + scales, self.dense_bytes)
 
     def prepare(self) -> list[NodeProto]:
         """fp16 scales become the fp32 that the operator wants: folded when loaded, 4 bytes per block in memory."""
@@ -175,6 +187,11 @@ class DequantizedConv2d(Form):
     def _packed(self, codes: Tensor) -> Array:
         flat = codes.flatten().view(torch.uint8)
         return (pack(flat[None], 4) if self.format.bits == 4 else flat).numpy()
+
+    def values_memory(self, use: LayerUse) -> LayerBytes:
+        scales = 4 * math.prod(self._scale_shape())
+        scratch = self.dense_bytes + unfolding_bytes(self.layer.shape, use)
+        return LayerBytes(self.mapped_bytes + scales, scratch, self.dense_bytes)
 
     def prepare(self) -> list[NodeProto]:
         inputs = [self._value("codes"), self._value("scale32")]

@@ -9,6 +9,7 @@ A Linear hands on floats, a Conv2d integers, since QLinearConv has no other outp
 O outputs, I inputs.
 """
 
+import math
 import struct
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from ....quant.formats.bits import pack
 from ....quant.ranges import Ranges
 from ....quant.rounding import StaticQParams, StepQParams, rounded, rounded_by_row
 from ....quant.scheme import Scheme, with_activations
+from ..layer import LayerBytes, LayerUse
 from .data import StoredTensor
 from .form import MICROSOFT, Array, Form, FormOptions, cast_to_fp32
 from .names import DOMAIN
@@ -70,6 +72,14 @@ class _IntegerForm(Form):
     @abstractmethod
     def _stored(self, codes_OK: Tensor) -> Tensor:
         """The codes in the order of `_stored_shape`."""
+
+    def values_memory(self, use: LayerUse) -> LayerBytes:
+        """Codes, int8 by then, are packed into private memory; beside activations in fp32 there are those in 8 bits."""
+        return LayerBytes(math.prod(self.layer.shape) + 4 * self.layer.shape[0], self._rounded_bytes(use))
+
+    @abstractmethod
+    def _rounded_bytes(self, use: LayerUse) -> int:
+        """Of what it makes of its input and output while it runs."""
 
     def prepare(self) -> list[NodeProto]:
         nodes = [cast_to_fp32(self._value("scale"), self._value("scale32"))]
@@ -138,6 +148,10 @@ class IntegerLinear(_IntegerForm):
 
     def _stored(self, codes_OK: Tensor) -> Tensor:
         return codes_OK.T.contiguous()
+
+    def _rounded_bytes(self, use: LayerUse) -> int:
+        """By row: steps counted and shifted in fp32, the codes, and the product before it is scaled back."""
+        return 9 * use.inputs + 4 * use.outputs if self._by_row else use.inputs + use.outputs
 
     @property
     def _by_row(self) -> bool:
@@ -217,6 +231,10 @@ class IntegerConv2d(_IntegerForm):
     def _stored(self, codes_OK: Tensor) -> Tensor:
         outputs, _, height, width = self.layer.shape
         return codes_OK.reshape(outputs, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+    def _rounded_bytes(self, use: LayerUse) -> int:
+        """Each in its own order and with channels last."""
+        return 2 * (use.inputs + use.outputs)
 
     def constants(self) -> list[TensorProto]:
         scales = [each.all_scales() for each in self._ends[:1] if isinstance(each, StepColumn)]

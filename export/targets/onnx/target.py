@@ -32,6 +32,7 @@ from ..layer import NO_SCHEMES, Layer, kind_of, with_references
 from ..side_files import TOKENIZER_FILES, write_side_files
 from . import program as onnx
 from .form import DEFAULTS, FormOptions
+from .memory import NODE_BYTES, NODES_PER_NORM, NODES_PER_OPERATOR, SESSION_BYTES, TENSOR_BYTES
 from .names import DOMAIN, OPSET
 from .stores import STORES
 
@@ -66,6 +67,7 @@ class Onnx(Target):
     max_lowering_error = 1e-4
     runtime_names = ("onnxruntime",)
     graph_share = GraphShare(linear=1650, conv2d=2150, component=4_000, value=2)
+    keeps_buffers = True
     tokenizer_files = ("tokenizer.json", *TOKENIZER_FILES)
 
     def components(
@@ -100,6 +102,11 @@ class Onnx(Target):
 
     def fixed_bytes(self, traced: onnx.TracedGraph, candidates: Mapping[str, Iterable[Scheme]]) -> int:
         return onnx.fixed_bytes(traced, candidates, self.options)
+
+    def component_memory(self, operators: float, norms: int, others: int, others_bytes: int, table_bytes: int) -> int:
+        nodes = NODES_PER_OPERATOR * (operators - norms) + NODES_PER_NORM * norms
+        graph = SESSION_BYTES + round(NODE_BYTES * nodes) + (TENSOR_BYTES + NODE_BYTES) * others
+        return graph + others_bytes - table_bytes
 
     def lowered_bytes(self, traced: onnx.TracedGraph, schemes: Mapping[str, Scheme]) -> int:
         return onnx.lowered_bytes(traced, schemes, self.options)

@@ -34,18 +34,21 @@ void measure(const std::string& program, const std::string& data, int runs) {
   const std::vector<std::string> names(model.output_count(), "output");
   std::string run_ms;
   Resident ran{};
+  int64_t mapped = 0;
   for (int run = 0; run < runs; ++run) {
     const auto at = Clock::now();
     model.run(inputs, names);
     run_ms += (run ? ", " : "") + std::to_string(ms_since(at));
-    if (run == 0) ran = resident();
+    if (run > 0) continue;
+    ran = resident();
+    mapped = pages_of(program) + (data.empty() ? 0 : pages_of(data));
   }
   printf("{");
   print("start", start);
   print("loaded", loaded);
   print("ran", ran);
-  printf("\"peak_bytes\": %lld, \"load_ms\": %f, \"run_ms\": [%s]}\n", (long long)resident().peak, load_ms,
-         run_ms.c_str());
+  printf("\"mapped_bytes\": %lld, \"peak_bytes\": %lld, \"load_ms\": %f, \"run_ms\": [%s]}\n", (long long)mapped,
+         (long long)resident().peak, load_ms, run_ms.c_str());
 }
 
 }  // namespace runner

@@ -25,6 +25,7 @@ def measure_program(folder: Path, component: str) -> MemoryFigures:
         start_file_bytes=found["start"]["file_bytes"],
         loaded_file_bytes=found["loaded"]["file_bytes"],
         ran_file_bytes=found["ran"]["file_bytes"],
+        mapped_bytes=found["mapped_bytes"],
         peak_bytes=found["peak_bytes"],
         weight_bytes=component_bytes(folder, manifest, component),
     )

@@ -17,6 +17,9 @@ struct Resident {
 
 Resident resident();
 
+// Bytes in memory of pages of a file that is mapped, by the end of its path.
+int64_t pages_of(const std::string& path);
+
 // Address ranges [start, end) of the code of libraries whose path contains `name`.
 std::vector<std::pair<int64_t, int64_t>> code_of(const std::string& name);
 

@@ -14,7 +14,7 @@ from turbopocket.export.output.owned import refuse_build
 from turbopocket.export.output.staging import run_folder
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
-from turbopocket.ground.errors import ParityFailed, TurbopocketError
+from turbopocket.ground.errors import OverBudget, ParityFailed, TurbopocketError
 from turbopocket.quant.plan import Candidate, LayerChoices
 from turbopocket.runtimes.manifest import load_manifest, verify
 
@@ -75,6 +75,32 @@ def test_same_command_gives_the_same_files(
     first, second = load_manifest(built.folder), load_manifest(again.folder)
     assert [entry.path for entry in first.files if entry.path.endswith(".data")]
     assert first.files == second.files
+
+
+def test_a_limit_of_memory_is_told_to_runners_and_counted(
+    built: Any, tiny_sdxl: Path, tmp_path: Path, recipe_values: dict[str, Any]
+) -> None:
+    least = max(each.peak for each in built.plan.memory.values())
+    limits = {"budget": "1GB", "peak_memory": f"{least}B"}
+    values = {**recipe_values, "compress": {**recipe_values["compress"], **limits}}
+    recipe = make_recipe({**values, "model": {"source": str(tiny_sdxl)}}, "test")
+    limited = build(recipe, tmp_path / "art", overwrite=False, progress=StageProgress(quiet=True))
+    plan = load_manifest(limited.folder).plan
+    assert plan is not None
+    assert plan["peak_memory_bytes"] == least
+    assert plan["component_peak_bytes"] == {name: each.peak for name, each in limited.plan.memory.items()}
+    assert max(plan["component_peak_bytes"].values()) <= least
+    assert bytes_on_disk(limited.folder) <= limited.plan.total_bytes
+    assert limited.plan.predicted_loss > 0
+    assert load_manifest(built.folder).plan.keys().isdisjoint({"peak_memory_bytes", "component_peak_bytes"})
+    (tmp_path / "none").mkdir()
+    with pytest.raises(OverBudget, match="unet is predicted to take at least"):
+        build(
+            make_recipe({**values, "compress": {**values["compress"], "peak_memory": "1MB"}}, "test"),
+            tmp_path / "none",
+            overwrite=False,
+            progress=StageProgress(quiet=True),
+        )
 
 
 def test_runtime_that_computes_wrong_fails_the_build_and_leaves_nothing(

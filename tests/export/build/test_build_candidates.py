@@ -9,7 +9,7 @@ import pytest
 
 from turbopocket.export.build import assigning
 from turbopocket.export.build.build import build
-from turbopocket.export.build.forecast import forecast
+from turbopocket.export.build.forecast import drawing_works, forecast
 from turbopocket.export.check import check
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.progress import StageProgress
@@ -84,13 +84,15 @@ def test_the_report_tells_what_hardening_cost(trained: Any) -> None:
 def test_it_is_foreseen(sigma: Path) -> None:
     asked = recipe(sigma, ASKED)
     model = load_shapes(str(sigma))
-    foreseen = forecast(asked, model, open_target(asked.target))
+    target = open_target(asked.target)
+    works = drawing_works(asked, model, target)
+    foreseen = forecast(asked, model, target, works)
     names = [stage.name for stage in foreseen.stages]
     assert names[names.index("compress") + 1] == "candidates"
     assert {"trace for fine-tuning", "trace again"} <= set(names)
     stage = foreseen.stages[names.index("candidates")]
     assert len(stage.step_seconds) == 2  # a step for each block
-    longer = forecast(recipe(sigma, {**ASKED, "iterations": 20_000}), model, open_target(asked.target))
+    longer = forecast(recipe(sigma, {**ASKED, "iterations": 20_000}), model, target, works)
     assert longer.stages[names.index("candidates")].seconds > 10 * stage.seconds
 
 

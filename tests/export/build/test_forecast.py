@@ -15,10 +15,18 @@ from torch import nn
 
 from turbopocket import Recipe, plan
 from turbopocket.export.build import forecast as forecasting
-from turbopocket.export.build.forecast import Forecast, StageForecast, forecast, require_disk, require_memory
+from turbopocket.export.build.forecast import (
+    Forecast,
+    StageForecast,
+    drawing_works,
+    forecast,
+    require_disk,
+    require_memory,
+)
 from turbopocket.export.build.forecast_rates import Rates
-from turbopocket.export.build.forecast_work import component_work
+from turbopocket.export.build.forecast_work import ComponentWork, component_work
 from turbopocket.export.checkpoint.load import load_shapes
+from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
@@ -36,7 +44,12 @@ def foreseen(values: dict[str, object], workers: int = 1) -> Forecast:
     recipe = make_recipe(values, "test")
     model = load_shapes(recipe.model.source)
     drawn, _ = with_sampling(recipe, model)
-    return forecast(drawn, model, open_target(drawn.target), workers)
+    target = open_target(drawn.target)
+    return forecast(drawn, model, target, drawing_works(drawn, model, target), workers)
+
+
+def works_of_all(recipe: Recipe, model: LoadedModel) -> dict[str, ComponentWork]:
+    return drawing_works(recipe, model, open_target(recipe.target))
 
 
 class _Two(nn.Module):
@@ -69,6 +82,11 @@ def test_a_call_is_counted_without_numbers() -> None:
     assert layers["unet.left"].fed == layers["unet.right"].fed != layers["unet.out"].fed
     # What both layers give, and the weight of the second, which runs.
     assert work.peak_bytes == 4 * (2 * 16 * 128 + 64 * 128)
+    # Both and their sum; while the second runs, what the first gave and what it gives.
+    assert max(work.alive) == 4 * 3 * 16 * 128
+    second = layers["unet.right"]
+    assert work.alive[second.begins - 1] == 4 * 16 * 128
+    assert max(work.alive[second.begins : second.ends]) == 4 * 2 * 16 * 128
     assert work.weights == 2 * 64 * 128 + 9 * 128 * 8
 
 
@@ -124,7 +142,7 @@ def test_fewer_workers_are_taken_where_more_do_not_fit(tmp_path: Path) -> None:
     recipe = make_recipe({**QUICK, "machine": {"max_ram": f"{between}B"}}, "test")
     model = load_shapes(recipe.model.source)
     drawn, _ = with_sampling(recipe, model)
-    found = forecasting.foresee(drawn, model, 4, tmp_path)
+    found = forecasting.foresee(drawn, model, works_of_all(drawn, model), 4, tmp_path)
     assert 1 <= found.workers < 4
     assert found.memory_bytes <= between
     with pytest.raises(TurbopocketError, match="max_ram allows"):
@@ -137,7 +155,7 @@ def test_what_this_machine_can_not_hold_is_refused_unasked(tmp_path: Path, monke
     model = load_shapes(recipe.model.source)
     drawn, _ = with_sampling(recipe, model)
     with pytest.raises(TurbopocketError, match=r"this build takes .* of memory, and this machine has 100.00 MB: load "):
-        forecasting.foresee(drawn, model, 1, tmp_path)
+        forecasting.foresee(drawn, model, works_of_all(drawn, model), 1, tmp_path)
 
 
 def test_a_disk_that_is_too_small_is_told_of_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

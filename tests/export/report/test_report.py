@@ -118,7 +118,7 @@ def _data() -> ReportData:
         total=ParityReport(limits=NO_LIMITS, rows=[], pictures=[picture]),
         alignment={"float_model": 1.0, "stored": None, "artifact": 0.0},
         to_diffusers=2.5e-6,
-        memory={"unet": MemoryFigures(1, 2**20, 2 * 2**20, 1, 1, 1, 4 * 2**20, 1_000_000)},
+        memory={"unet": MemoryFigures(1, 2**20, 2 * 2**20, 1, 1, 1, 0, 4 * 2**20, 1_000_000)},
         stage_seconds={"load": 1.5},
     )
     return ReportData(

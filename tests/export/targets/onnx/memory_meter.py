@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from turbopocket.runtimes.onnx.memory import mapped_bytes as pages_in_memory
 from turbopocket.runtimes.onnx.session import session_options
 
 
@@ -34,6 +35,7 @@ def main(model: str, *entries: str) -> None:
     for entry in entries:
         options.add_session_config_entry(*entry.split("=", 1))
     before, before_all = status_bytes("RssAnon"), status_bytes("VmHWM")
+    files = status_bytes("RssFile")
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     loaded = status_bytes("RssAnon")
     random = np.random.default_rng(0)
@@ -42,11 +44,13 @@ def main(model: str, *entries: str) -> None:
         for i in session.get_inputs()
     }
     outputs = session.run(None, inputs)
+    runtime = status_bytes("RssFile") - files - pages_in_memory(Path(model).parent)
     report = {
         "anonymous": status_bytes("RssAnon") - before,
         "anonymous_loaded": loaded - before,
         "mapped": mapped_bytes(".onnx.data"),
         "peak": status_bytes("VmHWM") - before_all,
+        "own_peak": status_bytes("VmHWM") - before - files - runtime,
         "finite": all(bool(np.isfinite(output).all()) for output in outputs),
         "torch": "torch" in sys.modules,
     }

@@ -17,9 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from turbopocket.export.build.forecast_work import component_work
+from turbopocket.export.build.peak import peak_memory
 from turbopocket.export.families.graphs import Component, ComponentModule
 from turbopocket.export.targets.onnx import program as target
+from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, parse_format
+from turbopocket.quant.plan import Candidate, LayerChoices
 
 METER = Path(__file__).with_name("memory_meter.py")
 MB = 10**6
@@ -67,9 +71,12 @@ def convolutions() -> Component:
     )
 
 
+COMPONENTS = {"blocks": blocks, "convolutions": convolutions}
+
+
 @cache
 def traced(layers: str) -> target.TracedGraph:
-    graph = target.trace({"blocks": blocks, "convolutions": convolutions}[layers]())
+    graph = target.trace(COMPONENTS[layers]())
     graph.rest.update({n: torch.full(t.shape, float(n.endswith("weight"))) for n, t in graph.rest.items()})
     return graph
 
@@ -133,6 +140,30 @@ def test_prepacked_weights_need_hardly_any_private_memory(layers: str, name: str
     report = measured(model)
     assert report["anonymous"] <= 0.5 * weight_bytes
     assert report["mapped"] >= weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("layers", "name"),
+    [
+        ("blocks", "int4-g32"),
+        ("blocks", "int4-row"),
+        ("blocks", "int8-row"),
+        ("blocks", "fp16"),
+        ("blocks", "fp32"),
+        ("blocks", "avq2x8-d8"),
+        ("convolutions", "int4-g32"),
+        ("convolutions", "int8-row"),
+        ("convolutions", "fp16"),
+        ("convolutions", "avq2x8-d8"),
+        ("convolutions", "vq8-d4"),
+    ],
+)
+def test_the_peak_is_as_predicted(layers: str, name: str, tmp_path: Path) -> None:
+    model, _ = lowered(layers, name, tmp_path)
+    work = component_work(COMPONENTS[layers](), {})
+    only = {each.name: LayerChoices(each.name, each.shape, (Candidate(name, 0, 0.0),)) for each in work.layers}
+    predicted = peak_memory(Onnx(), {"unet": work}, only).of(dict.fromkeys(only, name))["unet"]
+    assert measured(model, frees_at_once=True)["own_peak"] == pytest.approx(predicted.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("prepacked", [False, True])
