@@ -40,6 +40,7 @@ from turbopocket.runtimes.compare.metrics import relative_error
 from turbopocket.runtimes.manifest import ComponentSpec
 
 from ..stand_ins import OneComponent
+from .executorch_here import executorch_here
 
 pytest.importorskip("coremltools")
 pytest.importorskip("executorch")
@@ -160,6 +161,12 @@ def lower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, s
 
     yield lowered
     traced.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def in_this_process() -> Iterator[None]:
+    with executorch_here():
+        yield
 
 
 def test_every_class_of_formats_is_asked() -> None:
