@@ -11,8 +11,8 @@ from ..families.sizes import drawn_sizes
 from ..families.student import is_student
 from ..recipe import Recipe
 from ..sampling.spec import image_spec, sampler_spec
+from .journal import TOOLS
 
-TOOLS = ("turbopocket", "torch", "diffusers", "transformers", "numpy")
 _NO_HASH = "0" * 64
 
 

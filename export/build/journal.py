@@ -15,16 +15,16 @@ from functools import lru_cache
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...ground.files import write_whole
-from ..checkpoint.identity import model_identity
-from ..families.base import LoadedModel
 from ..output.owned import KEY_FILE, journal_files, remove_halves, remove_journal
 from ..output.staging import Busy, output_path, run_folder
 from ..progress import StageProgress
 from ..units import format_bytes
-from .draft import TOOLS
+
+if TYPE_CHECKING:  # neither clearing up nor a lock needs PyTorch
+    from ..families.base import LoadedModel
 
 Stage = Literal["calibrate", "measure", "compress", "lower"]
 """Stages at which a build can stop, in order."""
@@ -32,6 +32,8 @@ Stage = Literal["calibrate", "measure", "compress", "lower"]
 KEPT_BYTES = 2**30
 """What a finished build leaves of itself unless it is told to: a second target or another budget is then quick, and no
 disk fills up unasked."""
+TOOLS = ("turbopocket", "torch", "diffusers", "transformers", "numpy")
+"""The libraries that compute."""
 _SOURCES = ("ground", "quant", "runtimes", "export")
 _CODE = (".py", ".cpp", ".h", ".safetensors")
 
@@ -98,8 +100,10 @@ class RunFolder:
     progress: StageProgress
     of_now: Journal | None = None
 
-    def journal(self, model: LoadedModel) -> Journal:
+    def journal(self, model: "LoadedModel") -> Journal:
         """The journal of a model; says so once when there are products that are not of it."""
+        from ..checkpoint.identity import model_identity
+
         self.of_now = Journal(self.path, model_identity(model))
         if odd := self.of_now.unusable():
             self.progress.remark(

@@ -5,6 +5,8 @@ model."""
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -248,6 +250,14 @@ def test_clean_removes_what_builds_left_and_nothing_else(tmp_path: Path, turbopo
     assert json.loads(ran.out)["freed_bytes"] > 30
     assert [path.name for path in run.iterdir()] == ["thesis.txt"]
     assert json.loads(turbopocket("clean", tmp_path / "none", "--json").out)["freed_bytes"] == 0
+
+
+def test_clearing_up_needs_no_pytorch(tmp_path: Path) -> None:
+    journal.Journal(tmp_path / "art.run", "a model").product("measure", {}, lambda folder: _put(folder, 30))
+    code = "import sys; sys.modules['torch'] = None; from turbopocket.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "clean", tmp_path / "art"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_product_is_made_of_all_its_inputs_and_half_of_one_is_none(tmp_path: Path) -> None:

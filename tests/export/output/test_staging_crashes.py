@@ -4,171 +4,37 @@
 The work of a build is left out: what counts is the order in which folders are made, moved and removed.
 """
 
-import os
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from turbopocket.export.build.journal import opened
-from turbopocket.export.output import replacing
-from turbopocket.export.output.owned import refuse_build, refuse_folder, refuse_occupied, write_record
-from turbopocket.export.output.staging import claimed, report_folder, run_folder, settle_output
-from turbopocket.export.progress import StageProgress
-from turbopocket.ground.errors import TurbopocketError
-
-from ..crash_states import crash_states, killed_before
-from ..stand_ins import put_artifact, put_product, put_report
-
-Work = Callable[[Path, str, bool], None]
+CASES = Path(__file__).with_name("crash_cases.py")
+NEXT = [(verb, after) for verb in ("build", "targets", "distill") for after in ("fails", "ends well")]
 
 
-def build(out: Path, text: str, overwrite: bool) -> None:
-    """The files of a build of one target, with a product from which it could go on."""
-    with (
-        claimed(out, lambda: refuse_build(out, run_folder(out), overwrite)) as claim,
-        opened(run_folder(out), False, StageProgress(quiet=True)) as run,
-        claim.staged(out, report_folder(out)) as (artifact, report),
-    ):
-        put_product(run.path)
-        put_artifact(artifact, text)
-        put_report(report, text)
+def holds(case: str, folder: Path, can_swap: bool, **asked: object) -> None:
+    command = [sys.executable, CASES, case, folder / "w", json.dumps(asked), str(int(can_swap))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-def build_targets(out: Path, text: str, overwrite: bool) -> None:
-    """Those of a build of two targets."""
-    with claimed(out, lambda: refuse_occupied(out, overwrite)) as claim, claim.staged(out) as (folder,):
-        for target in ("onnx", "coreml"):
-            build(folder / target, text, False)
-
-
-def distil(out: Path, text: str, overwrite: bool) -> None:
-    """Those of a distillation."""
-    with claimed(out, lambda: refuse_folder(out, overwrite)) as claim, claim.staged(out) as (folder,):
-        (folder / "unet").mkdir()
-        (folder / "unet" / "weights").write_text(text)
-        write_record(folder)
-
-
-WORKS = {"build": build, "targets": build_targets, "distill": distil}
-WHOLE = {
-    "build": {"a/model.onnx", "a.report/report.html"},
-    "targets": {
-        f"a/{target}{name}" for target in ("onnx", "coreml") for name in ("/model.onnx", ".report/report.html")
-    },
-    "distill": {"a/unet/weights"},
-}
-
-
-def contents(folder: Path, verb: str) -> dict[str, str]:
-    """By path, the text of the files that tell one output from another, where they are to lie in the end."""
-    return {name: (folder / name).read_text() for name in WHOLE[verb] if (folder / name).is_file()}
-
-
-def is_whole(found: dict[str, str], verb: str, texts: tuple[str, ...]) -> bool:
-    return found.keys() == WHOLE[verb] and set(found.values()) in [{text} for text in texts]
-
-
-@pytest.fixture(params=["swap", "two renames"])
-def can_swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(params=[True, False], ids=["swap", "two renames"])
+def can_swap(request: pytest.FixtureRequest) -> bool:
     """File systems with an exchange of two folders, and those without."""
-    if request.param == "two renames":
-        monkeypatch.setattr(replacing, "exchange", lambda one, other: False)
-    return bool(request.param == "swap")
-
-
-NEIGHBOURS = {".a.backup/.lock": "", ".a.backup/gold": "mine", "a.txt": "mine", ".a.turbopocket.old/x": "mine"}
-
-
-def neighbours(folder: Path) -> dict[str, str]:
-    return {name: (folder / name).read_text() for name in NEIGHBOURS}
-
-
-NEXT = [(verb, after) for verb in WORKS for after in ("fails", "ends well")] + [("build", "reads")]
+    return bool(request.param)
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-@pytest.mark.parametrize(("verb", "next_command"), NEXT)
+@pytest.mark.parametrize(("verb", "next_command"), [*NEXT, ("build", "reads")])
 def test_after_a_kill_at_any_operation_the_next_command_finds_one_output_whole(
-    verb: str, overwrite: bool, next_command: str, can_swap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str, overwrite: bool, next_command: str, can_swap: bool, tmp_path: Path
 ) -> None:
-    folder, work = tmp_path / "w", WORKS[verb]
-    out = folder / "a"
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # a kill loses nothing that was written; a power cut would
-
-    def prepare() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        for name, text in NEIGHBOURS.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text)
-        if overwrite:
-            work(out, "OLD", False)
-
-    states = 0
-    for operation in crash_states(
-        folder, prepare, lambda: work(out, "NEW", overwrite), folder / ".a.turbopocket" / "new"
-    ):
-        states += 1
-        left = contents(folder, verb)
-        if can_swap and overwrite:  # a reader always finds an artifact
-            assert left.keys() == WHOLE[verb], operation
-        if next_command == "fails":
-            fail(out)
-        elif next_command == "reads":
-            settle_output(out)
-        else:
-            again(work, out, overwrite)
-        found = contents(folder, verb)
-        absent = not found and not overwrite
-        assert absent or is_whole(found, verb, ("OLD", "NEW", "AGAIN")), f"{operation}: {found}"
-        assert neighbours(folder) == NEIGHBOURS, operation
-        if next_command != "reads":
-            assert not (folder / ".a.turbopocket").exists(), operation
-    assert states > 20
-    last = "AGAIN" if next_command == "ends well" and overwrite else "NEW"
-    assert is_whole(contents(folder, verb), verb, (last,))
+    asked = {"verb": verb, "overwrite": overwrite, "next_command": next_command}
+    holds("next_command_after_a_kill", tmp_path, can_swap, **asked)
 
 
-def fail(out: Path) -> None:
-    """A command for the output that comes to nothing."""
-    with suppress(RuntimeError), claimed(out, lambda: None) as claim, claim.staged(out):
-        raise RuntimeError
-
-
-def again(work: Work, out: Path, overwrite: bool) -> None:
-    """The same command once more: it makes its output, or says that the killed one had ended."""
-    if overwrite or not out.exists():
-        work(out, "AGAIN", overwrite)
-    else:
-        with pytest.raises(TurbopocketError, match="is not empty"):
-            work(out, "AGAIN", overwrite)
-
-
-def test_a_command_killed_while_it_puts_things_right_leaves_that_to_the_next(
-    can_swap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "w"
-    out, made = folder / "a", folder / ".a.turbopocket" / "new"
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-    states = 0
-    for first in range(100):
-
-        def prepare(first: int = first) -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            build(out, "OLD", False)
-            killed_before(first, folder, lambda: build(out, "NEW", True), made)
-
-        prepare()
-        if not (folder / ".a.turbopocket").exists() and states:
-            break
-        if not (folder / ".a.turbopocket" / "journal.json").exists():
-            continue
-        for operation in crash_states(folder, prepare, lambda: fail(out), made):
-            fail(out)
-            states += 1
-            assert is_whole(contents(folder, "build"), "build", ("OLD", "NEW")), (first, operation)
-            assert sorted(path.name for path in folder.iterdir()) in (["a", "a.report"], ["a", "a.report", "a.run"])
-    assert states > 20
+def test_a_command_killed_while_it_puts_things_right_leaves_that_to_the_next(can_swap: bool, tmp_path: Path) -> None:
+    holds("next_command_after_a_kill_of_the_next", tmp_path, can_swap)
