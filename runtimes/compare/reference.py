@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...ground.arrays import Arrays, check_names
 from ...ground.errors import TurbopocketError
+from ...ground.heap import give_back_freed
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,23 @@ class TorchComponent:
 
 
 class PyTorchRunner:
-    """Runs modules in inference mode on the CPU, behind the interface of every runtime."""
+    """Runs modules in inference mode on the CPU, behind the interface of every runtime.
+
+    What one component freed is given back before another runs: a decoder's activations come on top of it otherwise.
+    """
 
     def __init__(self, components: Mapping[str, TorchComponent]) -> None:
         self.components = components
+        self._last: str | None = None
 
     def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """The component's outputs by name; TurbopocketError for an unknown component or input."""
         torch_component = self._component(component)
         check_names(component, "inputs", torch_component.input_names, list(inputs))
         tensors = [torch.from_numpy(inputs[name]) for name in torch_component.input_names]
+        if self._last not in (None, component):
+            give_back_freed()
+        self._last = component
         with torch.inference_mode():
             outputs = torch_component.module(*tensors)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

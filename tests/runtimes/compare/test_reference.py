@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch behind the interface of every runtime."""
 
+import sys
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from turbopocket.ground.errors import TurbopocketError
+from turbopocket.ground.memory import anonymous_bytes
 from turbopocket.runtimes.compare.reference import PyTorchRunner, TorchComponent
 
 
@@ -94,3 +98,35 @@ def test_a_followed_layer_hands_on_the_given_value_and_shows_its_own(runner: PyT
 def test_a_followed_value_of_another_shape_is_not_handed_on(runner: PyTorchRunner) -> None:
     outputs, _ = runner.run_following("unet", INPUTS, {"first": np.zeros((1, 7), np.float32)})
     np.testing.assert_array_equal(outputs["hidden"], runner.run("unet", INPUTS)["hidden"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is freed is kept by glibc")
+def test_what_a_component_freed_is_free_before_another_runs() -> None:
+    pins: list[np.ndarray[Any, Any]] = []
+    found: list[int] = []
+
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            pieces = []
+            for _ in range(
+                2000
+            ):  # 200 MB in pieces that the heap holds, and small ones that stay in use
+                pieces.append(np.ones(100_000, np.uint8))
+                pins.append(np.ones(2_000, np.uint8))
+            found.append(anonymous_bytes())
+            return x
+
+    class Next(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            found.append(anonymous_bytes())
+            return x
+
+    runner = PyTorchRunner(
+        {
+            "unet": TorchComponent(Large(), ("x",), ("y",)),
+            "vae_decoder": TorchComponent(Next(), ("x",), ("y",)),
+        }
+    )
+    for component in runner.components:
+        runner.run(component, {"x": np.zeros(1, np.float32)})
+    assert found[0] - found[1] > 150_000_000
