@@ -108,9 +108,7 @@ def test_what_a_component_freed_is_free_before_another_runs() -> None:
     class Large(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             pieces = []
-            for _ in range(
-                2000
-            ):  # 200 MB in pieces that the heap holds, and small ones that stay in use
+            for _ in range(2000):  # 200 MB in pieces that the heap holds, and small ones that stay in use
                 pieces.append(np.ones(100_000, np.uint8))
                 pins.append(np.ones(2_000, np.uint8))
             found.append(anonymous_bytes())
