@@ -7,7 +7,7 @@ once (its scale is 2, not the published 8), so that code which assumes 8 fails h
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,17 @@ from .core_ml_stand_in import mac  # noqa: F401  a fixture for every test
 settings.register_profile("long", max_examples=6_000)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
+QUICK = ("quant", "runtimes")
+"""Folders of many files that take seconds each."""
+
 CONTEXT_TOKENS = 77
 WORDS = ("a", "an", "blue", "cat", "circle", "green", "on", "red", "square", "the", "triangle", "white")
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick files last: processes that take a whole file at a time then end together."""
+    items.sort(key=lambda item: not set(item.path.parts).isdisjoint(QUICK))
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,19 @@ def _scheduler(name: str, **options: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """From here on a component is traced once in a run, by whichever process is the first to need it."""
+    from .kept_traces import keeping_traces
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces"
+    folder.mkdir(exist_ok=True)
+    with keeping_traces(folder):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(kept_traces: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionXLPipeline folder: text encoders 32 and 64 wide, 3-level UNet, 32-pixel images."""
     import torch
     from diffusers import StableDiffusionXLPipeline
@@ -199,7 +219,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_sd(kept_traces: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionPipeline folder: one text encoder, UNet of 2 levels with convolutional projections."""
     import torch
     from diffusers import StableDiffusionPipeline

@@ -18,6 +18,8 @@ from turbopocket.ground.errors import OverBudget, ParityFailed, TurbopocketError
 from turbopocket.quant.plan import Candidate, LayerChoices
 from turbopocket.runtimes.manifest import load_manifest, verify
 
+from ...kept_traces import traced_anew
+
 
 def bytes_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -71,7 +73,8 @@ def test_same_command_gives_the_same_files(
     built: Any, tiny_sdxl: Path, tmp_path: Path, recipe_values: dict[str, Any]
 ) -> None:
     recipe = make_recipe({**recipe_values, "model": {"source": str(tiny_sdxl)}}, "test")
-    again = build(recipe, tmp_path / "art", overwrite=False, progress=StageProgress(quiet=True))
+    with traced_anew():
+        again = build(recipe, tmp_path / "art", overwrite=False, progress=StageProgress(quiet=True))
     first, second = load_manifest(built.folder), load_manifest(again.folder)
     assert [entry.path for entry in first.files if entry.path.endswith(".data")]
     assert first.files == second.files
