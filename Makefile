@@ -36,10 +36,11 @@ demo: setup
 	$(RUN) generate build/demo "a large red circle left of a small blue square on a white background" --seed 7 --out build/demo.png --overwrite
 	@echo "picture   build/demo.png"
 
-# Two processes of one thread each, for two cores; a file's tests stay together, with what they share.
+# Two processes of one thread each, for two cores; a file's tests stay together, with what they share. Files go in the
+# order of tests/conftest.py, quick ones last, and not by the number of their tests.
 test: export OMP_NUM_THREADS = 1
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What `make test` leaves out: minutes each, with their figures printed.
 test-slow: export OMP_NUM_THREADS = 1
