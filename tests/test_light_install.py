@@ -63,7 +63,7 @@ def artifact(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from turbopocket.export.recipe import make_recipe
 
     short = {"sampler": {"steps": 1}, "calibrate": {"pictures": 1}, "parity": {"pictures": 1}}
-    values = {"model": {"source": str(tiny_sdxl)}, "compress": {"formats": ["int8-row"]}, **short}
+    values = {"model": {"source": str(tiny_sdxl)}, "compress": {"formats": ["int8-row"], "fit": "absmax"}, **short}
     out = tmp_path_factory.mktemp("light") / "art"
     return build(make_recipe(values, "test"), out, progress=StageProgress(quiet=True)).folder
 

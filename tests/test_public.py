@@ -85,7 +85,7 @@ def test_an_artifact_draws_where_pytorch_is_not_installed(tiny_sdxl: Path, tmp_p
     from turbopocket.export.recipe import make_recipe
 
     short = {"sampler": {"steps": 2, "guidance": 1.0}, "calibrate": {"pictures": 1}, "parity": {"pictures": 1}}
-    values = {"model": {"source": str(tiny_sdxl)}, "compress": {"formats": ["int8-row"]}, **short}
+    values = {"model": {"source": str(tiny_sdxl)}, "compress": {"formats": ["int8-row"], "fit": "absmax"}, **short}
     quiet = turbopocket.StageProgress(quiet=True)
     built = turbopocket.build(make_recipe(values, "test"), str(tmp_path / "art"), progress=quiet)
     done = ran(WITHOUT_PYTORCH, built.folder, tmp_path / "a.png")

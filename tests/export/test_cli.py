@@ -254,12 +254,12 @@ def test_occupied_output_is_refused_before_any_work(turbopocket: Run, tiny_sdxl:
 
 
 def test_budget_too_small_for_a_build_ends_with_2_before_anything_is_drawn_or_written(
-    turbopocket: Run, tiny_sdxl: Path, tmp_path: Path
+    turbopocket: Run, tiny_sd: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "short.toml"
     recipe.write_text("[calibrate]\npictures = 1\n[parity]\npictures = 1\n[sampler]\nsteps = 1\n")
     ran = turbopocket(
-        "build", tiny_sdxl, "--recipe", recipe, "--formats", "fp16", "--budget", "1MB", "--out", tmp_path / "out"
+        "build", tiny_sd, "--recipe", recipe, "--formats", "fp16", "--budget", "1MB", "--out", tmp_path / "out"
     )
     assert ran.code == 2
     assert "smallest plan is " in ran.err

@@ -92,7 +92,7 @@ def test_with_json_an_error_is_the_one_object_on_stdout(turbopocket: Run, tmp_pa
     assert json.loads(turbopocket("plan", "--colour", "--json").out)["hint"] == "turbopocket plan --help"
 
 
-@pytest.mark.parametrize("asked", [("formats",), ("formats", "--json"), ("recipe", "show")])
+@pytest.mark.parametrize("asked", [("formats",), ("clean", "none", "--json"), ("recipe", "show")])
 def test_a_reader_that_ends_early_is_no_bug(asked: tuple[str, ...]) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", MAIN, *asked], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

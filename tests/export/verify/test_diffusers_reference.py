@@ -256,13 +256,13 @@ def _spoil_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_loop_ends_a_build_before_it_calibrates_and_leaves_nothing(
-    tiny_sdxl: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tiny_sd: Path, tmp_path: Path, turbopocket: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _spoil_the_decoder(monkeypatch)
     monkeypatch.setattr(
         "turbopocket.export.build.calibration.calibrate_to_files", lambda *_: pytest.fail("hours would be spent here")
     )
-    ran = turbopocket("build", tiny_sdxl, "--steps", 2, "--formats", "fp16", "--out", tmp_path / "art")
+    ran = turbopocket("build", tiny_sd, "--steps", 2, "--formats", "fp16", "--out", tmp_path / "art")
     assert ran.code == 3
     assert f"error: {WRONG}0.02 is over 0.0001 in input latent_sample of call 1 of vae_decoder\nhint: " in ran.err
     assert list(tmp_path.iterdir()) == []
