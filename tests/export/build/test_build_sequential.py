@@ -38,12 +38,12 @@ build(make_recipe(json.loads(sys.argv[1]), "test"), Path(sys.argv[2]), False, St
 
 
 def test_killed_build_goes_on_where_it_was_and_gives_the_same_files(
-    tiny_sdxl: Path, tmp_path: Path, recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_sd: Path, tmp_path: Path, recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
-    compress = {**recipe_values["compress"], "sequential": True}
-    values = {**recipe_values, "model": {"source": str(tiny_sdxl)}, "compress": compress}
+    compress = {**recipe_values["compress"], "budget": "1100kB", "sequential": True}
+    values = {**recipe_values, "model": {"source": str(tiny_sd)}, "compress": compress}
     recipe, out = make_recipe(values, "test"), tmp_path / "two" / "art"
     out.parent.mkdir()
     command = [sys.executable, "-c", KILLED, json.dumps(values), out, str(FINISHED), str(torch.get_num_threads())]
