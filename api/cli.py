@@ -366,13 +366,16 @@ def recipe_show(
     as_json: AsJson = False,
 ) -> None:
     """Prints a recipe with every default filled in."""
-    from . import DistillRecipe, Recipe, load_distill_recipe, load_recipe
     from .export.settings import Section, with_values
 
     shown: Section
     if of_distill:
+        from . import DistillRecipe, load_distill_recipe
+
         shown = load_distill_recipe(name) if name else DistillRecipe()
     else:
+        from . import Recipe, load_recipe
+
         shown = load_recipe(name) if name else Recipe()
     shown = with_values(shown, {}, assigned or ())
     unset = shown.keys_without_value()
