@@ -26,8 +26,8 @@ VALUES: dict[str, Any] = {
 }
 
 
-def test_of_several_divisions_the_best_drawn_is_taken(tiny_sdxl: Path, tmp_path: Path) -> None:
-    values = {**VALUES, "model": {"source": str(tiny_sdxl)}}
+def test_of_several_divisions_the_best_drawn_is_taken(tiny_sd: Path, tmp_path: Path) -> None:
+    values = {**VALUES, "model": {"source": str(tiny_sd)}}
     built = build(make_recipe(values, "a test"), tmp_path / "art", keep=True)
     assert built.gaps.failure is None
     [folder] = (tmp_path / "art.run").glob("select-*")
@@ -40,8 +40,8 @@ def test_of_several_divisions_the_best_drawn_is_taken(tiny_sdxl: Path, tmp_path:
     assert {".ff." in each["layer"] or ".attn2." in each["layer"] for each in content} == {True}
 
 
-def test_average_bits_are_those_of_the_layers(tiny_sdxl: Path, tmp_path: Path) -> None:
-    values = {**VALUES, "model": {"source": str(tiny_sdxl)}}
+def test_average_bits_are_those_of_the_layers(tiny_sd: Path, tmp_path: Path) -> None:
+    values = {**VALUES, "model": {"source": str(tiny_sd)}}
     values["compress"] = {**VALUES["compress"], "content": []}
     decided = build(make_recipe(values, "a test"), tmp_path / "art", keep=False).plan
     bits = 8 * sum(each.nbytes for each in decided.choices) / sum(math.prod(each.shape) for each in decided.choices)
@@ -50,15 +50,15 @@ def test_average_bits_are_those_of_the_layers(tiny_sdxl: Path, tmp_path: Path) -
     assert 5.8 < plan(make_recipe(values, "a test")).average_bits <= 6.0
 
 
-def test_content_that_names_no_layer_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
-    values = {**VALUES, "model": {"source": str(tiny_sdxl)}}
+def test_content_that_names_no_layer_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    values = {**VALUES, "model": {"source": str(tiny_sd)}}
     values["compress"] = values["compress"] | {"content": ["*.attn3.*"]}
     with pytest.raises(TurbopocketError, match=r"content '\*.attn3.\*' matches no layer"):
         build(make_recipe(values, "a test"), tmp_path / "art")
 
 
-def test_the_layers_whose_rounding_loses_most_keep_floats(tiny_sdxl: Path, tmp_path: Path) -> None:
-    values = {**VALUES, "model": {"source": str(tiny_sdxl)}}
+def test_the_layers_whose_rounding_loses_most_keep_floats(tiny_sd: Path, tmp_path: Path) -> None:
+    values = {**VALUES, "model": {"source": str(tiny_sd)}}
     formats = ["int8-row+a8-static", "int8-row+a8-static+float", "fp16"]
     values["compress"] = {"formats": formats, "fit": "absmax", "exempt": 0.1, "rewrites": ["bos-aware"]}
     values["compress"] |= {"average_bits": 8.5}
