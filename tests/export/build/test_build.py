@@ -107,11 +107,12 @@ def test_a_limit_of_memory_is_told_to_runners_and_counted(
 
 
 def test_runtime_that_computes_wrong_fails_the_build_and_leaves_nothing(
-    tiny_sdxl: Path, tmp_path: Path, recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_sd: Path, tmp_path: Path, recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
     _plant_wrong_scale(layer, monkeypatch)
-    recipe = make_recipe({**recipe_values, "model": {"source": str(tiny_sdxl)}}, "test")
+    compress = {"formats": ["int8-row"], "fit": "absmax"}
+    recipe = make_recipe({**recipe_values, "model": {"source": str(tiny_sd)}, "compress": compress}, "test")
     with pytest.raises(ParityFailed, match=f"first layer to diverge is {layer}"):
         build(recipe, tmp_path / "art", overwrite=False, progress=StageProgress(quiet=True))
     assert [path.name for path in tmp_path.iterdir()] == ["art.run"]
