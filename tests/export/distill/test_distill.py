@@ -107,7 +107,10 @@ def artifact(student: Path, recipe_values: dict[str, Any], tmp_path_factory: pyt
     from turbopocket.export.progress import StageProgress
     from turbopocket.export.recipe import make_recipe
 
-    recipe = make_recipe({**recipe_values, "sampler": {}, "model": {"source": str(student)}}, "test")
+    compress = {"formats": ["fp16"], "fit": "absmax"}
+    recipe = make_recipe(
+        {**recipe_values, "sampler": {}, "model": {"source": str(student)}, "compress": compress}, "test"
+    )
     out = tmp_path_factory.mktemp("built") / "art"
     return build(recipe, out, overwrite=False, progress=StageProgress(quiet=True)).folder
 
