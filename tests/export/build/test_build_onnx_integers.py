@@ -21,11 +21,11 @@ EXPECTED = {"int4-row+a8-static+float", "int4-row+a8-static", "int8-row+a8-stati
 
 
 @pytest.fixture(scope="module")
-def built(tiny_sdxl: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(tiny_sd: Path, recipe_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Built:
     wanted = {
         "target": {"name": "onnx"},
         "compress": {"formats": FORMATS, "fit": "absmax", "pin": PINS},
-        "model": {"source": str(tiny_sdxl)},
+        "model": {"source": str(tiny_sd)},
     }
     out = tmp_path_factory.mktemp("integers") / "art"
     recipe = make_recipe({**recipe_values, **wanted}, "test")
