@@ -54,8 +54,8 @@ test-fuzz: setup
 	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
 	$(BIN)/python -m pytest tests/robustness --hypothesis-profile=long --timeout=7200 -rP
 
-# Builds of each kind killed at 340 random moments, and each state that a kill can leave of one looked at; what was killed in
-# which stage and what was found is printed.
+# Builds of each kind killed at 340 random moments, a test for each of the 13 builds that go on until they end, and each state
+# that a kill can leave of one looked at; what was killed in which stage and what was found is printed.
 test-kills: export OMP_NUM_THREADS = 1
 test-kills: setup
 	$(BIN)/python -m pytest tests/export/build/test_kills.py tests/export/build/test_recorded_builds.py -m slow -rP

@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +18,51 @@ TUNED = {
     "compress": {"formats": ["int4-g32", "fp16"], "sequential": True},
     "finetune": {"iterations": 2, "pictures": 2},
 }
-CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "onnx": (100, {}),
-    "sequential and fine-tuned": (200, TUNED),
-    "executorch": (20, {"target": {"name": "executorch"}}),
-    "coreml": (20, {"target": {"name": "coreml"}}),
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "onnx": (4, 25, {}),
+    "sequential and fine-tuned": (5, 40, TUNED),
+    "executorch": (2, 10, {"target": {"name": "executorch"}, "compress": {"formats": ["fp32", "int8-row"]}}),
+    "coreml": (2, 10, {"target": {"name": "coreml"}}),
 }
+"""How many lives of builds, how many kills in each, and what is asked for."""
+LIVES = [(case, life) for case, (lives, _, _) in CASES.items() for life in range(lives)]
+
+Live = Callable[[str, int, int], None]
 
 
-def recipe(recipe_values: dict[str, Any], model: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    shared = {"model": {"source": str(model)}, "compress": {"formats": ["fp16", "int8-row"]}}
-    return {**recipe_values, **shared, **asked}
-
-
-def require_same_files(values: dict[str, Any], folder: Path, kills: int) -> None:
-    """Kills builds so often, and prints where; every one that was then let end has the files of the undisturbed one."""
-    asked = json.dumps(values), str(folder), str(kills), "0", str(torch.get_num_threads())
-    ran = subprocess.run([sys.executable, KILLED_BUILDS, *asked], capture_output=True, text=True)
+def output_of(*arguments: object) -> str:
+    ran = subprocess.run([sys.executable, KILLED_BUILDS, *map(str, arguments)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    found: dict[str, Any] = json.loads(ran.stdout)
-    stages = Counter(stage for stage, _ in found["killed"])
-    files = found["files"]
-    print(f"undisturbed {found['seconds']:.1f} s; {len(files) - 1} builds, killed in {dict(stages)}")
-    assert len(found["killed"]) == kills
-    undisturbed = files.pop("undisturbed")
-    assert undisturbed
-    assert files
-    assert all(each == undisturbed for each in files.values())
+    return ran.stdout
 
 
-def test_builds_killed_at_random_moments_end_with_the_same_bytes(
-    recipe_values: dict[str, Any], tiny_sd: Path, tmp_path: Path
-) -> None:
-    require_same_files(recipe(recipe_values, tiny_sd, {}), tmp_path / "kills", 4)
+@pytest.fixture(scope="module")
+def live(recipe_values: dict[str, Any], tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Live:
+    """Kills builds of a case so often, from a seed, and prints where; lives of one case share the undisturbed build."""
+    shared = {"model": {"source": str(tiny_sd)}, "compress": {"formats": ["fp16", "int8-row"]}}
+    threads = torch.get_num_threads()
+
+    @cache
+    def undisturbed(case: str) -> tuple[str, Path]:
+        values, folder = json.dumps({**recipe_values, **shared, **CASES[case][2]}), tmp_path_factory.mktemp("kills")
+        output_of(values, folder, threads)
+        return values, folder
+
+    def run(case: str, seed: int, kills: int) -> None:
+        found = json.loads(output_of(*undisturbed(case), threads, kills, seed))
+        stages = Counter(place.rpartition(", ")[0] for place in found["killed"])
+        print(f"{case}, life {seed}: {found['ended']} builds, killed in {dict(stages)}")
+        assert stages.total() == kills
+
+    return run
+
+
+def test_builds_killed_at_random_moments_end_with_the_same_bytes(live: Live) -> None:
+    live("onnx", 0, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("case", CASES)
-def test_builds_killed_again_and_again_end_with_the_same_bytes(
-    case: str, recipe_values: dict[str, Any], tiny_sd: Path, tmp_path: Path
-) -> None:
-    kills, asked = CASES[case]
-    require_same_files(recipe(recipe_values, tiny_sd, asked), tmp_path / "kills", kills)
+@pytest.mark.parametrize(("case", "life"), LIVES)
+def test_builds_killed_again_and_again_end_with_the_same_bytes(case: str, life: int, live: Live) -> None:
+    live(case, life + 1, CASES[case][1])
