@@ -44,7 +44,7 @@ from turbopocket.runtimes.command import run
 from turbopocket.runtimes.manifest import load_manifest
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
-NODES, VALUES = 3000, 512
+NODES, VALUES, CALLS, BODY = 3000, 512, 240, 14
 AT_ONCE = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**17))
 """What Android's and Apple's allocators do with large blocks, in glibc's words."""
 METER = """
@@ -151,28 +151,37 @@ def terms() -> dict[str, float]:
             grown(Path(folder), *asked)
             for asked in ((1, False, False), (NODES, False, False), (NODES, True, False), (NODES, True, True))
         )
+        called = grown(Path(folder), CALLS, True, False, BODY)
     return {
         "session": one,
         "node": (plain - one) / NODES,
         "named_node": (named - one) / NODES,
         "tensor": (tensors - named) / NODES,
+        "inlined_node": (called - one) / (CALLS * BODY),
     }
 
 
-def grown(folder: Path, count: int, named: bool, own_tensors: bool) -> int:
-    """Bytes of a session of a chain of additions, after one run."""
-    path = f"{count}-{named}-{own_tensors}.onnx"
+def grown(folder: Path, count: int, named: bool, own_tensors: bool, body: int = 0) -> int:
+    """Bytes of a session of a chain of additions, after one run; with a `body`, of calls of a function of so many."""
+    path = f"{count}-{named}-{own_tensors}-{body}.onnx"
+    inner = [f"t{at}" for at in range(body - 1)]
+    steps = zip(["x", *inner], [*inner, "y"], strict=True)
+    additions = [helper.make_node("Add", [each, "w"], [to]) for each, to in steps]
+    opset, own = helper.make_opsetid("", 21), helper.make_opsetid("turbopocket", 1)
+    function = helper.make_function(own.domain, "Several", ["x", "w"], ["y"], additions, [opset])
+    operator = {"op_type": "Several", "domain": own.domain} if body else {"op_type": "Add"}
     nodes, tensors, x = [], {}, "x"
     for at in range(count):
         layer = f"down_blocks.1.attentions.0.transformer_blocks.{at}.ff.net.0.proj"
         y = layer if named else f"v{at}"
         tensor = f"{layer}.scale" if own_tensors else "scale"
         tensors[tensor] = numpy_helper.from_array(np.full(VALUES, at, np.float32), tensor)
-        nodes.append(helper.make_node("Add", [x, tensor], [y], name=layer if named else ""))
+        nodes.append(helper.make_node(inputs=[x, tensor], outputs=[y], name=layer if named else "", **operator))
         x = y
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", VALUES]) for name in ("x", x)]
     graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], list(tensors.values()))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    functions = [function] if body else []
+    model = helper.make_model(graph, opset_imports=[opset, own], functions=functions, ir_version=10)
     onnx.save(model, folder / path, save_as_external_data=True, location=f"{path}.data", size_threshold=0)
     return int(run([sys.executable, "-c", METER, str(folder / path), str(VALUES)], path))
 

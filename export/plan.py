@@ -176,7 +176,7 @@ def plan(recipe: Recipe, measured: Path | str | None = None, workers: int = 1, d
         plan=decided,
         bound_by=bound,
         estimates=tuple(beside.estimates),
-        smallest_bytes=smallest_total_bytes(choices, beside.total, pins),
+        smallest_bytes=smallest_total_bytes(choices, beside.total, pins, memory),
         fp16_bytes=sum(2 * parameter_count(component) for component in components),
         components=_by(decided, component_name),
         groups=_by(decided, group_name),

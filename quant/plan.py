@@ -231,7 +231,7 @@ def smallest_total_bytes(
     Raises OverBudget where no plan takes as little memory as is allowed.
     """
     allowed = apply_pins(layers, pins or {})
-    if memory is None:
+    if memory is None or memory.allowed_bytes is None:
         return fixed_bytes + _smallest_bytes(allowed)
     memory.require_possible(allowed)
     return fixed_bytes + sum(candidate.nbytes for candidate in _smallest(allowed, memory))

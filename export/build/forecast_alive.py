@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors are alive at which moment of a call, and which buffers a runtime holds for them."""
+"""Which tensors are alive at which moment of a call."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,13 @@ class Buffers:
     """Of each tensor its shape and type, its bytes, and the moments at which it came and went."""
     now: int = 0
 
-    def come(self, kind: Hashable, nbytes: int) -> int:
-        """A tensor is made; returns what `go` is to be told."""
+    places: dict[int, int] = field(default_factory=dict)
+    """Of which other one each of some tensors could take the place, value by value."""
+
+    def come(self, kind: Hashable, nbytes: int, over: int | None = None) -> int:
+        """A tensor is made, value by value from another one if `over` is that; returns what `go` is to be told."""
+        if over is not None and self.spans[over][:2] == (kind, nbytes):
+            self.places[len(self.spans)] = over
         self.spans.append((kind, nbytes, self.now, None))
         self.now += 1
         return len(self.spans) - 1
@@ -28,25 +33,16 @@ class Buffers:
 
     def alive(self) -> list[int]:
         """Bytes of the tensors that are alive, by moment."""
-        ends = ((nbytes, came, self.now if went is None else went) for _, nbytes, came, went in self.spans)
-        return self._over_time(list(ends))
+        return self._over_time([(nbytes, came, went) for _, nbytes, came, went in self._in_place()])
 
-    def kept(self) -> list[int]:
-        """The same where a buffer whose tensor is gone is not freed while one of the same shape and type is to come.
-
-        ONNX Runtime's plan of buffers is that, also without its arena and its memory pattern (`FindReusableTensor` in
-        allocation_planner.cc); the one that became free last is taken.
-        """
-        chains: dict[Hashable, list[list[int]]] = {}
-        for kind, nbytes, came, went in self.spans:
-            own = chains.setdefault(kind, [])
-            free = [chain for chain in own if chain[2] <= came]
-            until = self.now if went is None else went
-            if free:
-                max(free, key=lambda chain: chain[2])[2] = until
-            else:
-                own.append([nbytes, came, until])
-        return self._over_time([(nbytes, came, went) for own in chains.values() for nbytes, came, went in own])
+    def _in_place(self) -> list[tuple[Hashable, int, int, int]]:
+        """The spans where a tensor takes the place of one that goes as soon as it is made."""
+        found = [(kind, nbytes, came, self.now if went is None else went) for kind, nbytes, came, went in self.spans]
+        for which, over in self.places.items():
+            kind, nbytes, came, went = found[over]
+            if went == found[which][2] + 1:
+                found[over] = kind, nbytes, came, went - 1
+        return found
 
     def _over_time(self, spans: Sequence[tuple[int, int, int]]) -> list[int]:
         changes = [0] * (self.now + 1)

@@ -98,9 +98,8 @@ class ComponentWork:
 
     `peak_bytes` is the most that it holds of activations at any moment, with the layer's weight in float32 that runs;
     `returned_bytes` what it gives; `others_bytes` of the `others`, parameters in float32 that are no layer's weight,
-    and `table_bytes` of those of them whose rows are looked up. `alive` are bytes of activations by moment, and `kept`
-    those of the buffers that they take of a runtime that keeps one for the next tensor of its shape. `norms` are its
-    GroupNorms.
+    and `table_bytes` of those of them whose rows are looked up. `alive` are bytes of activations by moment.
+    `norms` are its GroupNorms.
     """
 
     name: str
@@ -114,7 +113,6 @@ class ComponentWork:
     table_bytes: int
     norms: int
     alive: Sequence[int]
-    kept: Sequence[int]
 
     @property
     def layers(self) -> tuple[LayerWork, ...]:
@@ -158,7 +156,6 @@ def component_work(component: Component, sides: Mapping[str, int]) -> ComponentW
         sum(4 * each.weight.numel() for each in modules if isinstance(each, nn.Embedding)),
         sum(isinstance(each, nn.GroupNorm) for each in modules),
         counter.buffers.alive(),
-        counter.buffers.kept(),
     )
 
 
@@ -178,6 +175,11 @@ class _Block:
     made_bytes: int = 0
 
 
+_aten = torch.ops.aten
+_BY_VALUE = {_aten.silu, _aten.gelu, _aten.sigmoid, _aten.tanh, _aten.relu, _aten.add, _aten.sub, _aten.mul, _aten.div}
+"""Operators that may write over their first input, where nothing reads it any more."""
+
+
 class _Counter(TorchDispatchMode):
     """Adds up what operators do while it is entered, in all and by block, and follows what is held."""
 
@@ -192,28 +194,32 @@ class _Counter(TorchDispatchMode):
         self._next = itertools.count()
         self._given: set[int] = set()
         self._began = 0
+        self._which: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         given = {id(each.untyped_storage()) for each in _tensors((args, kwargs))}
         made = [each for each in _tensors(result) if id(each.untyped_storage()) not in given]
-        self.note(_work_of(function, args, kwargs, result, bool(made)), made)
+        over = [self._which.get(each.untyped_storage()) for each in _tensors(args)]
+        by_value = function._overloadpacket in _BY_VALUE
+        self.note(_work_of(function, args, kwargs, result, bool(made)), made, over[0] if by_value and over else None)
         return result
 
-    def note(self, work: Work, made: Sequence[Tensor]) -> None:
-        """Adds an operator's work, and what it gives."""
+    def note(self, work: Work, made: Sequence[Tensor], over: int | None = None) -> None:
+        """Adds an operator's work, and what it gives; value by value from the tensor `over`, if it is told."""
         self.work = self.work + work
         for each in made:
-            self._hold(each)
+            self._hold(each, over)
         for block in self._inside:
             block.work = block.work + work
             block.made_bytes += sum(map(_nbytes, made))
 
-    def _hold(self, tensor: Tensor) -> None:
+    def _hold(self, tensor: Tensor, over: int | None) -> None:
         storage = tensor.untyped_storage()
         self._take(storage.nbytes())
-        which = self.buffers.come((tuple(tensor.shape), tensor.dtype), storage.nbytes())
+        which = self.buffers.come((tuple(tensor.shape), tensor.dtype), storage.nbytes(), over)
+        self._which[storage] = which
         weakref.finalize(storage, self._let_go, which, storage.nbytes())
 
     def _let_go(self, which: int, nbytes: int) -> None:

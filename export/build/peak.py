@@ -59,7 +59,7 @@ def _of(taken: int, allowed: int | None) -> str:
 def _peak(target: Target, work: ComponentWork, choices: Mapping[str, LayerChoices]) -> ComponentPeak:
     layers = {layer.name: layer for layer in work.layers if layer.name in choices}
     taken = {name: _by_scheme(target, layer, choices[name].schemes) for name, layer in layers.items()}
-    alive = np.array(work.kept if target.keeps_buffers else work.alive, dtype=np.int64)
+    alive = np.array(work.alive, dtype=np.int64)
     weights = _kept_weights(list(layers.values()), taken)
     for begins, ends, nbytes in weights.values():
         alive[begins:ends] += nbytes
@@ -77,23 +77,26 @@ def _peak(target: Target, work: ComponentWork, choices: Mapping[str, LayerChoice
 def _running(
     layer: LayerWork, taken: LayerBytes, alive: NDArray[np.int64], weights: Mapping[tuple[int, ...], tuple[int, ...]]
 ) -> LayerMemory:
-    """What is alive while a layer runs: its own dense weight may be among the buffers that are kept."""
+    """What is alive while a layer runs: the buffer of its weight may be among those that are kept."""
     at_most = int(alive[max(0, layer.begins - 1) : layer.ends].max(initial=0))
-    own = taken.kept if layer.shape in weights else 0
-    return LayerMemory(taken.held, at_most + taken.scratch - own)
+    kept = taken.kept and layer.shape in weights
+    return LayerMemory(taken.held, at_most + (taken.again if kept else taken.scratch))
 
 
 def _kept_weights(
     layers: Sequence[LayerWork], taken: Mapping[str, Mapping[str, LayerBytes]]
 ) -> dict[tuple[int, ...], tuple[int, int, int]]:
-    """By shape, from when to when a runtime keeps a buffer for dense weights, and its bytes: where any scheme of any
-    layer of that shape has one, from the first of these layers to the last."""
-    found: dict[tuple[int, ...], tuple[int, int, int]] = {}
+    """By shape, from when to when a runtime keeps a buffer for dense weights, and its bytes: where several layers of
+    that shape have one in some scheme, from the first of these layers to the last."""
+    found: dict[tuple[int, ...], list[LayerWork]] = {}
     for layer in layers:
-        if nbytes := max(each.kept for each in taken[layer.name].values()):
-            begins, ends, _ = found.get(layer.shape, (layer.begins, layer.ends, nbytes))
-            found[layer.shape] = min(begins, layer.begins), max(ends, layer.ends), nbytes
-    return found
+        if any(each.kept for each in taken[layer.name].values()):
+            found.setdefault(layer.shape, []).append(layer)
+    return {
+        shape: (min(each.begins for each in own), max(each.ends for each in own), 4 * own[0].weights)
+        for shape, own in found.items()
+        if len(own) > 1
+    }
 
 
 def _by_scheme(target: Target, work: LayerWork, schemes: Sequence[str]) -> dict[str, LayerBytes]:

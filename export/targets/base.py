@@ -65,7 +65,6 @@ class Target(ABC):
         own_runtime: whether what runs the artifact here is what a phone runs, so that its seconds mean something.
         stores: its forms of layers.
         max_lowering_error: largest relative error of a call that counts as right, if the recipe says nothing.
-        keeps_buffers: whether its runtime holds the buffer of a tensor that is gone for the next of its shape.
         group_scale_digits: significant bits of a scale that a group of weights shares; fp16 has 11.
         tokenizer_files: names of what it ships of each tokenizer; first_tokenizer_files: of the first one beside that.
     """
@@ -76,7 +75,6 @@ class Target(ABC):
     tools: ClassVar[tuple[str, ...]]
     max_lowering_error: ClassVar[float]
     graph_share: ClassVar[GraphShare]
-    keeps_buffers: ClassVar[bool] = False
     group_scale_digits: ClassVar[int] = 11
     tokenizer_files: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
     first_tokenizer_files: ClassVar[tuple[str, ...]] = ()

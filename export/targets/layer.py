@@ -49,11 +49,13 @@ class Layer:
 @dataclass(frozen=True)
 class LayerBytes:
     """Bytes of memory that a layer takes: `held` while its component is open, once it has run, and `scratch` beside
-    activations while it runs; of these `kept` are of a buffer that stays for the next weight of its shape."""
+    activations while it runs. A buffer of `kept` stays for the next weight of its shape, which then takes `again`
+    beside it."""
 
     held: int
     scratch: int = 0
     kept: int = 0
+    again: int = 0
 
 
 class LayerUse(Protocol):

@@ -145,8 +145,8 @@ def test_limits_hold_to_the_byte_under_a_solver_that_overshoots(monkeypatch: pyt
     layers, free = made([[(20, 0.0, 20, 0), (10, 1.0, 10, 0), (5, 9.0, 5, 0)]] * 4)
     solve = knapsack._milp
     monkeypatch.setattr(knapsack, "_milp", lambda kinds, limits, units: solve(kinds, limits, [u + 1 for u in units]))
-    found = plan(layers, None, 0, memory=PeakMemory(free.components, OWN.peak + 30))
-    assert peak_of(found) <= OWN.peak + 30
+    found = plan(layers, None, 0, memory=PeakMemory(free.components, OWN.peak + 25))
+    assert peak_of(found) <= OWN.peak + 25
 
 
 def test_it_is_said_which_limit_binds() -> None:

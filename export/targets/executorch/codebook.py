@@ -23,6 +23,7 @@ from ....quant.formats import CompressedTensor, PartSpec
 from ....quant.layers import convolved_size
 from ...target_options import Codebooks
 from ..codebook import CodebookForm
+from ..layer import LayerBytes, LayerUse
 from .form import Order, ProgramForm, constant
 from .size import BOOK_BYTES, KERNEL_BYTES, TAP_BYTES, VECTORS_BYTES
 
@@ -109,6 +110,18 @@ class _CodebookForm(CodebookForm, ProgramForm):
 
     def arrays(self, weight: CompressedTensor) -> list[Tensor]:
         return self.parts(weight)
+
+    def memory(self, use: LayerUse) -> LayerBytes:
+        """Codes stay in the file. Portable, two summands and their sum are dense at once, or of one codebook what its
+        indices in int32 look up; a convolution then has the pixels under all taps."""
+        held = super().memory(use).held
+        if self.options.asked.codebooks == "kernel":
+            return LayerBytes(held)
+        indices = 4 * math.prod(self.shapes()[0])
+        decoding = 3 * self.dense_bytes if self.count > 1 else self.dense_bytes + indices
+        taps = math.prod(self.layer.shape[2:])
+        pixels = 4 * math.prod(self.layer.shape[1:]) * use.vectors if taps > 1 else 0
+        return LayerBytes(held, max(decoding, self.dense_bytes + pixels))
 
     def operators_bytes(self) -> int:
         if self.options.asked.codebooks == "kernel":

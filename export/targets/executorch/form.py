@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from ....quant.formats import CompressedTensor, PartSpec
 from ....quant.ranges import Ranges
 from ...target_options import ExecuTorchOptions
-from ..layer import LayerForm
+from ..layer import LayerBytes, LayerForm, LayerUse
 from .size import KEY_BYTES, PLACE_BYTES, constants_bytes
 
 DEFAULTS = ExecuTorchOptions()
+OPERATOR_MEMORY_BYTES = 11_000
+"""What a layer holds beside its weight: of programs of 1 and of 41 Linear layers with an activation behind each, in
+int8-row, in ExecuTorch 1.5.1 on x86-64."""
 
 
 @dataclass
@@ -51,6 +54,10 @@ class ProgramForm(LayerForm):
     def runs_as_linear(self) -> bool:
         """Whether it is a convolution of one tap that runs as the Linear that it is."""
         return False
+
+    def memory(self, use: LayerUse) -> LayerBytes:
+        """The weight as it is stored, which XNNPACK packs when the program is loaded and lets go of the file's."""
+        return LayerBytes(self.format.nbytes(self.layer.shape) + OPERATOR_MEMORY_BYTES)
 
     @abstractmethod
     def tensors(self) -> list[PartSpec]:

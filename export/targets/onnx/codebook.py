@@ -58,16 +58,16 @@ class _CodebookForm(CodebookForm, Form):
         """Codes stay in their file. Of the body, not of our kernels: what `_decoded` and `_product` have alive at once.
 
         Two parts and their sum, of several codebooks; of one the indices in int32 and what they look up, or, of a
-        convolution, that and the same in another order. A weight of no known rank gets no buffer that is kept.
+        convolution, that and the same with its scale. What is of no known rank gets no buffer that is kept: all but the
+        weight that a convolution reads.
         """
+        if self.layer.kind == "linear":
+            indices = 4 * math.prod(self.shapes()[0])
+            return LayerBytes(self.mapped_bytes, 3 * self.dense_bytes if self.count > 1 else self.dense_bytes + indices)
+        decoding = (3 if self.count > 1 else 2) * self.dense_bytes
         unfolding = unfolding_bytes(self.layer.shape, use)
-        if self.count > 1:
-            decoding = 3 * self.dense_bytes
-        elif self.layer.kind == "conv2d":
-            decoding = 2 * self.dense_bytes
-        else:
-            decoding = self.dense_bytes + 4 * math.prod(self.shapes()[0])
-        return LayerBytes(self.mapped_bytes, max(decoding, self.dense_bytes + unfolding))
+        alone = max(decoding, self.dense_bytes + unfolding)
+        return LayerBytes(self.mapped_bytes, alone, self.dense_bytes, max(decoding, unfolding))
 
     def prepare(self) -> list[NodeProto]:
         return []

@@ -43,8 +43,8 @@ class _DenseForm(Form):
         """fp32 is packed into private memory; fp16 stays in its file, and a dense weight is made of it for each use."""
         if self.format.bits == 32:
             return LayerBytes(self.dense_bytes)
-        scratch = self.dense_bytes + unfolding_bytes(self.layer.shape, use)
-        return LayerBytes(self.mapped_bytes, scratch, self.dense_bytes)
+        unfolding = unfolding_bytes(self.layer.shape, use)
+        return LayerBytes(self.mapped_bytes, self.dense_bytes + unfolding, self.dense_bytes, unfolding)
 
     def prepare(self) -> list[NodeProto]:
         if self.format.bits == 32:

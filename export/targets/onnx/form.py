@@ -21,7 +21,8 @@ from ....quant.ranges import Ranges
 from ...target_options import OnnxOptions
 from ..layer import LayerBytes, LayerForm, LayerUse
 from .data import StoredTensor, data_bytes, external_initializers
-from .memory import NAMED_NODE_BYTES, NODE_BYTES, PAGE_BYTES, TENSOR_BYTES
+from .memory import INLINED_NODE_BYTES, NAMED_NODE_BYTES, PAGE_BYTES, TENSOR_BYTES
+from .names import DOMAIN
 from .steps import StepClock, StepColumn
 
 Array = NDArray[Any]
@@ -65,10 +66,10 @@ class Form(LayerForm):
     def memory(self, use: LayerUse) -> LayerBytes:
         inputs = ["x", "weight", "bias"]
         node = helper.make_node(self.layer.kind, inputs, ["y"], name="y")
-        named = len(self.prepare()) + len(self.apply(node))
+        named = sum(each.domain != DOMAIN for each in (*self.prepare(), *self.apply(node)))
         inlined = sum(len(function.node) for function in self.functions(node))
         tensors = [tensor for at, tensor in enumerate(self.tensors()) if at not in self.shared()]
-        graph = NAMED_NODE_BYTES * named + NODE_BYTES * inlined + TENSOR_BYTES * len(tensors)
+        graph = NAMED_NODE_BYTES * named + INLINED_NODE_BYTES * inlined + TENSOR_BYTES * len(tensors)
         values = self.values_memory(use)
         return replace(values, held=values.held + graph)
 

@@ -190,8 +190,8 @@ class DequantizedConv2d(Form):
 
     def values_memory(self, use: LayerUse) -> LayerBytes:
         scales = 4 * math.prod(self._scale_shape())
-        scratch = self.dense_bytes + unfolding_bytes(self.layer.shape, use)
-        return LayerBytes(self.mapped_bytes + scales, scratch, self.dense_bytes)
+        unfolding = unfolding_bytes(self.layer.shape, use)
+        return LayerBytes(self.mapped_bytes + scales, self.dense_bytes + unfolding, self.dense_bytes, unfolding)
 
     def prepare(self) -> list[NodeProto]:
         inputs = [self._value("codes"), self._value("scale32")]

@@ -16,6 +16,8 @@ NODE_BYTES = 3_400
 """Of a node that has no name, which is what those between layers are."""
 NAMED_NODE_BYTES = 4_300
 """Of a node that is named by a layer's module path, whether it stays or is folded when the graph is opened."""
+INLINED_NODE_BYTES = 3_300
+"""Of a node of a function's body, in the place of the node that called it."""
 TENSOR_BYTES = 2_600
 """Of an initializer in the data file, beside its values."""
 PAGE_BYTES = 4_096

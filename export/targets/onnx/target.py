@@ -67,7 +67,6 @@ class Onnx(Target):
     max_lowering_error = 1e-4
     runtime_names = ("onnxruntime",)
     graph_share = GraphShare(linear=1650, conv2d=2150, component=4_000, value=2)
-    keeps_buffers = True
     tokenizer_files = ("tokenizer.json", *TOKENIZER_FILES)
 
     def components(

@@ -93,17 +93,14 @@ def test_tensors_are_alive_from_when_they_come_to_when_they_go() -> None:
     buffers.come("a", 10)
     buffers.go(second)
     assert buffers.alive() == [10, 15, 5, 15, 10, 0]
-    # the buffer of the first stays for the third, which is of its kind
-    assert buffers.kept() == [10, 15, 15, 15, 10, 0]
 
 
-def test_of_several_free_buffers_the_last_one_is_taken() -> None:
+def test_what_is_made_value_by_value_takes_the_place_of_what_goes() -> None:
     buffers = Buffers()
-    first, second = buffers.come("a", 10), buffers.come("a", 10)
+    first = buffers.come("a", 10)
+    second = buffers.come("a", 10, over=first)
     buffers.go(first)
-    buffers.go(second)
-    third = buffers.come("a", 10)
-    buffers.go(third)
+    buffers.come("a", 10, over=second)
     buffers.come("b", 1)
-    # the first is not needed again, the second stays for the third
-    assert buffers.kept() == [10, 20, 10, 10, 10, 0, 1, 0]
+    buffers.go(second)
+    assert buffers.alive() == [10, 10, 10, 20, 21, 11, 0]  # the second is read once more

@@ -22,6 +22,7 @@ from turbopocket.export.report.page import (
 from turbopocket.export.report.svg import linear_scale, log_scale, scientific
 from turbopocket.export.report.view import block_bars, component_bars, format_classes, page_view
 from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant.peak import ComponentMemory
 from turbopocket.quant.plan import Choice, Plan
 from turbopocket.runtimes.compare.rows import Divergence, Limits, ParityReport, ParityRow, PictureRow
 from turbopocket.runtimes.image_size import ImageSize
@@ -108,7 +109,7 @@ def _data() -> ReportData:
         Choice("unet.down_blocks.0.resnets.0.conv1", (64, 64, 3, 3), "int4-g32", 20_736, 2e-3),
         Choice("unet.down_blocks.0.resnets.0.conv2", (64, 64, 3, 3), "fp16", 73_728, 0.0),
     )
-    plan = Plan(choices, 1_000, 3_000_000)
+    plan = Plan(choices, 1_000, 3_000_000, {"unet": ComponentMemory(3 * 2**20, 5 * 2**19)})
     picture = PictureRow(picture=0, prompt=PROMPT, seed=7, psnr_db=27.25, ssim=0.9, feature_distance=0.125)
     measurements = Measurements(
         artifact_bytes=2_015_000,
@@ -213,6 +214,13 @@ def test_the_headline_compares_shipped_bytes_with_budget_and_float(tmp_path: Pat
     assert "3.0&thinsp;&times; smaller" in page  # 2 bytes x 3,000,000 parameters / 2,015,000 bytes
     assert "6.0&thinsp;&times; than in fp32 (12.00 MB)" in page
     assert "Parity passed" in page
+
+
+def test_memory_is_shown_as_measured_and_as_predicted(tmp_path: Path) -> None:
+    row = re.search(r'<tr><th scope="row">unet</th><td class="n">1.0<.*?</tr>', _page(tmp_path, _data()), re.DOTALL)
+    assert row is not None
+    cells = re.findall(r'<td class="n">([^<]*)</td>', row[0])
+    assert cells[-3:] == ["4.0", "4.0", "5.5"]  # peak, of it the component's own, predicted
 
 
 def test_a_failed_parity_names_the_layer_and_shows_the_stored_weights_pictures(tmp_path: Path) -> None:

@@ -153,7 +153,6 @@ def test_prepacked_weights_need_hardly_any_private_memory(layers: str, name: str
         ("blocks", "avq2x8-d8"),
         ("convolutions", "int4-g32"),
         ("convolutions", "int8-row"),
-        ("convolutions", "fp16"),
         ("convolutions", "avq2x8-d8"),
         ("convolutions", "vq8-d4"),
     ],
