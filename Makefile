@@ -48,11 +48,13 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow -rP
 
 # Damaged Core ML packages, 15 times as many as in `make test` (hypothesis prints how many it ran), then damaged models and
-# artifacts and hostile requests, over a thousand commands, each in a child of its own: about an hour.
+# artifacts and hostile requests, over a thousand commands, each in a child of its own: about an hour. At last a damaged codebook
+# artifact through our operators for ONNX Runtime with AddressSanitizer and UndefinedBehaviorSanitizer in them.
 test-fuzz: export OMP_NUM_THREADS = 1
 test-fuzz: setup
 	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
 	$(BIN)/python -m pytest tests/robustness --hypothesis-profile=long --timeout=7200 -rP
+	$(BIN)/python -m pytest tests/robustness/test_sanitized.py -m slow -rP
 
 # Builds of each kind killed at 340 random moments, a test for each of the 13 builds that go on until they end, and each state
 # that a kill can leave of one looked at; what was killed in which stage and what was found is printed.

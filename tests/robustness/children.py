@@ -2,8 +2,10 @@
 """What one command did with hostile input, in a child of `zygote`, and whether that is allowed."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -55,13 +57,17 @@ class Ran:
 
 
 class Children:
-    """One process that forks a child for each command. `planted` is code that each runs first: a fault to be found."""
+    """One process, in a changed environment, that forks a child for each command.
+
+    `planted` is code that each child runs first: a fault to be found.
+    """
 
     planted = ""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, str(Path(__file__).with_name("zygote.py")), json.dumps(IMPORTED)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        changed = {**os.environ, **(environment or {})}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=changed)
         assert self._answer() == "ready"
 
     def command(self, folder: Path, *arguments: object, seconds: float = SECONDS) -> Ran:
