@@ -4,7 +4,7 @@
 argv is a recipe as JSON, a folder, the number of workers, 1 or 0 for whether it replaces an older build, and how many
 of the states are built on. Each state is what SIGKILL leaves at that moment; each is looked at as the next command
 finds it. Prints how many there were, and in how many of them the output was the older one, the new one and absent.
-Without what follows the folder, that is an output to build.
+Without what follows the folder, that is an output to build. Only the first build of a component traces it.
 """
 
 import json
@@ -31,11 +31,13 @@ from turbopocket.quant.workers import Workers
 from turbopocket.runtimes.manifest import load_manifest, verify
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
+from tests.export.build.traced_once import remember_traces
 from tests.export.crash_states import changes_something
 
 NEIGHBOURS = (".art.backup/gold", "art.txt", ".art.turbopocket.old/x")
 HIDDEN = ".art.turbopocket"
 NOWHERE = Path("/nowhere/at/all")
+TRACES = "traces"
 
 
 class Recording:
@@ -139,8 +141,10 @@ def main() -> None:
     torch.set_num_threads(1)
     values, base = json.loads(sys.argv[1]), Path(sys.argv[2])
     if not sys.argv[3:]:
+        remember_traces(make_recipe(values, "test"), base.parents[1] / TRACES)
         make(values, base, 1)
         return
+    remember_traces(make_recipe(values, "test"), base / TRACES)
     workers = int(sys.argv[3])
     overwrite, built_on = sys.argv[4] == "1", int(sys.argv[5])
     folder = base / "w"
