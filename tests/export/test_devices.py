@@ -56,12 +56,11 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sdxl_fits_a_phone_at_512_and_its_decoder_not_at_1024(sdxl: Path) -> None:
-    (small,), (large,) = (planned(sdxl, size, "android-6gb").devices for size in ("512x512", "1024x1024"))
+    (small,), (large,) = (planned(sdxl, size, "iphone-12-mini").devices for size in ("512x512", "1024x1024"))
     assert (small.fits, large.fits) == (True, False)
     assert (small.largest, large.largest) == ("unet", "vae_decoder")
-    decoder, unet = large.components["vae_decoder"], large.components["unet"]
+    decoder = large.components["vae_decoder"]
     assert decoder.running == pytest.approx(4 * small.components["vae_decoder"].running, rel=0.05)
-    assert unet.held == pytest.approx(small.components["unet"].held, rel=0.01)
 
 
 def test_a_device_is_a_limit_where_a_plan_can_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
