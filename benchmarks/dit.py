@@ -85,6 +85,7 @@ class OneComponent:
 
     components: Mapping[str, ComponentSpec]
     name: str = "benchmark"
+    plan: None = None
 
 
 class Subject:

@@ -58,7 +58,7 @@ class OneComponent:
     """As much of a manifest as a runner reads."""
 
     def __init__(self, spec: Any) -> None:
-        self.components, self.name = {"stack": spec}, "stack"
+        self.components, self.name, self.plan = {"stack": spec}, "stack", None
 
 
 def random_weight(width: int, random: torch.Generator) -> CompressedTensor:

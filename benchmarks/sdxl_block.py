@@ -113,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         spec = onnx.lower(onnx.trace(component), weights, folder)
-        manifest = cast(Manifest, SimpleNamespace(components={NAME: spec}, name=NAME))
+        manifest = cast(Manifest, SimpleNamespace(components={NAME: spec}, name=NAME, plan=None))
         asked = dict(zip(component.example_inputs, tokens(99), strict=True))
         with decompressed({NAME: model}, weights), torch.no_grad():
             expected = component.module(*asked.values()).numpy()

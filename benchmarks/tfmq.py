@@ -74,6 +74,7 @@ class OneComponent:
 
     components: Mapping[str, ComponentSpec]
     name: str = "benchmark"
+    plan: None = None
 
 
 @dataclass(frozen=True)

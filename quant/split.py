@@ -52,7 +52,7 @@ def split_plan(
     schemes: dict[str, str] = {}
     for kind, own in kinds.items():
         if own:
-            room = None if memory is None else _room(memory, allowed, own, schemes, share if kind else 1.0)
+            room = _room(memory, allowed, own, schemes, share if kind else 1.0)
             found = plan(own, least[kind] + given[kind], 0, memory=room)
             schemes |= {each.layer: each.scheme for each in found.choices}
     found = Plan(_chosen(allowed, schemes), fixed_bytes, budget_bytes)
@@ -60,15 +60,18 @@ def split_plan(
 
 
 def _room(
-    memory: PeakMemory,
+    memory: PeakMemory | None,
     layers: Sequence[LayerChoices],
     own: Sequence[LayerChoices],
     decided: Mapping[str, str],
     share: float,
-) -> PeakMemory:
-    """What layers of one kind may take when others are decided, or take least: this share of what that leaves."""
-    if memory.allowed_bytes is None:
-        return memory
+) -> PeakMemory | None:
+    """What layers of one kind may take when others are decided, or take least: this share of what that leaves.
+
+    None where there is no limit.
+    """
+    if memory is None or memory.allowed_bytes is None:
+        return None
     names = {each.layer for each in own}
     others = {name: each for name, each in memory.least_schemes(layers).items() if name not in names} | dict(decided)
     components = {name: each.with_chosen(others) for name, each in memory.components.items()}

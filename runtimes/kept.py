@@ -30,9 +30,7 @@ class Kept(Generic[T]):
         manifest: Manifest,
         shut: Callable[[str, T], object] = lambda component, value: None,
     ) -> None:
-        plan = manifest.plan or {}
-        self._most: int | None = plan.get("peak_memory_bytes")
-        peaks: dict[str, int] = plan.get("component_peak_bytes", {})
+        self._most, peaks = _planned(manifest)
         self._bytes = peaks.__getitem__ if peaks else lambda component: component_bytes(folder, manifest, component)
         self._shut = shut
         self._open: dict[str, T] = {}
@@ -54,3 +52,12 @@ class Kept(Generic[T]):
             self._shut(oldest, self._open.pop(oldest))
         if len(self._open) < before:
             give_back_freed()
+
+
+def _planned(manifest: Manifest) -> tuple[int | None, dict[str, int]]:
+    """The limit of memory that it was planned for, and what each component takes; none where it does not say both."""
+    match manifest.plan:
+        case {"peak_memory_bytes": int(most), "component_peak_bytes": dict(peaks)}:
+            if peaks.keys() == manifest.components.keys() and all(isinstance(each, int) for each in peaks.values()):
+                return most, peaks
+    return None, {}

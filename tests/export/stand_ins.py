@@ -16,6 +16,7 @@ class OneComponent:
 
     components: Mapping[str, ComponentSpec]
     name: str = "part"
+    plan: None = None
 
 
 def put_artifact(folder: Path, text: str = "model") -> None:

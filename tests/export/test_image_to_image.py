@@ -190,7 +190,7 @@ def test_an_artifact_of_several_sizes_reads_pictures_of_each(tiny_sd: Path, tmp_
         ["batch", 3, "height", "width"],
         ["batch", 8, "latent_height", "latent_width"],
     ]
-    manifest: Any = type("M", (), {"components": {"vae_encoder": spec}, "name": "test"})
+    manifest: Any = type("M", (), {"components": {"vae_encoder": spec}, "name": "test", "plan": None})
     for height, width in ((32, 32), (16, 40)):
         sample = {"sample": np.random.default_rng(1).uniform(-1, 1, (1, 3, height, width)).astype(np.float32)}
         found = OnnxRunner(tmp_path, manifest).run("vae_encoder", sample)["latent_parameters"]

@@ -169,6 +169,15 @@ def test_a_divided_budget_keeps_to_memory_as_well() -> None:
     assert losses[0] > losses[-1]
 
 
+def test_without_a_limit_a_divided_budget_tells_memory_and_is_divided_as_before() -> None:
+    layers, memory = made([[(20, 0.0, 20, 9), (10, 1.0, 10, 5), (5, 9.0, 5, 5)]] * 4)
+    content = {each.layer: each for each in layers[:2]}
+    for share in SHARES:
+        found = split_plan(layers, content, share, 60, 0, memory=memory)
+        assert found.choices == split_plan(layers, content, share, 60, 0).choices
+        assert peak_of(found) > OWN.peak
+
+
 def test_memory_is_saved_with_the_plan(tmp_path: Path) -> None:
     layers, free = made([[(20, 0.0, 20, 9), (10, 1.0, 10, 5)]] * 2)
     found = plan(layers, 40, 0, memory=PeakMemory(free.components, 50))

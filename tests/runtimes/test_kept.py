@@ -118,6 +118,27 @@ def test_an_artifact_planned_for_so_much_memory_is_held_to_it(
     assert open_now(alive) == most
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"peak_memory_bytes": 1},
+        {"peak_memory_bytes": "1 GB", "component_peak_bytes": {}},
+        {"peak_memory_bytes": 1, "component_peak_bytes": {"unet": 1}},
+        {"peak_memory_bytes": 1, "component_peak_bytes": {"text_encoder": 1, "unet": None, "vae_decoder": []}},
+    ],
+    ids=str,
+)
+def test_of_memory_that_is_said_badly_nothing_is_made(
+    toy_artifact: Path, alive: list[weakref.ref[Any]], said: dict[str, Any]
+) -> None:
+    """A manifest comes from anywhere: its files' bytes are what counts then."""
+    manifest = load_manifest(toy_artifact)
+    runner = OnnxRunner(toy_artifact, manifest.model_copy(update={"plan": said}))
+    for component in manifest.components:
+        runner.run(component, zeros(manifest, component))
+    assert open_now(alive) == 3
+
+
 def test_showing_layers_of_a_large_component_closes_it_first(
     toy_artifact: Path, monkeypatch: pytest.MonkeyPatch, alive: list[weakref.ref[Any]]
 ) -> None:

@@ -129,7 +129,7 @@ def test_the_onnx_file_computes_what_pytorch_computes_with_the_stored_weights(
     planned = target.lowered_bytes(graph, {layer_name: Scheme(weight.format) for layer_name, weight in weights.items()})
     spec = target.lower(graph, weights, tmp_path)
     assert planned == sum(path.stat().st_size for path in (tmp_path / name).iterdir())
-    manifest: Any = type("OneComponent", (), {"components": {name: spec}})()
+    manifest: Any = type("OneComponent", (), {"components": {name: spec}, "plan": None})()
     expected = component.module(*inputs.values()).numpy()
     fed = {input_name: value.numpy() for input_name, value in inputs.items()}
     found = OnnxRunner(tmp_path, manifest).run(name, fed)[component.output_names[0]]

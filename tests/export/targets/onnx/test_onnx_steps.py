@@ -60,6 +60,7 @@ class OneComponent:
 
     components: dict[str, ComponentSpec]
     name: str = "part"
+    plan: None = None
 
 
 @dataclass(frozen=True)
