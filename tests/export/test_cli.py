@@ -284,13 +284,13 @@ def test_set_reaches_a_plan(turbopocket: Run, tiny_sdxl: Path) -> None:
 
 
 def test_a_plan_takes_the_options_of_a_build(turbopocket: Run, tiny_sdxl: Path) -> None:
-    def activations(*asked: str) -> int:
+    def running(*asked: str) -> int:
         ran = turbopocket("plan", tiny_sdxl, "--json", "--device", "android-8gb", *asked)
         assert ran.code == 0, ran.err
-        found: int = json.loads(ran.out)["devices"][0]["components"]["unet"]["activation_bytes"]
+        found: int = json.loads(ran.out)["devices"][0]["components"]["unet"]["running_bytes"]
         return found
 
-    assert activations("--size", "8x8") == activations("--set", 'image.sizes=["8x8"]') < activations()
+    assert running("--size", "8x8") == running("--set", 'image.sizes=["8x8"]') < running()
     for option, value, named in (("--fit", "best", "fit"), ("--steps", "0", "steps"), ("--guidance", "-1", "guidance")):
         assert named in one_error(turbopocket("plan", tiny_sdxl, option, value), 1)
 
