@@ -17,6 +17,7 @@ from .options import (
     DISTILL_RECIPES,
     RECIPE_HELP,
     SOURCE_HELP,
+    AcceptLimit,
     ArtifactFolder,
     ArtifactFolders,
     AsJson,
@@ -234,10 +235,7 @@ def check(
     artifact: ArtifactFolders,
     cpu: EmulatedCpus = None,
     cache: Cache = None,
-    accept_limit: Annotated[
-        bool,
-        typer.Option("--accept-limit", help="Take the limit of its recipe, even above the target's own."),
-    ] = False,
+    accept_limit: AcceptLimit = False,
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Stop after the files' hashes: all that an artifact alone can tell.")
     ] = False,

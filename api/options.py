@@ -65,6 +65,9 @@ DistillRecipeFile = Annotated[
 ]
 FIT_NAMES = "absmax, mse, gptq, vqdm, reconstruct"
 """Those of `quant.fit`, which needs PyTorch."""
+AcceptLimit = Annotated[
+    bool, typer.Option("--accept-limit", help="Take the limit of its recipe, even above the target's own.")
+]
 CPU_HELP = f"Also on an emulated CPU: {', '.join(PREFIX + cpu.name for cpu in CPUS)}. May be repeated."
 EmulatedCpus = Annotated[list[str] | None, typer.Option("--cpu", help=CPU_HELP)]
 PictureFile = Annotated[Path, typer.Option("--out", "-o", help="The picture to write: .png, .jpg or .webp.")]
