@@ -76,7 +76,7 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/unet.py
 
-# What artifacts were predicted to take of memory beside what they take here; those that are there, of first table of README.md.
+# What artifacts were predicted to take of memory beside what they take here; those of README's first table that are there.
 bench-memory: setup
 	$(BIN)/python benchmarks/memory.py --terms
 	$(BIN)/python benchmarks/memory.py $(wildcard build/int8 build/demo build/codebooks build/executorch)
