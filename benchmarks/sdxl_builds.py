@@ -2,7 +2,7 @@
 """Builds of SDXL-Turbo's size and topology on this machine: seconds of each stage, peak memory, bytes, parity.
 
     python benchmarks/sdxl_builds.py FOLDER [--fit mse] [--formats int4-row,int8-row] [--budget 2.2GB] [--target onnx]
-        [--most-memory 5GB] [--most-minutes 45]
+        [--pin 'unet.*=avq2x8-d8'] [--most-memory 5GB] [--most-minutes 45]
 
 `benchmarks/synthetic_sdxl.py` writes such folders. A build is a process of its own, and what it and all that it starts
 hold of anonymous memory, native libraries included, is read twice a second. Its journal lies beside the output: a
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--formats", default="int4-row,int8-row")
     parser.add_argument("--budget", default="2.2GB")
     parser.add_argument("--target", default="onnx")
+    parser.add_argument("--pin", action="append", default=[], help="GLOB=FORMAT; several times")
     parser.add_argument("--pictures", type=int, default=16, help="drawn while calibrating")
     parser.add_argument("--size", default="512x512")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -66,6 +67,7 @@ def _built(args: argparse.Namespace) -> dict[str, Any]:
     options = [
         *("--out", str(args.out), "--target", args.target, "--fit", args.fit, "--formats", args.formats),
         *("--budget", args.budget, "--size", args.size, "--keep", "--overwrite"),
+        *(part for pin in args.pin for part in ("--pin", pin)),
         *(part for key, value in asked.items() for part in ("--set", f"{key}={value}")),
     ]
     start, log = time.time(), args.out.parent / f"{args.out.name}.log"
@@ -88,12 +90,14 @@ def _built(args: argparse.Namespace) -> dict[str, Any]:
         "target": args.target,
         "fit": args.fit,
         "formats": args.formats,
+        "pins": args.pin,
         "size": args.size,
         "pictures": args.pictures,
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "seconds": round(time.time() - start),
         "cpu_seconds": round(used.ru_utime + used.ru_stime),
         "stage_seconds": {name: round(seconds, 1) for name, seconds in measured["stage_seconds"].items()},
+        "foreseen": _foreseen(log.read_text(encoding="utf-8")),
         "peak_anonymous_bytes": max(peaks.values()),
         "stage_peak_bytes": {
             name: peaks[index] for index, name in enumerate([*_finished(log), "report"]) if index in peaks
@@ -109,6 +113,15 @@ def _built(args: argparse.Namespace) -> dict[str, Any]:
 def _finished(log: Path) -> list[str]:
     """The stages that have ended, as the build tells."""
     return re.findall(r"^(\S.*?) +[\d.]+ s$", log.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def _foreseen(log: str) -> dict[str, dict[str, int]]:
+    """What the build said before it started, by stage and as `build` of the whole."""
+    rows = re.findall(r"^(\S.*?) +([\d.]+ [kMG]?B) memory .* (\d+):(\d+):(\d+)$", log, flags=re.MULTILINE)
+    return {
+        name: {"bytes": parse_bytes(memory), "seconds": 3600 * int(hours) + 60 * int(minutes) + int(seconds)}
+        for name, memory, hours, minutes, seconds in rows
+    }
 
 
 def _worst(parity: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ from itertools import islice
 
 from ...ground.errors import TurbopocketError
 from ...quant.layer_rounding import activations_name
-from ...quant.plan import Candidate, LayerChoices, Plan, plan, smallest_total_bytes, tradeoff
+from ...quant.plan import Candidate, LayerChoices, Plan, plan, smallest_total_bytes, stands_for, tradeoff
 from ...quant.ranges import Ranges
 from ...quant.scheme import Scheme, parse_scheme
 from ..targets.base import NO_RANGES, Target
@@ -23,21 +23,24 @@ PLAIN = ("fp16", "fp32")
 def candidate_schemes(
     target: Target, shapes: Mapping[str, tuple[int, ...]], schemes: Sequence[str], pins: Mapping[str, str]
 ) -> dict[str, list[Scheme]]:
-    """Returns, for each layer, the scheme it is pinned to and the wanted ones, as far as the target can store them.
+    """Returns, for each layer, the wanted schemes as far as the target can store them.
 
-    They are as they were asked for: `resolved` says what becomes of a weight format that says nothing of activations.
+    Of a pinned layer, its pin, and where that is a weight format the wanted schemes of that: others would be fitted and
+    measured for nothing. They are as they were asked for: `resolved` says what becomes of a weight format that says
+    nothing of activations.
     Raises TurbopocketError with every reason when a layer is left without any.
     """
     kept: dict[str, list[Scheme]] = {}
     for name, shape in shapes.items():
-        pinned = [text for glob, text in pins.items() if fnmatchcase(name, glob)]
-        wanted = [parse_scheme(text) for text in dict.fromkeys([*pinned[-1:], *schemes])]
+        pinned = [text for glob, text in pins.items() if fnmatchcase(name, glob)][-1:]
+        allowed = [text for text in schemes if all(stands_for(pin, text) for pin in pinned)]
+        wanted = [parse_scheme(text) for text in dict.fromkeys([*pinned, *allowed])]
         reasons = {each: target.storable(each, kind_of(shape), shape) for each in wanted}
         kept[name] = [each for each, reason in reasons.items() if reason is None]
         if not kept[name]:
             why = "; ".join(str(reason) for reason in reasons.values())
             fitting = (each for each in PLAIN if target.storable(parse_scheme(each), kind_of(shape), shape) is None)
-            hint = "".join(f"allow {each} as well" for each in islice(fitting, 1))
+            hint = "".join(f"pin it to {each}" if pinned else f"allow {each} as well" for each in islice(fitting, 1))
             raise TurbopocketError(f"{name}: no format left for shape {list(shape)}: {why}", hint=hint or None)
     return kept
 

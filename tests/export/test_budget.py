@@ -24,6 +24,7 @@ from turbopocket.export.targets.registry import open_target
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.plan import plan as least_loss
 from turbopocket.quant.ranges import Ranges
+from turbopocket.quant.scheme import parse_scheme
 from turbopocket.quant.sensitivity import estimate_from_shapes
 
 from .published_sdxl import FILES, write_configs
@@ -32,24 +33,32 @@ CONFIG_NAMES = ("model_index.json", "config.json")
 SHAPES = {"unet.conv_in": (64, 4, 3, 3), "unet.mid.to_q": (64, 64), "unet.mid.to_k": (64, 96)}
 
 
-def test_pin_widens_only_the_layers_it_matches() -> None:
-    found = candidate_schemes(Onnx(), SHAPES, ["int8-g32"], {"unet.conv_*": "fp16"})
+def test_a_pinned_layer_is_tried_as_its_pin_alone() -> None:
+    pins = {"unet.mid.*": "int4-g32", "unet.conv_*": "fp16", "unet.mid.to_k": "int8-row"}
+    found = candidate_schemes(Onnx(), SHAPES, ["int8-g32", "int8-row+a8-static", "fp16"], pins)
     assert {name: [str(each) for each in formats] for name, formats in found.items()} == {
         "unet.conv_in": ["fp16"],
-        "unet.mid.to_q": ["int8-g32"],
-        "unet.mid.to_k": ["int8-g32"],
+        "unet.mid.to_q": ["int4-g32"],
+        "unet.mid.to_k": ["int8-row", "int8-row+a8-static"],  # the weight alone is pinned
     }
+
+
+def test_a_pin_that_a_layer_can_not_have_is_named_with_its_reason() -> None:
+    with pytest.raises(TurbopocketError, match=r"unet.conv_in: no format left .* vector length 8 in avq2") as refused:
+        candidate_schemes(Onnx(), SHAPES, ["int8-row"], {"unet.*": "avq2x8-d8"})
+    assert refused.value.hint == "pin it to fp16"
 
 
 def test_candidates_are_resolved_for_what_each_layer_saw() -> None:
     target, narrow, wide = ExecuTorch(ExecuTorchOptions(activations="static")), (-4.0, 4.0), (-400.0, 4.0)
-    asked = candidate_schemes(target, SHAPES, ["int8-row", "fp32"], {"unet.mid.to_k": "int8-row+a8-static"})
+    asked = candidate_schemes(target, SHAPES, ["int8-row", "fp32"], {})
+    asked["unet.mid.to_k"].insert(0, parse_scheme("int8-row+a8-static"))
     seen = {name: Ranges(wide if "mid" in name else narrow, narrow, 1.0, 1.0) for name in SHAPES}
     found = resolved(target, SHAPES, asked, seen)
     assert {name: [str(each) for each in schemes] for name, schemes in found.items()} == {
         "unet.conv_in": ["int8-row+a8-static", "fp32"],
         "unet.mid.to_q": ["int8-row+a8-dynamic", "fp32"],
-        "unet.mid.to_k": ["int8-row+a8-static", "int8-row+a8-dynamic", "fp32"],  # pinned, whatever it saw
+        "unet.mid.to_k": ["int8-row+a8-static", "int8-row+a8-dynamic", "fp32"],  # asked for, whatever it saw
     }
     assert resolved(target, SHAPES, found) == found
     shapes = {name: list(dict.fromkeys(each.weight for each in schemes)) for name, schemes in found.items()}
