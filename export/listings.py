@@ -105,9 +105,17 @@ def _reason(row: Mapping[str, Any]) -> str:
 
 
 def model_rows() -> dict[str, list[dict[str, Any]]]:
-    """Returns the bundled models, with what they weigh in fp16, and the pipeline classes that load."""
+    """Returns the bundled models, with what they weigh in fp16, and the pipeline classes that load.
+
+    `only_planned` says what a build lacks of those that `plan` alone takes.
+    """
     pipelines = [
-        {"pipeline_class": name, "family": family.name, "modules": list(family.modules)}
+        {
+            "pipeline_class": name,
+            "family": family.name,
+            "modules": list(family.modules),
+            "only_planned": family.only_planned,
+        }
         for family in FAMILIES.values()
         for name in family.pipeline_classes
     ]
@@ -138,6 +146,7 @@ def show_models(rows: Mapping[str, Sequence[Mapping[str, Any]]], console: Consol
             bundled.add_row(row["name"], "", "", "its weights are not in this installation")
     pipelines = Table("pipeline class that loads", "family", "modules", header_style="bold")
     for row in rows["pipelines"]:
-        pipelines.add_row(row["pipeline_class"], row["family"], ", ".join(row["modules"]))
+        verbs = " (plan only)" if row["only_planned"] else ""
+        pipelines.add_row(row["pipeline_class"] + verbs, row["family"], ", ".join(row["modules"]))
     console.print(bundled)
     console.print(pipelines)

@@ -225,6 +225,8 @@ def _forecast(
 
 def _with_sampling(recipe: Recipe, model: LoadedModel) -> tuple[Recipe | None, tuple[str, ...]]:
     """What a build would assume, or ask for: then there is no recipe. Bytes do not depend on it."""
+    if model.family.only_planned is not None:
+        return None, (f"nothing but this plan is made of such a folder yet: {model.family.only_planned}",)
     try:
         return with_sampling(recipe, model)
     except SamplingUnknown as error:

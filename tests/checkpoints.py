@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .conftest import CONTEXT_TOKENS, END, VOCAB_SIZE, _write_tokenizer
+from .flux2_checkpoints import PLANNED
 
 NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -366,7 +367,7 @@ REFUSED = (
         "pipeline class 'StableDiffusionXLImg2ImgPipeline' is not supported",
     ),
     Refused(
-        "other diffusion transformers (FLUX, SD 3)",
+        "other diffusion transformers (FLUX.1, FLUX.2-dev, SD 3)",
         "sdxl",
         _edited("model_index.json", _class_name="FluxPipeline"),
         "pipeline class 'FluxPipeline' is not supported",
@@ -376,11 +377,13 @@ REFUSED = (
 
 
 def models_page() -> str:
-    """Returns the tables of docs/models.md: every row of the matrix, and every refusal."""
+    """Returns the tables of docs/models.md: every row of the matrix, what is planned alone, and every refusal."""
     lines = ["| kind of checkpoint | family | scheduler | built, checked and drawn |", "| --- | --- | --- | --- |"]
     lines += [
         f"| {each.what} | `{each.family}` | {each.scheduler} | {', '.join(each.targets)} |" for each in CHECKPOINTS
     ]
+    lines += ["", "| planned, not built | family | scheduler | why |", "| --- | --- | --- | --- |"]
+    lines += [f"| {each.what} | `{each.family}` | {each.scheduler} | … {each.lacks} … |" for each in PLANNED]
     lines += ["", "| not supported | what is said |", "| --- | --- |"]
     lines += [f"| {each.name} | … {each.says} … |" for each in REFUSED]
     return "\n".join(lines)

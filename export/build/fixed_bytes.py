@@ -23,9 +23,8 @@ from ..units import format_bytes
 MANIFEST_BYTES = 6_000
 MANIFEST_BYTES_PER_LAYER = 80
 """From built artifacts; a build counts the real bytes."""
-TOKENIZER_BYTES_PER_ID = {"tokenizer.json": 34.1, "vocab.json": 21.5, "merges.txt": 10.7}
 TOKENIZER_CONFIG_BYTES = 800
-"""CLIP's own files have 1,681,792, 1,059,962 and 524,619 bytes for 49,408 ids, each other file of a tokenizer 855."""
+"""Of CLIP's own tokenizer each file but the vocabulary has 855."""
 SCHEDULER_BYTES = 500
 
 
@@ -111,18 +110,18 @@ def _side_files(target: Target, model: LoadedModel, components: Sequence[Compone
 
 
 def _absent(target: Target, model: LoadedModel) -> list[Estimate]:
-    """What the model's folder lacks, as CLIP's tokenizers and a scheduler's config commonly are."""
-    found = []
+    """What the model's folder lacks, as published tokenizers and a scheduler's config commonly are."""
+    found, lengths = [], model.family.tokenizer.lengths
     for index, (encoder, folder) in enumerate(model.tokenizers.items()):
         if has_vocabulary(folder, model.family.tokenizer):
             continue
         config: Any = model.modules[encoder].config
         names = [*target.tokenizer_files, *(target.first_tokenizer_files if index == 0 else ())]
-        per_id = sum(TOKENIZER_BYTES_PER_ID.get(name, 0) for name in names)
-        flat = TOKENIZER_CONFIG_BYTES * sum(name not in TOKENIZER_BYTES_PER_ID for name in names)
+        per_id = sum(lengths.per_id.get(name, 0) for name in names)
+        flat = TOKENIZER_CONFIG_BYTES * sum(name not in lengths.per_id for name in names)
         why = (
             f"no vocabulary here: {per_id:.1f} bytes for each of {config.vocab_size:,} ids in "
-            f"{', '.join(name for name in names if name in TOKENIZER_BYTES_PER_ID)}, as in CLIP's own"
+            f"{', '.join(name for name in names if name in lengths.per_id)}, as in {lengths.of}"
         )
         found.append(Estimate(folder.name, math.ceil(per_id * config.vocab_size) + flat, why))
     if set(model.scheduler_config) <= {"_class_name"}:

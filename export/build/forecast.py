@@ -16,7 +16,7 @@ from ...quant.formats import LayerFormat
 from ...quant.layers import KEPT_BYTES
 from ...quant.workers import Workers
 from ...runtimes.image_size import ImageSize
-from ..checkpoint.load import load_shapes
+from ..checkpoint.load import load_shapes, require_built
 from ..families.base import LoadedModel
 from ..families.graphs import Component
 from ..families.sizes import drawn_sizes, latent_size
@@ -314,6 +314,7 @@ def foreseen(
     """
     with progress.stage("forecast"):
         shapes = load_shapes(recipe.model.source, recipe.model.config)
+        require_built(shapes)
         recipe, assumed = with_sampling(recipe, shapes)
         works = drawing_works(recipe, shapes, open_target(recipe.target))
         found = foresee(recipe, shapes, works, workers.count, folder)

@@ -50,7 +50,8 @@ def _shapes(component: Component) -> dict[str, tuple[int, ...]]:
 def _wanted(model: LoadedModel, component: Component) -> dict[str, tuple[int, ...]]:
     """Shapes that the loop relies on."""
     latents, *_ = component.example_inputs.values()
-    predicted = (len(latents), model.denoiser.config.out_channels, *latents.shape[2:])
+    config = model.denoiser.config
+    predicted = (len(latents), config.out_channels or config.in_channels, *latents.shape[2:])
     picture = (len(latents), 3, *model.image_size)
     wanted = {"denoiser": predicted, "decoder": picture}.get(component.role)
     return {} if wanted is None else dict.fromkeys(component.output_names, wanted)

@@ -2,7 +2,8 @@
 """Which files of a component folder hold its weights: whole, sharded, or of a variant such as fp16."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...ground.errors import TurbopocketError
@@ -42,6 +43,27 @@ def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
     return read_header(folder / chosen) if chosen.endswith(".safetensors") else _sharded(folder / chosen)
 
 
+@dataclass(frozen=True)
+class KnownTensors:
+    """Stored tensors by name, as the file `where` says; None where no more than a name is there."""
+
+    where: Path
+    tensors: Mapping[str, StoredTensor | None]
+
+
+def known_tensors(folder: Path, stem: str) -> KnownTensors | None:
+    """Returns what a component folder says of its tensors, be it an index whose shards lie elsewhere; None for nothing.
+
+    Raises TurbopocketError for an index or a header that is none.
+    """
+    chosen = choose_weight_file({path.name for path in folder.iterdir()}, stem)
+    if chosen is None:
+        return None
+    where = folder / chosen
+    is_index = chosen.endswith(".json")
+    return KnownTensors(where, dict.fromkeys(_weight_map(where)) if is_index else read_header(where))
+
+
 def _no_weights(folder: Path, stem: str) -> TurbopocketError:
     names = sorted(path.name for path in folder.iterdir())
     named_otherwise = [name for name in names if name.endswith(".safetensors")]
@@ -73,10 +95,15 @@ def _conversion_command(folder: Path) -> str:
     )
 
 
-def _sharded(index: Path) -> dict[str, StoredTensor]:
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise TurbopocketError(f"{index} has no weight_map from tensor names to file names")
+    return weight_map
+
+
+def _sharded(index: Path) -> dict[str, StoredTensor]:
+    weight_map = _weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (index.parent / shard).is_file():

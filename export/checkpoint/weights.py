@@ -20,6 +20,7 @@ from ..families.base import ModuleSpec
 from ..families.keys import check_config, constructor_defaults, given_to_class, shown
 from .header import StoredTensor
 from .json_object import read_json_object
+from .weight_files import known_tensors
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAPPED_DTYPES = ("F32", "F16", "BF16")
@@ -80,6 +81,18 @@ def checked_tensors(
     return stored
 
 
+def check_known_tensors(module: nn.Module, folder: Path, spec: ModuleSpec) -> None:
+    """Returns when what a component's folder says of its tensors, if anything, is true of the module's.
+
+    Raises TurbopocketError when one is missing, unexpected or of another shape.
+    """
+    if (known := known_tensors(folder, spec.weights_stem)) is None:
+        return
+    twice = {alias for alias, owner in spec.tied.items() if owner in known.tensors and alias not in known.tensors}
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name not in twice}
+    _check_names_and_shapes(expected, known.tensors, known.where, None)
+
+
 def fill_weights(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
     """Afterwards the module's parameters are the stored ones in fp32; raises as `read_tensors` does.
 
@@ -138,7 +151,7 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _check_names_and_shapes(
-    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], where: Path, hint: str | None
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor | None], where: Path, hint: str | None
 ) -> None:
     if missing := expected.keys() - stored.keys():
         raise TurbopocketError(f"{where}: {len(missing)} tensors are missing: {_shown(missing)}", hint)
@@ -147,7 +160,7 @@ def _check_names_and_shapes(
             f"{where}: {len(unexpected)} tensors are not in the model of config.json: {_shown(unexpected)}", hint
         )
     for name, tensor in stored.items():
-        if tensor.shape != expected[name]:
+        if tensor is not None and tensor.shape != expected[name]:
             raise TurbopocketError(
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, "
                 f"config.json asks for {list(expected[name])}",

@@ -84,7 +84,12 @@ class ModelFamily:
     `guidance` the pipeline's own where a call says nothing. `scheduler_settings` are what the pipeline takes whatever
     the scheduler's config says. `check` raises TurbopocketError for modules that do not fit each other.
     `tokenizer` is the kind of all tokenizers, `prompt_tokens` how many ids a prompt has where the pipeline says it.
-    `old_least_sample_size` is what a smaller `sample_size` means in a file by diffusers before 0.9.0.
+    `old_least_sample_size` is what a smaller `sample_size` means in a file by diffusers before 0.9.0, and
+    `sample_size` is the pipeline's own where the denoiser's config has none. `schedulers` are the only classes
+    of a scheduler that go with such a model, where samplers here do not decide it.
+
+    `only_planned` says what a build of such a model lacks, where nothing but a plan is made of its folder yet, and
+    `notes` what a plan counts of it.
 
     diffusers' pipeline is made with the further arguments `diffusers_parts` (None and
     False switch off what judges or marks pictures), and called with `diffusers_call`.
@@ -107,6 +112,10 @@ class ModelFamily:
     diffusers_call: Mapping[str, Any] = field(default_factory=dict)
     other_pipeline_classes: tuple[str, ...] = ()
     pipeline_defaults: Mapping[str, Any] = field(default_factory=dict)
+    sample_size: int | None = None
+    schedulers: tuple[str, ...] = ()
+    only_planned: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def pipeline_classes(self) -> tuple[str, ...]:

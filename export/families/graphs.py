@@ -33,7 +33,7 @@ Role = Literal["text encoder", "denoiser", "decoder", "encoder"]
 
 
 _BLOCK = re.compile(
-    r"(.+?\.(?:transformer_blocks|resnets|layers)\.\d+"  # of UNets and transformers, CLIP and TAESD
+    r"(.+?\.(?:(?:single_)?transformer_blocks|resnets|layers)\.\d+"  # of UNets and transformers, CLIP and TAESD
     r"|.+?\.block\.\d+\.layer\.0"  # of T5 the attention, as its graph calls no more than that as one module
     r"|.+?\.attentions\.\d+(?=\.(?:group_norm|to_[qkv]|to_out)\b))\."  # of a VAE; a UNet's hold transformer blocks
 )

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ...ground.errors import TurbopocketError
 from ...runtimes.image_size import ImageSize
@@ -34,6 +35,21 @@ def require_even_levels(model: LoadedModel, sizes: Sequence[ImageSize], what: st
         _require_multiple(size, model.vae_scale_factor * 2**model.denoiser.num_upsamplers, f"{what} of {model.name}")
 
 
+def pixels_aside(vae: Any) -> int:
+    """Returns how many pixels a side of one latent stands for, by a VAE's config."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1)) * _patch(vae)
+
+
+def latent_channels(vae: Any) -> int:
+    """Returns how many numbers a latent has, by a VAE's config."""
+    return int(vae["latent_channels"]) * _patch(vae) ** 2
+
+
+def _patch(vae: Any) -> int:
+    """Latents of the VAE along a side of one that is drawn: more than one where these are patches of it."""
+    return int((vae.get("patch_size") or (1,))[0])
+
+
 def latent_size(model: LoadedModel, size: ImageSize) -> ImageSize:
     """Returns the latents' size of a picture of that size."""
     return ImageSize(size.height // model.vae_scale_factor, size.width // model.vae_scale_factor)
@@ -54,10 +70,11 @@ def _require_drawable(size: ImageSize, model: LoadedModel) -> None:
     patch = model.denoiser.config.get("patch_size") or 1
     _require_multiple(size, math.lcm(PIPELINE_MULTIPLE, model.vae_scale_factor * patch), model.name)
     height, width = latent_size(model, size)
-    if height * width > MAX_LATENT_POSITIONS:
+    positions = height * width * _patch(model.modules["vae"].config) ** 2
+    if positions > MAX_LATENT_POSITIONS:
         raise TurbopocketError(
-            f"size {size} has {height * width:,} latent positions, and attention over them "
-            f"{4 * (height * width) ** 2 / 2**30:,.1f} GiB of scores; at most {MAX_LATENT_POSITIONS:,} are taken, "
+            f"size {size} has {positions:,} latent positions, and attention over them "
+            f"{4 * positions**2 / 2**30:,.1f} GiB of scores; at most {MAX_LATENT_POSITIONS:,} are taken, "
             f"{4 * MAX_LATENT_POSITIONS**2 / 2**30:,.1f} GiB"
         )
 

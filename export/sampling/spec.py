@@ -8,7 +8,7 @@ from ...runtimes.manifest import ImageSpec
 from ...runtimes.schedule import SamplerSpec
 from ...runtimes.scheduler_classes import config_for
 from ..families.base import LoadedModel
-from ..families.sizes import latent_size
+from ..families.sizes import latent_channels, latent_size
 from ..recipe import MODEL_SAMPLER, Recipe, SamplerSection
 from .defaults import sampling_of
 
@@ -52,10 +52,10 @@ def image_spec(model: LoadedModel, size: ImageSize) -> ImageSpec:
     return ImageSpec(
         height=size.height,
         width=size.width,
-        latent_channels=config.latent_channels,
+        latent_channels=latent_channels(config),
         latent_height=latents.height,
         latent_width=latents.width,
-        vae_scaling_factor=config.scaling_factor,
+        vae_scaling_factor=config.get("scaling_factor", 1.0),
         latents_mean=mean if std is not None else None,
         latents_std=std if mean is not None else None,
     )

@@ -116,7 +116,12 @@ def test_models_list_the_pipeline_classes_that_load() -> None:
         "LatentConsistencyModelPipeline",
         "PixArtAlphaPipeline",
         "PixArtSigmaPipeline",
+        "Flux2KleinPipeline",
     ]
+    assert [row["pipeline_class"] for row in rows["pipelines"] if row["only_planned"]] == ["Flux2KleinPipeline"]
+    shown = _shown(listings.show_models, rows, 200)
+    assert [line for line in shown.splitlines() if "(plan only)" in line and "Flux2KleinPipeline" in line]
+    assert shown.count("(plan only)") == 1
     assert json.loads(json.dumps(rows)) == rows
 
 

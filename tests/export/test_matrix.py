@@ -37,6 +37,7 @@ from turbopocket.runtimes.manifest import Manifest, load_manifest
 from turbopocket.runtimes.open import open_runner
 
 from ..checkpoints import CHECKPOINTS, REFUSED, Checkpoint, Refused, models_page
+from ..flux2_checkpoints import PLANNED, Planned
 
 ROOT = Path(__file__).parents[2]
 PROMPT, SEED = "a red circle on the white square", 3
@@ -74,7 +75,9 @@ def _params() -> list[Any]:
 
 
 def test_every_family_target_and_runtime_is_in_the_matrix() -> None:
-    assert {checkpoint.family for checkpoint in CHECKPOINTS} == set(FAMILIES)
+    only_planned = {name for name, family in FAMILIES.items() if family.only_planned is not None}
+    assert {checkpoint.family for checkpoint in CHECKPOINTS} == set(FAMILIES) - only_planned
+    assert {row.family for row in PLANNED} == only_planned
     assert set(FORMATS) == set(NAMES)
 
 
@@ -129,6 +132,18 @@ def test_what_is_not_supported_is_refused_in_its_sentence_by_plan_and_build(
     assert row.says in planned.err
     assert planned.err.splitlines()[-1] == built.err.splitlines()[-1]
     assert not (tmp_path / "art").exists()
+
+
+@pytest.mark.parametrize("row", PLANNED, ids=lambda row: row.family)
+def test_what_is_planned_alone_is_planned_and_says_what_a_build_lacks(
+    row: Planned, tmp_path: Path, turbopocket: Callable[..., Any]
+) -> None:
+    row.make(tmp_path / "model")
+    planned = turbopocket("plan", tmp_path / "model", "--formats", "int8-row,fp16")
+    built = turbopocket("build", tmp_path / "model", "--out", tmp_path / "art")
+    assert (planned.code, built.code) == (0, 1)
+    assert row.lacks in planned.out
+    assert row.lacks in built.err
 
 
 def test_the_page_on_models_shows_this_matrix() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from turbopocket.export.checkpoint.load import load, load_shapes
+from turbopocket.export.families import flux2_keys as flux2
 from turbopocket.export.families import key_tables as tables
 from turbopocket.export.families import pixart_keys as pixart
 from turbopocket.export.families.keys import KeyTable, LeftOut, check_config, constructor_defaults
@@ -30,6 +31,11 @@ TABLES: dict[tuple[str, str], list[KeyTable]] = {
     ("diffusers", "PixArtSigmaPipeline"): [pixart.PIPELINE],
     ("transformers", "T5Config"): [pixart.T5_ENCODER],
     ("transformers", "T5Tokenizer"): [pixart.T5_TOKENIZER],
+    ("diffusers", "Flux2Transformer2DModel"): [flux2.TRANSFORMER],
+    ("diffusers", "AutoencoderKLFlux2"): [flux2.VAE],
+    ("diffusers", "Flux2KleinPipeline"): [flux2.PIPELINE],
+    ("transformers", "Qwen3Config"): [flux2.QWEN3],
+    ("transformers", "Qwen2Tokenizer"): [flux2.QWEN_TOKENIZER],
 }
 PARTS = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler"}
 
