@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real build, recorded: the disk before each operation that changes names or opens a file to write.
 
-argv is a recipe as JSON, a folder, the number of workers, 1 or 0 for whether it replaces an older build, and how many
-of the states are built on. Each state is what SIGKILL leaves at that moment; each is looked at as the next command
-finds it. Prints how many there were, and in how many of them the output was the older one, the new one and absent.
-Without what follows the folder, that is an output to build. Only the first build of a component traces it.
+argv is a recipe as JSON, a folder and the number of workers. An output is built there, then another in its place. Each
+state is what SIGKILL leaves at that moment; each is looked at as the next command finds it, and one of the second build
+is built on. At the same moments another build of the output begins beside the one that lives. Prints of both builds how
+many states there were, in how many of them the output was the older one, the new one and absent, and how often the
+build beside was told that another is at work, or that there is an output, and how often it might have gone on.
+Without workers, the folder is an output to build. Traces are kept beside the folder, for other cases too.
 """
 
 import json
@@ -12,9 +14,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,19 @@ import torch
 
 from turbopocket.export.build.build import build
 from turbopocket.export.build.targets import build_targets
+from turbopocket.export.output.owned import refuse_build
 from turbopocket.export.output.replacing import JOURNAL
-from turbopocket.export.output.staging import artifacts_in, claimed, report_folder, settle_output
+from turbopocket.export.output.staging import (
+    Busy,
+    artifacts_in,
+    claimed,
+    report_folder,
+    run_folder,
+    settle_output,
+)
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
+from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.workers import Workers
 from turbopocket.runtimes.manifest import load_manifest, verify
 
@@ -38,60 +50,102 @@ NEIGHBOURS = (".art.backup/gold", "art.txt", ".art.turbopocket.old/x")
 HIDDEN = ".art.turbopocket"
 NOWHERE = Path("/nowhere/at/all")
 TRACES = "traces"
+TOLD_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a change of a file or folder changes."""
+
+    is_folder: bool
+    inode: int
+    size: int
+    time: int
+
+
+State = dict[str, Entry]
+
+
+def entries(folder: Path) -> State:
+    """All that is in a folder, by its path there."""
+    found, left = {}, [""]
+    while left:
+        within = left.pop()
+        with os.scandir(folder / within) as listed:
+            for each in listed:
+                told, name, is_folder = (
+                    each.stat(follow_symlinks=False),
+                    f"{within}{each.name}",
+                    each.is_dir(follow_symlinks=False),
+                )
+                found[name] = Entry(is_folder, told.st_ino, told.st_size, told.st_mtime_ns)
+                left += [f"{name}/"] * is_folder
+    return found
 
 
 class Recording:
-    """Copies of a folder, made before each operation in it, and the inodes that its folders had."""
+    """What a folder held before each operation in it, with a copy of each file of any of these states.
 
-    def __init__(self, folder: Path, states: Path) -> None:
-        self.folder, self.states, self.on = folder, states, False
-        self.inodes: list[dict[int, str]] = []
-        self._seen: object = None
-        (states / "files").mkdir(parents=True)
+    `meanwhile` is done after each, as if by another process, and told before which operation.
+    """
+
+    def __init__(self, folder: Path, copies: Path, meanwhile: Callable[[str], None]) -> None:
+        self.folder, self.copies, self.meanwhile, self.on = folder, copies, meanwhile, False
+        self.states: list[State] = []
+        copies.mkdir(exist_ok=True)
         sys.addaudithook(self._heard)
 
     def _heard(self, event: str, args: tuple[Any, ...]) -> None:
         if self.on and changes_something(self.folder, NOWHERE, event, args):
             self.on = False
             try:
-                self.take()
+                self.take(f"{event} {args[0]}")
             finally:
                 self.on = True
 
-    def take(self) -> None:
-        """The folder as it is, unless it is as it was."""
-        found = {path.relative_to(self.folder).as_posix(): path.lstat() for path in sorted(self.folder.rglob("*"))}
-        told = [(name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in found.items()]
-        if told == self._seen:
+    def take(self, operation: str) -> None:
+        """The folder as it is before an operation, unless it is as it was."""
+        state = entries(self.folder)
+        if self.states and state == self.states[-1]:
             return
-        self._seen = told
-        state = self.states / str(len(self.inodes))
-        state.mkdir()
-        self.inodes.append({})
-        for name, each in found.items():
-            if (self.folder / name).is_dir():
-                (state / name).mkdir()
-                self.inodes[-1][each.st_ino] = name
-                continue
-            kept = self.states / "files" / f"{each.st_ino}-{each.st_size}-{each.st_mtime_ns}"
-            if not kept.exists():
-                shutil.copyfile(self.folder / name, kept)
-            os.link(kept, state / name)
+        for name, entry in state.items():
+            if not entry.is_folder and not self._copy(entry).exists():
+                shutil.copyfile(self.folder / name, self._copy(entry))
+        self.states.append(state)
+        tell("recorded", len(self.states))
+        self.meanwhile(operation)
 
     def put(self, number: int, to_work_in: bool = False) -> None:
         """Makes the folder what it was, its files copied only where they may be written to.
 
         A journal, which names folders by inode, then names those that are there now.
         """
-        shutil.rmtree(self.folder)
-        way = shutil.copy2 if to_work_in else os.link
-        shutil.copytree(self.states / str(number), self.folder, copy_function=way)
+        state = self.states[number]
+        there = entries(self.folder)
+        for name in sorted(there, reverse=True):  # what is in a folder comes before it
+            if not to_work_in and name in state and self._is(there[name], state[name]):
+                continue
+            (self.folder / name).rmdir() if there[name].is_folder else (self.folder / name).unlink()
+            del there[name]
+        for name in sorted(state.keys() - there.keys()):
+            if state[name].is_folder:
+                (self.folder / name).mkdir()
+            else:
+                (shutil.copyfile if to_work_in else os.link)(self._copy(state[name]), self.folder / name)
         journal = self.folder / HIDDEN / JOURNAL
         if journal.exists():
-            named = {name: self.inodes[number][inode] for name, inode in json.loads(journal.read_text()).items()}
-            now = {name: (self.folder / where).stat().st_ino for name, where in named.items()}
+            folders = {entry.inode: self.folder / name for name, entry in state.items() if entry.is_folder}
+            now = {name: folders[inode].stat().st_ino for name, inode in json.loads(journal.read_text()).items()}
             journal.unlink()
             journal.write_text(json.dumps(now))
+
+    def _copy(self, entry: Entry) -> Path:
+        return self.copies / f"{entry.inode}-{entry.size}-{entry.time}"
+
+    def _is(self, found: Entry, wanted: Entry) -> bool:
+        if found.is_folder or wanted.is_folder:
+            return found.is_folder and wanted.is_folder
+        return found.inode == self._copy(wanted).stat().st_ino
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -137,54 +191,98 @@ def make_apart(values: dict[str, Any], out: Path) -> None:
     subprocess.run([sys.executable, __file__, json.dumps(values), str(out)], check=True)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    values, base = json.loads(sys.argv[1]), Path(sys.argv[2])
-    if not sys.argv[3:]:
-        remember_traces(make_recipe(values, "test"), base.parents[1] / TRACES)
-        make(values, base, 1)
-        return
-    remember_traces(make_recipe(values, "test"), base / TRACES)
-    workers = int(sys.argv[3])
-    overwrite, built_on = sys.argv[4] == "1", int(sys.argv[5])
-    folder = base / "w"
-    out = folder / "art"
-    for name in NEIGHBOURS:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("mine")
-    known = {}
-    if overwrite:
-        make({**values, "seed": 1}, out, 1)
-        known["old"] = whole(out)
-    recording = Recording(folder, base / "states")
-    recording.on = True
-    make(values, out, workers)
-    recording.on = False
-    recording.take()
-    known["new"] = whole(out)
-    artifact = contents(out)
-    assert artifact
+def tell(what: str, states: int) -> None:
+    if states % TOLD_EVERY == 0:
+        print(f"{what} {states} states", file=sys.stderr, flush=True)
+
+
+def build_beside(recording: Recording, out: Path, overwrite: bool) -> str:
+    """What another command is told while a build lives; when that is at work, nothing of it is touched."""
+    before = entries(recording.folder)
+    settle_output(out)
+    try:
+        with claimed(out, lambda: refuse_build(out, run_folder(out), overwrite)):
+            return "free"
+    except Busy:
+        assert entries(recording.folder) == before, "a second build changed what the first is working on"
+        return "busy"
+    except TurbopocketError as error:
+        if overwrite or "is not empty" not in str(error):
+            raise
+        return "occupied"
+
+
+def look(recording: Recording, out: Path, known: Mapping[str, dict[str, str]]) -> Counter[str]:
+    """Holds each state against the outputs that are allowed, before and after the next build, which fails."""
     ends: Counter[str] = Counter()
-    last = len(recording.inodes) - 1
+    last, replaces = len(recording.states) - 1, "old" in known
     for number in range(last + 1):
         where = f"state {number} of {last}"
         recording.put(number)
-        if overwrite:  # a reader finds an artifact also before anybody put things right
+        if replaces:  # a reader finds an artifact also before anybody put things right
             for each in artifacts_in(out):
                 verify(each, load_manifest(each))
             assert artifacts_in(out), where
         settle_output(out)
-        ends[require_one(out, known, not overwrite, where)] += 1
-        with suppress(RuntimeError), claimed(out, lambda: None) as claim, claim.staged(out):
+        ends[require_one(out, known, not replaces, where)] += 1
+        with (
+            suppress(RuntimeError),
+            claimed(out, lambda: refuse_build(out, run_folder(out), True)) as claim,
+            claim.staged(out),
+        ):
             raise RuntimeError
-        require_one(out, known, not overwrite, where)
-        assert not (folder / HIDDEN).exists(), where
-    for number in sorted({last * index // max(1, built_on - 1) for index in range(built_on)}):
-        recording.put(number, to_work_in=True)
-        make_apart(values, out)
-        assert contents(out) == artifact, f"state {number} of {last}: a build that went on there has other bytes"
-        require_one(out, {"new": whole(out)}, False, f"state {number}")
-    print(json.dumps({"states": last + 1, "ends": ends}))
+        require_one(out, known, not replaces, where)
+        assert not (out.parent / HIDDEN).exists(), where
+        tell("looked at", number + 1)
+    return ends
+
+
+def record(values: dict[str, Any], out: Path, workers: int, copies: Path) -> tuple[Recording, dict[str, Any]]:
+    """A build in the place of what is there, and what was found in its states; in the end its output is there."""
+    old = whole(out)
+    told: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def begin_beside(operation: str) -> None:
+        """Not where one got hold of the output already: one that always did would hold the first up for ever."""
+        if not told[operation]["free"]:
+            told[operation][build_beside(recording, out, bool(old))] += 1
+
+    recording = Recording(out.parent, copies, begin_beside)
+    recording.on = True
+    make(values, out, workers)
+    recording.on = False
+    recording.take("end")
+    ends = look(recording, out, {"new": whole(out)} | ({"old": old} if old else {}))
+    recording.put(len(recording.states) - 1, to_work_in=True)
+    return recording, {"states": len(recording.states), "ends": ends, "beside": sum(told.values(), Counter[str]())}
+
+
+def go_on(recording: Recording, out: Path, values: dict[str, Any]) -> None:
+    """Builds on the state in the middle, which has half a journal."""
+    artifact, number = contents(out), len(recording.states) // 2
+    recording.put(number, to_work_in=True)
+    make_apart(values, out)
+    assert contents(out) == artifact, f"state {number}: a build that went on there has other bytes"
+    require_one(out, {"new": whole(out)}, False, f"state {number}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    values, base = json.loads(sys.argv[1]), Path(sys.argv[2])
+    if not sys.argv[3:]:
+        remember_traces(make_recipe(values, "test"), base.parents[2] / TRACES)
+        make(values, base, 1)
+        return
+    remember_traces(make_recipe(values, "test"), base.parent / TRACES)
+    out, workers = base / "w" / "art", int(sys.argv[3])
+    for name in NEIGHBOURS:
+        (out.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (out.parent / name).write_text("mine")
+    other = {**values, "seed": 1}
+    _, first = record(values, out, workers, base / "copies")
+    recording, second = record(other, out, workers, base / "copies")
+    go_on(recording, out, other)
+    print(json.dumps({"first": first, "second": second}))
 
 
 if __name__ == "__main__":
