@@ -104,7 +104,7 @@ Sizes = Annotated[list[str] | None, typer.Option("--size", help=f"{SIZE_HELP}. {
 Size = Annotated[
     str | None, typer.Option(help=f"{SIZE_HELP}: one that the artifact was built for. Default: its first.")
 ]
-WORKERS_HELP = "Processes that fit layers side by side."
+WORKERS_HELP = "Processes that fit layers side by side, and measure what they lose where that takes long."
 WorkerCount = Annotated[int, typer.Option("--workers", help=WORKERS_HELP)]
 Ray = Annotated[str | None, typer.Option("--ray", help="Let Ray start the workers: auto, local or host:port.")]
 RUN_HELP = "Folder of intermediate results, from which a killed build goes on; default: OUT.run."

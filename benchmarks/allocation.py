@@ -38,7 +38,8 @@ from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor
 from turbopocket.quant.plan import Candidate, LayerChoices, plan
-from turbopocket.quant.sensitivity import compress_candidates, measure
+from turbopocket.quant.row_losses import Question, measure
+from turbopocket.quant.sensitivity import compress_candidates
 from turbopocket.quant.workers import in_turn
 from turbopocket.runtimes.compare.metrics import psnr_db
 
@@ -167,7 +168,8 @@ def _measured(
         replace(session, prompts=asked).of_one_size(), bench.components, PROBE_STEPS
     ).outputs():
         own = {name: formats for name, formats in bench.formats.items() if component_name(name) in names}
-        found |= measure(bench.layers, own, stored, output, seed=bench.recipe.seed)
+        [choices] = measure([Question(bench.layers, own, stored, output, seed=bench.recipe.seed)])
+        found |= choices
     return found
 
 

@@ -41,7 +41,8 @@ from turbopocket.quant.formats import CompressedTensor
 from turbopocket.quant.layers import weight_of
 from turbopocket.quant.observe import LayerStats, SecondMoment
 from turbopocket.quant.plan import LayerChoices
-from turbopocket.quant.sensitivity import RowwiseOutput, compress_candidates, hessian_loss, measure
+from turbopocket.quant.row_losses import Question, RowwiseOutput, measure
+from turbopocket.quant.sensitivity import compress_candidates, hessian_loss
 from turbopocket.quant.workers import in_turn
 from turbopocket.runtimes.compare.metrics import psnr_db
 
@@ -92,10 +93,11 @@ def projected(
     vectors: int,
 ) -> dict[str, LayerChoices]:
     """Choices as `build` makes them."""
-    choices: dict[str, LayerChoices] = {}
+    questions = []
     for components, output in outputs:
         own = {name: formats for name, formats in bench.formats.items() if component_name(name) in components}
-        choices |= measure(bench.layers, own, stored, output, vectors, bench.recipe.seed)
+        questions.append(Question(bench.layers, own, stored, output, vectors=vectors, seed=bench.recipe.seed))
+    choices = {name: each for found in measure(questions) for name, each in found.items()}
     return {name: choices[name] for name in bench.formats}
 
 

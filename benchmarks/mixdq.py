@@ -55,8 +55,8 @@ from turbopocket.quant.layer_rounding import Rounding, activations_name
 from turbopocket.quant.layers import compressible_layers, weight_of, weight_shape
 from turbopocket.quant.observe import Extremes, InputPower, QuietestOutput
 from turbopocket.quant.plan import Candidate, LayerChoices, Plan, plan
+from turbopocket.quant.row_losses import Question, RowwiseOutput, measure
 from turbopocket.quant.scheme import parse_scheme
-from turbopocket.quant.sensitivity import RowwiseOutput, measure
 from turbopocket.quant.split import SHARES, content_of, different, split_plan
 from turbopocket.runtimes.compare.metrics import psnr_db, ssim
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
@@ -174,7 +174,8 @@ class Measured:
         formats = {name: [parse_format(each) for each in WEIGHTS] for name in subject.layers}
         stored = {name: [subject.stored(name, each) for each in WEIGHTS] for name in subject.layers}
         roundings = {name: {each: subject.rounding(name, each) for each in INPUTS} for name in subject.layers}
-        return measure(subject.layers, formats, stored, output, roundings=roundings)
+        [choices] = measure([Question(subject.layers, formats, stored, output, roundings)])
+        return choices
 
     def of_weights(self, choices: Layers) -> Layers:
         return {name: replace(each, roundings={}) for name, each in choices.items()}

@@ -13,6 +13,8 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -79,6 +81,10 @@ class WeightSource(ABC):
     def make(self) -> Tensor:
         """The weight in float32, made anew unless that takes nothing."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What it is pickled as: another process makes its own weight, and keeps it or not."""
+        return {**self.__dict__, "_kept": None}
+
     @property
     def takes_memory(self) -> bool:
         """Whether `make` gives a tensor of its own."""
@@ -136,12 +142,23 @@ class _Passing:
 _PASSING = _Passing()
 
 
-class TensorSource(WeightSource):
-    """A tensor in the type in which it is stored, as a rule mapped from its file: float16 and bfloat16 are widened."""
+@dataclass(frozen=True)
+class StoredIn:
+    """A safetensors file, and the name of one tensor in it."""
 
-    def __init__(self, values: Tensor) -> None:
+    file: Path
+    name: str
+
+
+class TensorSource(WeightSource):
+    """A tensor in the type in which it is stored, as a rule mapped from its file: float16 and bfloat16 are widened.
+
+    `stored` is where they are in a file, unchanged, for processes that read them there themselves.
+    """
+
+    def __init__(self, values: Tensor, stored: StoredIn | None = None) -> None:
         super().__init__(tuple(values.shape))
-        self.values = values
+        self.values, self.stored = values, stored
 
     @property
     def takes_memory(self) -> bool:
@@ -187,6 +204,10 @@ class _Sourced(nn.Module):
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        """Its class is made here, so that pickle does not find it by name."""
+        return _new_sourced, (type(self).__bases__[1],), self.__dict__
+
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         """`to`, `half` and the like change the weight itself."""
         materialise(self)
@@ -206,6 +227,12 @@ def _registered(layer: nn.Module) -> Tensor:
 @functools.cache
 def _sourced_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(f"Sourced{layer_class.__name__}", (_Sourced, layer_class), {})
+
+
+def _new_sourced(layer_class: type[nn.Module]) -> nn.Module:
+    """A layer that is yet to be told what it holds."""
+    layer: nn.Module = object.__new__(_sourced_class(layer_class))  # type: ignore[arg-type]
+    return layer
 
 
 def set_source(layer: nn.Module, source: WeightSource) -> None:

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each layer loses in each format: measured on the model, or estimated from shapes alone.
+"""Layers in each format that they may get, and what they lose there: kept in a file, or estimated from shapes alone.
 
-Measuring is slow and its result is saved; deciding (plan.py) only reads it.
-R rows of the model's output y, S vectors, N rows of a layer's input, C candidates.
+Measuring (`row_losses`) is slow and its result is saved; deciding (`plan`) only reads it.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,39 +17,13 @@ from ..ground.errors import TurbopocketError, of_layer
 from ..ground.records import load_record, save_record
 from .fit import Fit
 from .formats import CompressedTensor, LayerFormat, matrix_view
-from .layer_rounding import Rounding
-from .layers import output_without_bias, weight_of, weight_shape
+from .layers import weight_of
 from .observe import LayerStats, carried_for, hessian_for
-from .output_gradients import BlockTape, LayerCall
 from .plan import Candidate, LayerChoices, with_scheme
 from .store import CandidateStore, save_weights
 from .workers import Spread, in_turn
 
 SCHEMA_VERSION = 2
-VECTORS = 8
-KEPT_BYTES = 2**28
-"""How much of a model is kept between its blocks at once, where one row does not take more."""
-
-
-NO_ROUNDINGS: Mapping[str, Mapping[str, Rounding]] = MappingProxyType({})
-"""Of layers of which only weights are decided."""
-
-
-@dataclass(frozen=True)
-class RowwiseOutput:
-    """The output y of a part of a model, in `rows` rows that do not see each other.
-
-    `run` gives y [n, …] of a slice of the rows, by PyTorch's own modules, so that gradients can be taken. `blocks` are
-    modules of the part that run again as wholes when they are: what one of them holds in memory is the most that there
-    is at once. `energy` is what losses are shares of, ||y||² when None. `timesteps` are those of the rows' calls, where
-    each has one.
-    """
-
-    rows: int
-    run: Callable[[slice], Tensor]
-    blocks: Collection[nn.Module] = ()
-    energy: float | None = None
-    timesteps: Sequence[float] | None = None
 
 
 def compress_candidates(
@@ -94,142 +65,6 @@ def candidates_to_files(
             save_weights(store.file(name, each.format), {name: each})
         advance()
     return store
-
-
-def measure(
-    layers: Mapping[str, nn.Module],
-    candidates: Mapping[str, Sequence[LayerFormat]],
-    stored: Mapping[str, Sequence[CompressedTensor]],
-    output: RowwiseOutput,
-    vectors: int = VECTORS,
-    seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
-    roundings: Mapping[str, Mapping[str, Rounding]] = NO_ROUNDINGS,
-    kept: Path | None = None,
-) -> dict[str, LayerChoices]:
-    """Predicted loss of every layer in each candidate format: ||J dW||² / ||y||², to first order what y changes by.
-
-    The same of each way to round its activations, alone: ||J' e||² / ||y||², with J' the derivative of y in the layer's
-    output and e what rounding changes in that. Where both are done, losses add up, as errors that know nothing of each
-    other do.
-
-    dW is the very error of the weight as `stored` has it, J the derivative of y in the weight. With v of independent
-    standard normal numbers <v, J dW>² has the mean ||J dW||² (Hutchinson 1990), and <v, J dW> is the inner product of
-    what dW makes of the layer's input with the gradient of <v, y> in the layer's output: no layer is ever changed, and
-    no gradient of a weight is made. Rows do not see each other, so each is a sample of its own: S vectors give S·R. All
-    candidates of all layers are measured with the same vectors, which are a function of `seed` and the rows.
-
-    A layer with one format and none of `roundings` is not measured and has loss 0: nothing is decided about it.
-    `advance` is called for each row that is done. `kept` is a file that holds what is known after each run of the
-    model; where it is there already, measuring goes on from it, to the same losses. TurbopocketError when y is zero or
-    not finite.
-    """
-    sums = _Losses(layers, candidates, stored, roundings)
-    if not sums.measured:
-        return sums.choices(1.0)
-    generator = torch.Generator().manual_seed(seed)
-    first, at_once, energy = 0, 1, 0.0
-    if kept is not None and kept.is_file():
-        first, at_once, energy = load_record(kept, "sums of losses", 1, partial(sums.restore, generator))
-        for _ in range(first):
-            advance()
-    while first < output.rows:
-        rows = min(at_once, output.rows - first)
-        tape = BlockTape({name: layers[name] for name in sums.measured}, output.blocks)
-        with tape.recording():
-            y = output.run(slice(first, first + rows))
-        energy += float(y.detach().square().sum(dtype=torch.float64))
-        if not 0 < energy < float("inf"):
-            raise TurbopocketError(f"output of the uncompressed model has energy {energy}, expected over 0")
-        at_once = max(1, KEPT_BYTES * rows // tape.kept_bytes)
-        drawn = torch.stack([torch.randn(vectors, *y.shape[1:], generator=generator) for _ in range(rows)], dim=1)
-        with torch.no_grad():
-            for call in tape.backward(y, drawn.unbind()):
-                sums.add(call, rows, output.timesteps and output.timesteps[first : first + rows])
-        sums.end_rows()
-        first += rows
-        if kept is not None:
-            sums.save(kept, generator, {"rows": first, "at_once": at_once, "energy": energy})
-        for _ in range(rows):
-            advance()
-    return sums.choices(energy if output.energy is None else output.energy)
-
-
-class _Losses:
-    """||J dW||² of all candidates, and ||J' e||² of all roundings behind them, summed over rows."""
-
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        candidates: Mapping[str, Sequence[LayerFormat]],
-        stored: Mapping[str, Sequence[CompressedTensor]],
-        roundings: Mapping[str, Mapping[str, Rounding]],
-    ) -> None:
-        self.layers, self.candidates, self.stored, self.roundings = layers, candidates, stored, roundings
-        self.measured = [name for name, formats in candidates.items() if len(formats) > 1 or roundings.get(name)]
-        self.losses = {name: [0.0] * (len(own) + len(roundings.get(name, ()))) for name, own in candidates.items()}
-        self.products: dict[tuple[str, int], Tensor] = {}
-
-    def add(self, call: LayerCall, rows: int, timesteps: Sequence[float] | None) -> None:
-        """Inner products of one call; those of all calls of a layer are summed before they are squared."""
-        layer = self.layers[call.layer]
-        weight = weight_of(call.layer, layer).detach().to(torch.float32)
-        # A layer may see several vectors a row, one row after the other, or one for all rows, which is one sample then.
-        samples = rows if len(call.x) % rows == 0 else 1
-        gradients = [each.reshape(samples, -1) for each in call.gradients]
-        products = []
-        for changed in self._changed(call.layer, layer, weight, call.x, timesteps):
-            flat = changed.reshape(samples, -1)
-            products.append(torch.stack([torch.linalg.vecdot(each, flat) for each in gradients]))
-        found_CSN = torch.stack(products).to(torch.float64)
-        key = call.layer, samples
-        self.products[key] = self.products[key] + found_CSN if key in self.products else found_CSN
-
-    def _changed(
-        self, name: str, layer: nn.Module, weight: Tensor, x: Tensor, timesteps: Sequence[float] | None
-    ) -> Iterator[Tensor]:
-        """What each candidate, then each rounding, changes in the layer's output."""
-        if len(self.candidates[name]) == 1:
-            yield torch.zeros(1).expand_as(output_without_bias(layer, weight, x))
-        else:
-            for compressed in self.stored[name]:
-                yield output_without_bias(layer, compressed.format.decompress(compressed) - weight, x)
-        for rounding in self.roundings.get(name, {}).values():
-            yield rounding.changed(layer, weight, x, timesteps)
-
-    def end_rows(self) -> None:
-        """All calls that some rows make have been added."""
-        for (name, _), products_CSN in self.products.items():
-            squares_C = products_CSN.square().mean(1).sum(1)
-            self.losses[name] = [loss + float(more) for loss, more in zip(self.losses[name], squares_C, strict=True)]
-        self.products = {}
-
-    def save(self, path: Path, generator: torch.Generator, place: Mapping[str, float]) -> None:
-        """Writes the sums, the place that they were summed up to, and where the generator is."""
-        state = generator.get_state().numpy().tobytes().hex()
-        save_record(path, {"schema_version": 1, **place, "generator": state, "losses": self.losses})
-
-    def restore(
-        self, generator: torch.Generator, values: Mapping[str, Any], schema_version: int
-    ) -> tuple[int, int, float]:
-        """Takes up saved sums; returns their place: rows, rows at once, energy."""
-        if {name: len(own) for name, own in values["losses"].items()} != {n: len(o) for n, o in self.losses.items()}:
-            raise TurbopocketError("its losses are of other layers or candidates")
-        self.losses = values["losses"]
-        generator.set_state(torch.frombuffer(bytearray.fromhex(values["generator"]), dtype=torch.uint8))
-        return int(values["rows"]), int(values["at_once"]), float(values["energy"])
-
-    def choices(self, energy: float) -> dict[str, LayerChoices]:
-        """The losses as shares of the output's energy."""
-        choices = {}
-        for name, formats in self.candidates.items():
-            shape = weight_shape(name, self.layers[name])
-            losses = [loss / energy for loss in self.losses[name]]
-            of_weights = zip(formats, losses, strict=False)
-            candidates = tuple(Candidate(str(each), each.nbytes(shape), loss) for each, loss in of_weights)
-            rounded = dict(zip(self.roundings.get(name, ()), losses[len(formats) :], strict=True))
-            choices[name] = LayerChoices(name, shape, candidates, rounded)
-        return choices
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..ground.errors import TurbopocketError
 from ..ground.extras import install_hint
+from .shared import keep_only
 
 JOBS_AHEAD = 2
 """Jobs of each worker that are taken before they are done: one that it does, and one that it then finds. What is done
@@ -76,12 +77,12 @@ class Workers:
         """
         if self.ray_address is not None:
             with _ray_pool(self.count, self.ray_address) as pool:
-                yield partial(_spread, pool, self.count)
+                yield SharedOut(pool, self.count)
         elif self.count == 1:
             yield in_turn
         else:
             with _process_pool(self.count) as pool:
-                yield partial(_spread, pool, self.count)
+                yield SharedOut(pool, self.count)
 
 
 IN_TURN = Workers()
@@ -99,32 +100,43 @@ class _Pool(Protocol):
     def result(self, handle: Any) -> Any: ...
 
 
-def _spread(
-    pool: _Pool, count: int, work: Callable[[Job], Result], jobs: Iterable[Job]
-) -> Generator[Result, None, None]:
-    to_come, in_order, under_way = iter(jobs), deque[Any](), list[Any]()
-    try:
-        while True:
-            for job in islice(to_come, JOBS_AHEAD * count - len(under_way)):
-                in_order.append(pool.submit(partial(_outcome, work), job))
-                under_way.append(in_order[-1])
-            if not in_order:
-                return
-            if in_order[0] in under_way:
-                under_way = pool.wait(under_way)
-                continue
-            outcome = pool.result(in_order.popleft())
-            if isinstance(outcome, TurbopocketError):
-                raise outcome
-            yield outcome
-    except BrokenProcessPool:
-        raise TurbopocketError(
-            "a worker process was killed", hint="the system may be out of memory: fewer workers need less"
-        ) from None
+@dataclass(frozen=True)
+class SharedOut:
+    """The `Spread` of a pool with so many workers."""
+
+    pool: _Pool
+    count: int
+
+    def __call__(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Generator[Result, None, None]:
+        to_come, in_order, under_way = iter(jobs), deque[Any](), list[Any]()
+        try:
+            while True:
+                for job in islice(to_come, JOBS_AHEAD * self.count - len(under_way)):
+                    in_order.append(self.pool.submit(partial(_outcome, work), job))
+                    under_way.append(in_order[-1])
+                if not in_order:
+                    return
+                if in_order[0] in under_way:
+                    under_way = self.pool.wait(under_way)
+                    continue
+                outcome = self.pool.result(in_order.popleft())
+                if isinstance(outcome, TurbopocketError):
+                    raise outcome
+                yield outcome
+        except BrokenProcessPool:
+            raise TurbopocketError(
+                "a worker process was killed", hint="the system may be out of memory: fewer workers need less"
+            ) from None
+
+
+def worker_count(spread: Spread) -> int:
+    """How many work at once."""
+    return spread.count if isinstance(spread, SharedOut) else 1
 
 
 def _outcome(work: Callable[[Job], Result], job: Job) -> Result | TurbopocketError:
     """A TurbopocketError is a value on its way back, since Ray would make another error of it."""
+    keep_only(work)
     try:
         return work(job)
     except TurbopocketError as error:

@@ -66,7 +66,7 @@ def build(
     """Compresses a model to a byte budget, lowers it for the recipe's one target, and holds it against PyTorch.
 
     Makes the artifact `out` and `<out>.report/` beside it, both or neither; with `overwrite` in the place of others.
-    `workers` fit its layers; `progress` is told of each stage, by default on stderr.
+    `workers` fit its layers and measure them; `progress` is told of each stage, by default on stderr.
 
     What stages make lies in the folder `run`, by default `<out>.run`. A build that was killed goes on there; one with
     another budget, format, target or output makes what that changes. A finished build leaves it there when `keep` is

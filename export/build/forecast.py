@@ -14,6 +14,7 @@ from ...ground.memory import anonymous_bytes, machine_bytes
 from ...quant.fit import RECONSTRUCT, parse_fit
 from ...quant.formats import LayerFormat
 from ...quant.layers import KEPT_BYTES
+from ...quant.split import content_of
 from ...quant.workers import Workers
 from ...runtimes.image_size import ImageSize
 from ..checkpoint.load import load_shapes, require_built
@@ -26,6 +27,7 @@ from ..sampling.spec import sampler_spec, with_sampling
 from ..targets.base import Target
 from ..targets.registry import open_target
 from ..units import format_bytes
+from . import forecast_measuring as measuring
 from . import forecast_runtimes as runtimes
 from . import forecast_stages as stages
 from .candidates import candidate_schemes
@@ -68,7 +70,7 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A build's stages in order, from nothing, on this machine; `workers` are the processes that fit layers."""
+    """A build's stages in order, from nothing, on this machine; `workers` processes share layers and rows."""
 
     stages: tuple[StageForecast, ...]
     workers: int
@@ -170,6 +172,7 @@ def _asked(
         probe_steps=PROBE_STEPS,
         runtimes=len(target.runtime_names),
         formats=formats,
+        content=content_of(list(shapes), recipe.compress.content),
         budget_bytes=_budget_bytes(recipe, sum(each.weights for each in works.values())),
         fit=parse_fit(recipe.compress.fit),
         sequential=recipe.compress.sequential,
@@ -224,8 +227,9 @@ def _together(asked: Asked, resident: Mapping[str, float]) -> Forecast:
         "reference": stages.reference(asked),
         "calibrate": stages.calibrate(asked),
         "try formats": stages.try_formats(asked),
-        "probe": stages.probe(asked),
-        "measure": stages.measure(asked),
+        "probe": measuring.probe(asked),
+        **({"walk": measuring.walk(asked)} if asked.content else {}),
+        "measure": measuring.measure(asked),
         **({"trace for fine-tuning": stages.trace(asked)} if asked.moves_vectors else {}),
         "compress": stages.compress(asked),
         **({} if asked.learning is None else {"reconstruct": reconstruct(asked, asked.learning)}),

@@ -5,7 +5,7 @@ K columns of a layer's weight. Memory is anonymous: mapped files count as disk.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,13 +16,10 @@ from ...quant.formats import LayerFormat
 from ...quant.observe.moments import STRIP_COLUMNS, WAITING_FLOATS
 from ...quant.observe.vectors import CHUNK_FLOATS
 from ...quant.reconstruct import ReconstructOptions
-from ...quant.sensitivity import KEPT_BYTES as TAPE_BYTES
-from ...quant.sensitivity import VECTORS
 from ...runtimes.kept import MOST_BYTES
 from .forecast_fits import fit_bytes, fit_cost
 from .forecast_rates import Rates
 from .forecast_work import BlockWork, ComponentWork, LayerWork, Work, total
-from .probe import LATENT_SIDE
 
 OBSERVED_OPERATORS = 60
 """Of each call of a layer that is observed."""
@@ -34,8 +31,6 @@ LOAD_OPERATORS = 200
 """What it takes to make a layer, in operators."""
 TRACE_OPERATORS = 960
 """What it takes to trace one operator for ONNX, in operators."""
-BACKWARD = Work(flops=1.2, conv_flops=1.2, bytes=2.0, operators=0.5)
-"""What one vector takes back through a block, in runs of it: gradients of inputs alone, attention again, no Python."""
 RUNTIME_BYTES = 60e6
 """Of a runtime before it holds weights."""
 
@@ -54,7 +49,7 @@ class Stage:
 @dataclass(frozen=True)
 class Asked:
     """A build as far as its cost depends on it: `calls` of each component for one picture, `pixels` of that, how many
-    of what, the weight formats that each layer may get, and the machine."""
+    of what, the weight formats that each layer may get, the layers that are judged by content, and the machine."""
 
     components: Mapping[str, ComponentWork]
     calls: Mapping[str, float]
@@ -69,6 +64,7 @@ class Asked:
     probe_steps: int
     runtimes: int
     formats: Mapping[str, Sequence[LayerFormat]]
+    content: Collection[str]
     budget_bytes: int | None
     fit: Fit
     sequential: bool
@@ -314,57 +310,6 @@ def _fitting_bytes(asked: Asked, formats: Mapping[str, Sequence[LayerFormat]], f
         reverse=True,
     )
     return sum(needs[: asked.workers]) + 2 * sum(jobs[: asked.workers]) + asked.workers * WORKER_BYTES
-
-
-def probe(asked: Asked) -> Stage:
-    """The pictures at some steps of which gains are measured."""
-    return Stage((asked.rates.seconds(asked.picture),) * asked.probe_prompts, asked.drawing_bytes)
-
-
-def measure(asked: Asked) -> Stage:
-    """Gains of all candidates, a row after the other: denoiser with its text encoders, then the halves of the VAE."""
-    steps: list[float] = []
-    memory = 0.0
-    cropped = min(1.0, LATENT_SIDE**2 / asked.latent_positions)
-    together = [each for each in asked.components.values() if each.role in ("text encoder", "denoiser")]
-    alone = [[each] for each in asked.components.values() if each.role in ("decoder", "encoder")]
-    for group in (together, *alone):
-        share = 1.0 if group is together else cropped
-        rows = asked.probe_prompts * (min(asked.steps, asked.probe_steps) if group is together else 1)
-        kept = share * sum(block.output_bytes for each in group for block in each.blocks.values())
-        at_once = int(max(1, min(rows, TAPE_BYTES // max(1.0, kept))))
-        work = total([_measuring(asked, each, share, at_once) for each in group])
-        steps += [asked.rates.seconds(work)] * rows
-        blocks = [block for each in group for block in each.blocks.values()]
-        memory = max(memory, kept * at_once + max(_gradient_bytes(block, share * at_once) for block in blocks))
-    return Stage(tuple(steps), memory)
-
-
-def _measuring(asked: Asked, component: ComponentWork, share: float, at_once: int) -> Work:
-    forward = component.work
-    back = Work(
-        BACKWARD.flops * forward.flops,
-        BACKWARD.conv_flops * forward.conv_flops,
-        BACKWARD.bytes * forward.bytes,
-        BACKWARD.operators * forward.operators / at_once,
-    )
-    work = (forward * 2 + back * VECTORS) * share
-    for layer in component.layers:
-        tried = len(asked.formats[layer.name])
-        if tried > 1:
-            once = Work(bytes=32.0 * tried * layer.weights, operators=40.0 * tried) * (1 / at_once)
-            moved = share * tried * 4.0 * layer.outputs * (2 * VECTORS + 4)
-            work = work + once + Work(flops=share * tried * layer.flops, bytes=moved, operators=6.0 * tried)
-        work = work + Work(bytes=18.0 * layer.weights / at_once)
-    return work
-
-
-def _gradient_bytes(block: BlockWork, rows: float) -> float:
-    """Of a block whose gradients are taken: what its operators made, its weights, gradients of all vectors in what its
-    layers give and in what goes in; and a layer's weight beside its error."""
-    gradients = VECTORS * (4 * sum(layer.outputs for layer in block.layers) + block.input_bytes + block.output_bytes)
-    weights = [4 * layer.weights for layer in block.layers]
-    return rows * (block.made_bytes + gradients) + sum(weights) + 3 * max(weights, default=0)
 
 
 def lower(asked: Asked) -> Stage:

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each layer loses in each way to store and run it: of the model's quality, and of its pictures' content."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...quant.calibrate import ranges_of
 from ...quant.fit import Fit, measuring_fit, parse_fit
-from ...quant.formats import CompressedTensor
 from ...quant.observe import LayerStats
 from ...quant.plan import LayerChoices
-from ...quant.sensitivity import VECTORS, RowwiseOutput, candidates_to_files, load_choices, measure, save_choices
+from ...quant.row_losses import SHARED_FILE, SUMS_FILE, Question, RowwiseOutput, measure
+from ...quant.sensitivity import candidates_to_files, load_choices, save_choices
 from ...quant.split import content_of
 from ..families.components import component_name
 from ..output.kept import CHOICES_FILE
@@ -28,10 +27,6 @@ from .probe import PROBE_PROMPTS, PROBE_STEPS, make_probe
 from .walk import make_walk
 
 CONTENT_FILE = "content.json"
-SUMS_FILE = "{}-{}.json"
-"""What is known of losses while one of the outputs is measured in a stage."""
-
-
 Choices = dict[str, LayerChoices]
 
 
@@ -66,8 +61,8 @@ def _measured_losses(
         quality, content = _measured(bench, probing, stats, fit, kept, folder)
         save_choices(folder / CHOICES_FILE, quality)
         save_choices(folder / CONTENT_FILE, content)
-        for sums in folder.glob(SUMS_FILE.format("measure*", "*")):
-            sums.unlink()
+        for halves in (*folder.glob(SUMS_FILE.format("*")), folder / SHARED_FILE):
+            halves.unlink(missing_ok=True)
         if fit.name != bench.recipe.compress.fit:  # else these are what is shipped
             remove_journal(journal.folder, kept)
 
@@ -84,34 +79,33 @@ def _measured(
         stored = candidates_to_files(*asked, bench.spread, advance)
     with bench.progress.stage("probe", len(probing.prompts)) as advance:
         outputs = make_probe(probing, bench.components, PROBE_STEPS, advance).outputs()
-    ranges = ranges_of(stats)
-    quality = _losses(bench, stored, outputs, ranges, list(bench.layers), "measure", folder)
+    felt = [({name for name in bench.layers if component_name(name) in own}, output) for own, output in outputs]
     content = content_of(list(bench.layers), bench.recipe.compress.content)
-    if not content:
-        return quality, {}
+    if content:  # first, since its rows take longest: workers are then done at one time
+        felt.insert(0, (content, _pictures(bench, probing)))
+    formats, roundings = bench.formats, bench.roundings(ranges_of(stats))
+    questions = [
+        Question(
+            bench.layers,
+            {name: formats[name] for name in bench.layers if name in names},
+            stored,
+            output,
+            roundings,
+            seed=bench.recipe.seed,
+        )
+        for names, output in felt
+    ]
+    with bench.progress.stage("measure", sum(each.output.rows for each in questions)) as advance:
+        found = measure(questions, advance, bench.spread, folder)
+    of_content = found.pop(0) if content else {}
+    of_quality = {name: own for each in found for name, own in each.items()}
+    return {name: of_quality[name] for name in bench.layers}, of_content
+
+
+def _pictures(bench: Workbench, probing: Session) -> RowwiseOutput:
+    """Whole pictures, of which the squared length of a change is what SSIM lacks."""
     with bench.progress.stage("walk", len(probing.prompts)) as advance:
         walk = make_walk(probing, bench.components, advance)
         with torch.no_grad():
-            form = SsimForm(walk.pictures(slice(None)))
-    seen = [(list(bench.modules), walk.output(form, form.energy))]
-    names = [name for name in bench.layers if name in content]
-    return quality, _losses(bench, stored, seen, ranges, names, "measure content", folder)
-
-
-def _losses(
-    bench: Workbench,
-    stored: Mapping[str, Sequence[CompressedTensor]],
-    outputs: Sequence[tuple[Sequence[str], RowwiseOutput]],
-    ranges: Any,
-    names: Sequence[str],
-    stage: str,
-    folder: Path,
-) -> Choices:
-    choices: Choices = {}
-    roundings = bench.roundings(ranges)
-    with bench.progress.stage(stage, sum(output.rows for _, output in outputs)) as advance:
-        for index, (components, output) in enumerate(outputs):
-            own = {name: bench.formats[name] for name in names if component_name(name) in components}
-            kept = folder / SUMS_FILE.format(stage.replace(" ", "-"), index)
-            choices |= measure(bench.layers, own, stored, output, VECTORS, bench.recipe.seed, advance, roundings, kept)
-    return {name: choices[name] for name in names}
+            form = SsimForm(torch.cat([walk.pictures(slice(row, row + 1)) for row in range(len(probing.prompts))]))
+    return walk.output(form, form.energy)

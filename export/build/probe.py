@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...ground.arrays import Arrays
-from ...quant.sensitivity import RowwiseOutput
+from ...quant.row_losses import RowwiseOutput
 from ...runtimes.compare.replay import Call, Recorder
 from ...runtimes.manifest import Manifest
 from ...runtimes.pipeline import Pipeline, TextFeed
 from ..families.graphs import Component
 from ..verify.gaps import Session, torch_runner
+from .walk import rows_of
 
 PROBE_PROMPTS = 3
 PROBE_STEPS = 4
@@ -71,9 +72,9 @@ class Probe:
         return RowwiseOutput(rows, run, blocks, timesteps=timesteps)
 
     def _prediction(self, rows: slice) -> Tensor:
-        read = {name: self._run(name, _tensors(inputs, rows)) for name, inputs in self.prompts.items()}
+        read = {name: self._run(name, rows_of(inputs, rows)) for name, inputs in self.prompts.items()}
         denoiser = self.pipeline.denoiser
-        inputs = _tensors(self.denoiser_inputs, rows)
+        inputs = rows_of(self.denoiser_inputs, rows)
         for name, feed in denoiser.inputs.items():
             if isinstance(feed, TextFeed):
                 inputs[name] = torch.cat([read[each.component][each.output] for each in feed.join], dim=-1)
@@ -82,13 +83,13 @@ class Probe:
 
     def _picture(self, rows: slice) -> Tensor:
         decoder = self.pipeline.decoder
-        return self._run(decoder.component, _tensors({decoder.latents: self.latents}, rows))[decoder.output]
+        return self._run(decoder.component, rows_of({decoder.latents: self.latents}, rows))[decoder.output]
 
     def _middle(self, rows: slice) -> Tensor:
         encoder = self.pipeline.encoder
         assert encoder is not None
         assert self.samples is not None
-        output = self._run(encoder.component, _tensors({encoder.picture: self.samples}, rows))[encoder.output]
+        output = self._run(encoder.component, rows_of({encoder.picture: self.samples}, rows))[encoder.output]
         return output if encoder.gives == "latents" else output.chunk(2, dim=1)[0]
 
     def _run(self, component: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,10 +97,6 @@ class Probe:
         outputs = graph.module(*(inputs[name] for name in graph.example_inputs))
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         return dict(zip(graph.output_names, outputs, strict=True))
-
-
-def _tensors(arrays: Arrays, rows: slice) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(values[rows]) for name, values in arrays.items()}
 
 
 def make_probe(

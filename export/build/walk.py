@@ -6,6 +6,7 @@ N pictures, C latent channels, h w sides of the latents, H W of the picture.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...ground.arrays import Arrays
 from ...ground.errors import TurbopocketError
-from ...quant.sensitivity import RowwiseOutput
+from ...quant.row_losses import RowwiseOutput
 from ...runtimes.compare.replay import Call, Recorder
 from ...runtimes.drawing.text_to_image import seeded_noise
 from ...runtimes.manifest import Manifest
@@ -46,7 +47,7 @@ class Walk:
         for halves in self.asked:
             outputs = []
             for number, half in enumerate(halves):
-                inputs = {name: torch.from_numpy(_row(values, rows)) for name, values in half.items()}
+                inputs = rows_of(half, rows)
                 inputs |= states if number == 0 else {}
                 inputs[self.manifest.pipeline.denoiser.latents] = sampler.latents
                 outputs.append(self._predicted(inputs))
@@ -56,15 +57,14 @@ class Walk:
     def output(self, of: Callable[[Tensor, slice], Tensor] | None = None, energy: float | None = None) -> RowwiseOutput:
         """The pictures, or what `of` makes of those of some rows."""
         blocks = [block for component in self.components.values() for block in component.blocks().values()]
+        return RowwiseOutput(len(self.noise[0]), partial(self._seen, of), blocks, energy)
 
-        def run(rows: slice) -> Tensor:
-            pictures = self.pictures(rows)
-            return pictures if of is None else of(pictures, rows)
-
-        return RowwiseOutput(len(self.noise[0]), run, blocks, energy)
+    def _seen(self, of: Callable[[Tensor, slice], Tensor] | None, rows: slice) -> Tensor:
+        pictures = self.pictures(rows)
+        return pictures if of is None else of(pictures, rows)
 
     def _text_feeds(self, rows: slice) -> dict[str, Tensor]:
-        read = {name: self._run(name, _tensors(inputs, rows)) for name, inputs in self.ids.items()}
+        read = {name: self._run(name, rows_of(inputs, rows)) for name, inputs in self.ids.items()}
         return {
             name: torch.cat([read[each.component][each.output] for each in feed.join], dim=-1)
             for name, feed in self.manifest.pipeline.denoiser.inputs.items()
@@ -195,9 +195,9 @@ def _batched(rows: Sequence[Arrays]) -> Arrays:
     }
 
 
-def _row(values: np.ndarray, rows: slice) -> np.ndarray:  # type: ignore[type-arg]
-    return values[rows] if values.ndim else values
+def rows_of(arrays: Arrays, rows: slice) -> dict[str, Tensor]:
+    """Where PyTorch puts tensors, in whatever process: of inputs that begin elsewhere, products have other last digits.
 
-
-def _tensors(arrays: Arrays, rows: slice) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(values[rows]) for name, values in arrays.items()}
+    A number for all rows stays one.
+    """
+    return {name: torch.from_numpy(each[rows] if each.ndim else each).clone() for name, each in arrays.items()}

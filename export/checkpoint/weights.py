@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...ground.errors import TurbopocketError
 from ...ground.reading import one_sentence
-from ...quant.layers import TensorSource, is_compressible, set_source
+from ...quant.layers import StoredIn, TensorSource, is_compressible, set_source
 from ..families.base import ModuleSpec
 from ..families.keys import check_config, constructor_defaults, given_to_class, shown
 from .header import StoredTensor
@@ -112,7 +112,8 @@ def fill_weights(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
     module.load_state_dict(read_tensors(small), strict=False, assign=True)
     module.requires_grad_(False)
     for name, values in _read(mapped, torch.Tensor.detach).items():
-        set_source(layers[name], TensorSource(values))
+        tensor = mapped[name]
+        set_source(layers[name], TensorSource(values, None if tensor.steps else StoredIn(tensor.file, tensor.name)))
 
 
 def _renamed(stored: Mapping[str, StoredTensor], spec: ModuleSpec) -> dict[str, StoredTensor]:

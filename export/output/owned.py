@@ -23,7 +23,7 @@ KEY_FILE = "key.json"
 """What a product of a build's stage was made from, in its folder."""
 _PRODUCT = re.compile(r"([a-z]+)-[0-9a-f]{16}(\.partial)?")
 _IN_PRODUCT = re.compile(
-    r"[a-z]+\.(json|safetensors)|measure(-content)?-\d+\.json|\w+-[0-9a-f]{32}\.safetensors|[\w.]+@[\w.+-]+\.safetensors|\d{3,}-.+\.safetensors"
+    r"[a-z]+\.(json|safetensors)|measure-\d+\.json|measured\.bin|\w+-[0-9a-f]{32}\.safetensors|[\w.]+@[\w.+-]+\.safetensors|\d{3,}-.+\.safetensors"
     r"|inputs/([0-9a-f]{32}\.safetensors|calls\.json)|outputs/\d+-.+\.safetensors|units/[\w.]+\.json"
 )
 _INSIDE: tuple[list[str], ...] = ([], ["inputs"], ["outputs"], ["units"])

@@ -40,9 +40,9 @@ class TextStates:
         self._with_gradients = False
         self._parts: tuple[Tensor, Tensor | None]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TextStates":
-        twin = memo[id(self)] = TextStates(self.zeros)
-        return twin
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, here or in another process, has taken nothing apart yet."""
+        return TextStates, (self.zeros,)
 
     def parts(self, states_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, T - 1, D], and [B, 1, 1] of 1 for a prompt and 0 for none; None where there always is one."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant import sensitivity
+from turbopocket.quant import row_losses
 from turbopocket.quant.calibrate import calibrate, ranges_of
 from turbopocket.quant.compress import compress, decompressed
 from turbopocket.quant.fit import ABSMAX, MSE, Fit
@@ -20,14 +20,13 @@ from turbopocket.quant.layer_rounding import roundings_of
 from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.observe import LayerStats
 from turbopocket.quant.plan import LayerChoices, plan
+from turbopocket.quant.row_losses import Question, RowwiseOutput, measure
 from turbopocket.quant.scheme import parse_scheme
 from turbopocket.quant.sensitivity import (
-    RowwiseOutput,
     compress_candidates,
     estimate_from_shapes,
     hessian_loss,
     load_choices,
-    measure,
     save_choices,
 )
 
@@ -68,7 +67,9 @@ def measured(
     **asked: Any,
 ) -> dict[str, LayerChoices]:
     formats = candidates(layers)
-    return measure(layers, formats, dict(compress_candidates(layers, stats, formats, fit)), output, **asked)
+    stored = dict(compress_candidates(layers, stats, formats, fit))
+    [choices] = measure([Question(layers, formats, stored, output, **asked)])
+    return choices
 
 
 @pytest.fixture
@@ -136,10 +137,10 @@ def test_losses_do_not_depend_on_how_rows_are_grouped(
         return output.run(rows)
 
     together = measured(layers, stats, RowwiseOutput(3, run))
-    assert asked == [slice(0, 1), slice(1, 3)]
-    monkeypatch.setattr(sensitivity, "KEPT_BYTES", 1)
+    assert asked == [slice(0, 1), slice(0, 3)]  # the first tells what a row takes
+    monkeypatch.setattr(row_losses, "KEPT_BYTES", 1)
     alone = measured(layers, stats, RowwiseOutput(3, run))
-    assert asked[2:] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert asked[3:] == [slice(0, 1), slice(1, 2), slice(2, 3)]
     for name, choices in alone.items():
         for one, other in zip(choices.candidates, together[name].candidates, strict=True):
             assert one.loss == pytest.approx(other.loss, rel=1e-5)
@@ -150,41 +151,6 @@ def test_same_seed_same_losses(
 ) -> None:
     assert measured(layers, stats, output, seed=1) == measured(layers, stats, output, seed=1)
     assert measured(layers, stats, output, seed=1) != measured(layers, stats, output, seed=2)
-
-
-def test_measuring_that_was_stopped_goes_on_where_it_was(
-    layers: dict[str, nn.Module], stats: dict[str, LayerStats], output: RowwiseOutput, tmp_path: Path
-) -> None:
-    """To the same losses, without running again what is done."""
-    ran: list[slice] = []
-
-    def run(rows: slice) -> Tensor:
-        ran.append(rows)
-        return output.run(rows)
-
-    def stopped() -> None:
-        raise KeyboardInterrupt
-
-    watched, kept = RowwiseOutput(output.rows, run), tmp_path / "measure-0.json"
-    undisturbed = measured(layers, stats, watched)
-    whole = len(ran)
-    assert whole > 1
-    ran.clear()
-    with pytest.raises(KeyboardInterrupt):
-        measured(layers, stats, watched, kept=kept, advance=stopped)
-    told: list[None] = []
-    assert measured(layers, stats, watched, kept=kept, advance=lambda: told.append(None)) == undisturbed
-    assert len(ran) == whole
-    assert len(told) == output.rows
-
-
-def test_sums_of_other_layers_are_refused(
-    layers: dict[str, nn.Module], stats: dict[str, LayerStats], output: RowwiseOutput, tmp_path: Path
-) -> None:
-    kept = tmp_path / "measure-0.json"
-    measured({name: layers[name] for name in RUNNING[:2]}, stats, output, kept=kept)
-    with pytest.raises(TurbopocketError, match=r"measure-0\.json: not sums of losses: its losses are of other layers"):
-        measured(layers, stats, output, kept=kept)
 
 
 def test_layer_that_runs_twice_is_felt_in_both_calls() -> None:
@@ -201,7 +167,8 @@ def test_layer_that_runs_twice_is_felt_in_both_calls() -> None:
     stats = calibrate({"unet": nn.ModuleDict({"twice": layer})}, lambda: run(slice(0, 3)))
     formats = {"unet.twice": [parse_format("int4-row"), parse_format("int8-row")]}
     stored = dict(compress_candidates(layers, stats, formats, MSE))
-    found = measure(layers, formats, stored, RowwiseOutput(3, run), vectors=4000)["unet.twice"]
+    [choices] = measure([Question(layers, formats, stored, RowwiseOutput(3, run), vectors=4000)])
+    found = choices["unet.twice"]
     with torch.no_grad():
         change = formats["unet.twice"][1].decompress(stored["unet.twice"][1]) - layer.weight
         changed = layer(x) @ change.T + x @ change.T @ layer.weight.T
@@ -222,7 +189,7 @@ def test_layer_with_one_candidate_is_neither_fitted_nor_measured(
     formats = candidates(layers) | {"unet.down": [parse_format("int8-row")]}
     stored = dict(compress_candidates(layers, stats, formats, MSE, spread))
     assert tried == list(stored) == ["unet.conv_in", "unet.to_out"]
-    choices = measure(layers, formats, stored, output)
+    [choices] = measure([Question(layers, formats, stored, output)])
     assert loss_of(choices["unet.down"], "int8-row") == 0.0 < loss_of(choices["unet.to_out"], "int8-row")
 
 
@@ -231,7 +198,7 @@ def test_nothing_runs_where_no_layer_has_a_choice(layers: dict[str, nn.Module]) 
         raise AssertionError
 
     formats = {name: [parse_format("fp16")] for name in layers}
-    choices = measure(layers, formats, {}, RowwiseOutput(3, run))
+    [choices] = measure([Question(layers, formats, {}, RowwiseOutput(3, run))])
     assert [each.candidates[0].loss for each in choices.values()] == [0.0, 0.0, 0.0]
 
 
@@ -328,7 +295,7 @@ def test_the_loss_of_a_rounding_is_the_error_it_makes(
     roundings = roundings_of(schemes, ranges_of(stats))
     formats = {layer: [each.weight for each in own] for layer, own in schemes.items()}
     output = RowwiseOutput(len(latents), lambda rows: denoiser(latents[rows]))
-    choices = measure(layers, formats, {}, output, MANY, roundings=roundings)
+    [choices] = measure([Question(layers, formats, {}, output, roundings, MANY)])
     with torch.no_grad():
         expected = denoiser(latents)
         for layer, module in layers.items():

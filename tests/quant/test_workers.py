@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from turbopocket.ground.errors import TurbopocketError
+from turbopocket.quant import row_losses
 from turbopocket.quant.blockwise import calibrate_to_files
 from turbopocket.quant.compress import _job, _stored, compress
 from turbopocket.quant.fit import GPTQ, VQDM
@@ -24,9 +25,11 @@ from turbopocket.quant.formats import parse_format
 from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.observe import SecondMoment
 from turbopocket.quant.plan import Choice
+from turbopocket.quant.row_losses import measure
 from turbopocket.quant.sensitivity import compress_candidates
 from turbopocket.quant.workers import JOBS_AHEAD, Spread, Workers, _end_with, in_turn
 
+from .test_row_losses import Stop, stopped_after, watched_question
 from .test_sequential import Chain
 
 
@@ -82,6 +85,26 @@ def test_candidates_stored_by_workers_are_the_same(two: Spread) -> None:
         for one, other in zip(candidates, there[name], strict=True):
             assert one.format == other.format
             assert all(torch.equal(part, other.parts[key]) for key, part in one.parts.items())
+
+
+def test_losses_measured_by_workers_are_the_same(
+    two: Spread, denoiser: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where measuring was stopped in their midst; what was kept then is not measured again."""
+    monkeypatch.setattr(row_losses, "KEPT_BYTES", 1)
+    monkeypatch.setattr(row_losses, "WORTH_SECONDS", 0.0)
+    question, run = watched_question(denoiser, tmp_path / "model")
+    here = measure([question])
+    run.ran()
+    assert measure([question], spread=two, folder=tmp_path / "model") == here
+    makers = {process for _, process in run.ran()} - {os.getpid()}
+    assert len(makers) == 2
+    with pytest.raises(Stop):
+        measure([question], stopped_after(2), two, tmp_path)
+    list(two(pause, range(2)))  # those that were under way have ended
+    run.ran()
+    assert measure([question], spread=two, folder=tmp_path) == here
+    assert {first for first, process in run.ran() if process != os.getpid()} == {2, 3, 4}
 
 
 def test_tensors_that_are_sent_stay_where_they_are(two: Spread) -> None:
@@ -185,7 +208,9 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address: str, complaint: st
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning")
-def test_ray_gives_the_same_bytes_and_the_same_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_gives_the_same_bytes_and_losses_and_errors(
+    denoiser: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray")
     # Where its workers find this test's functions, and what it imports where that is not the installed package.
     monkeypatch.setenv(
@@ -194,13 +219,18 @@ def test_ray_gives_the_same_bytes_and_the_same_errors(monkeypatch: pytest.Monkey
     chain = Chain()
     asked = chain.layers, chain.plan, VQDM, chain.stats()
     here = compress(*asked)
+    monkeypatch.setattr(row_losses, "WORTH_SECONDS", 0.0)
+    question, run = watched_question(denoiser, tmp_path / "model")
     with Workers(2, "local").open() as spread:
         there = compress(*asked, spread)
+        measured = measure([question], spread=spread, folder=tmp_path)
+        assert {process for _, process in run.ran()} - {os.getpid()}
         with pytest.raises(TurbopocketError, match="layer 2 is not for us") as raised:
             list(spread(refuse, range(4)))
     assert raised.value.hint == "take another"
     for name, stored in here.items():
         assert all(torch.equal(part, there[name].parts[key]) for key, part in stored.parts.items())
+    assert measured == measure([question])
 
 
 def test_an_error_does_not_wait_for_what_workers_were_doing() -> None:

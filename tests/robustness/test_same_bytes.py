@@ -19,7 +19,15 @@ ASKED = {
 }
 """What leaves layers of each target a choice: no plan may be of one format."""
 REPORTED = ("plan.json", "choices.json")
-COMMAND = "import os, sys; os.umask(int(sys.argv.pop(1), 8)); from turbopocket.cli import main; main()"
+COMMAND = """
+import os, sys
+from turbopocket.cli import main
+from turbopocket.quant import row_losses
+row_losses.WORTH_SECONDS, row_losses.KEPT_BYTES = 0.0, 1
+os.umask(int(sys.argv.pop(1), 8))
+main()
+"""
+"""Rows are measured alone, and by workers where there are some."""
 OTHER = {"PYTHONHASHSEED": "12345", "LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Kathmandu"}
 
 

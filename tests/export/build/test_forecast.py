@@ -15,6 +15,7 @@ from torch import nn
 
 from turbopocket import Recipe, plan
 from turbopocket.export.build import forecast as forecasting
+from turbopocket.export.build import forecast_measuring as measuring
 from turbopocket.export.build.forecast import (
     Forecast,
     StageForecast,
@@ -25,6 +26,7 @@ from turbopocket.export.build.forecast import (
 )
 from turbopocket.export.build.forecast_rates import Rates
 from turbopocket.export.build.forecast_work import ComponentWork, component_work
+from turbopocket.export.build.probe import PROBE_PROMPTS
 from turbopocket.export.checkpoint.load import load_shapes
 from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.graphs import Component, ComponentModule
@@ -106,6 +108,23 @@ def test_what_fits_read_and_how_many_workers_there_are_is_foreseen(monkeypatch: 
     assert sum(_calibrate(pictures)) == pytest.approx(16 * sum(_calibrate(mse)), rel=0.01)
 
 
+def test_measuring_of_content_and_by_workers_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasting, "measured_rates", lambda threads: RATES)
+    plain, pictures = foreseen(QUICK), foreseen({**QUICK, "compress": {"content": ["unet.*.ff.*"]}})
+    assert [each.name for each in pictures.stages][6:8] == ["walk", "measure"]
+    one, with_content = (_stage(each, "measure") for each in (plain, pictures))
+    assert len(with_content.step_seconds) == PROBE_PROMPTS + len(one.step_seconds)
+    assert with_content.seconds > 1.3 * one.seconds
+    # Two workers share what takes long, and hold as much again each; what is done at once nobody shares.
+    quick = _stage(foreseen(QUICK, 2), "measure")
+    assert quick.step_seconds == one.step_seconds
+    assert quick.memory_bytes < one.memory_bytes + 1e8  # what this process holds moves, too
+    monkeypatch.setattr(measuring, "WORTH_SECONDS", 0.0)
+    two, three = (_stage(foreseen(QUICK, count), "measure") for count in (2, 3))
+    assert two.seconds == pytest.approx(one.seconds / 2)
+    assert three.memory_bytes - two.memory_bytes > measuring.WORKER_BYTES + 4e7  # its weights in float32
+
+
 def test_learned_rounding_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecasting, "measured_rates", lambda threads: RATES)
     few, many = (
@@ -120,8 +139,12 @@ def test_learned_rounding_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "reconstruct" not in [stage.name for stage in foreseen(QUICK).stages]
 
 
+def _stage(each: Forecast, name: str) -> StageForecast:
+    return next(stage for stage in each.stages if stage.name == name)
+
+
 def _calibrate(each: Forecast) -> tuple[float, ...]:
-    return next(stage.step_seconds for stage in each.stages if stage.name == "calibrate")
+    return _stage(each, "calibrate").step_seconds
 
 
 def test_a_plan_says_what_a_build_takes_and_refuses_what_memory_can_not_hold() -> None:

@@ -16,7 +16,8 @@ from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import parse_format
-from turbopocket.quant.sensitivity import compress_candidates, measure
+from turbopocket.quant.row_losses import Question, measure
+from turbopocket.quant.sensitivity import compress_candidates
 from turbopocket.runtimes.drawing.tokenizer import open_tokenizers
 
 from ...pixart_checkpoints import write_alpha
@@ -65,7 +66,7 @@ def test_losses_are_those_of_the_layer_alone_in_the_model(tiny_sdxl: Path, tmp_p
     felt: list[str] = []
     for components, output in probe.outputs():
         own = {name: formats for name, formats in candidates.items() if component_name(name) in components}
-        choices = measure(layers, own, stored, output, vectors=150)
+        [choices] = measure([Question(layers, own, stored, output, vectors=150)])
         rows = slice(0, output.rows)
         with torch.no_grad():
             expected = output.run(rows)
