@@ -14,8 +14,6 @@ from rich.console import Console
 from . import OverBudget, ParityFailed, TurbopocketError
 from .door import emit, manner, run_command
 from .options import (
-    DISTILL_RECIPES,
-    RECIPE_HELP,
     SOURCE_HELP,
     AcceptLimit,
     ArtifactFolder,
@@ -56,6 +54,7 @@ from .options import (
     asked_recipe,
     talk,
 )
+from .recipe_commands import recipe_app
 from .stage_commands import stages_app
 
 app = typer.Typer(
@@ -64,7 +63,6 @@ app = typer.Typer(
     help="Makes SDXL-Turbo-class text-to-image models run on phones: compress, lower, check, report.",
     epilog="Exit codes: 0 fine, 1 the request was wrong, 2 over budget, 3 parity failed, 70 a bug, 128 + N signal N.",
 )  # fmt: skip
-recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: what a build asks for.")
 app.add_typer(recipe_app, name="recipe")
 arm64_app = typer.Typer(no_args_is_help=True, help="An emulated ARM CPU, for `check --cpu`.")
 app.add_typer(arm64_app, name="arm64")
@@ -124,17 +122,18 @@ def build(
         "seed": seed,
     }
     asked = asked_recipe(recipe, overrides, assigned)
-    from . import Workers, build_targets
-    from .export.build.outcome import show_built
+    from . import Workers
+    from .export.request import refuse_output
 
-    made = build_targets(asked, out, overwrite, as_json or manner.quiet, Workers(workers, ray), keep, run)
+    spread = Workers(workers, ray)
+    refuse_output(asked, out, overwrite, run)
+    from . import build_targets
+    from .export.build.outcome import show_all
+
+    made = build_targets(asked, out, overwrite, as_json or manner.quiet, spread, keep, run)
     summaries = {built.folder.name: built.summary() for built in made}
-
-    def show(console: Console) -> None:
-        for built in made:
-            show_built(built, console)
-
-    emit(made[0].summary() if len(made) == 1 else summaries, as_json, show)
+    summary = made[0].summary() if len(made) == 1 else summaries
+    emit(summary, as_json, lambda console: show_all(made, console))
 
 
 @app.command()
@@ -159,9 +158,8 @@ def distill(
     A run that was killed goes on when the same is asked for again.
     """
     from . import DistillRecipe, load_distill_recipe
-    from . import distill as run_distill
+    from .export.distill.run import refuse_recipe
     from .export.settings import with_values
-    from .export.verify.table import show_remarks
 
     overrides = {
         "teacher.source": source,
@@ -173,6 +171,10 @@ def distill(
         "seed": seed,
     }
     asked = with_values(load_distill_recipe(recipe) if recipe else DistillRecipe(), overrides, assigned or ())
+    refuse_recipe(asked, out, overwrite)
+    from . import distill as run_distill
+    from .export.verify.table import show_remarks
+
     made = run_distill(asked, out, overwrite, talk(as_json))
 
     def show(console: Console) -> None:
@@ -220,7 +222,13 @@ def plan(
         "sampler.guidance": guidance,
         "machine.max_ram": max_ram,
     }
+    from .export.devices import require_devices
+    from .export.request import require_measured
+
     asked = asked_recipe(recipe, overrides, assigned)
+    require_devices(device or ())
+    if measured is not None:
+        require_measured(measured)
     from . import plan as run_plan
     from .export.plan import show_plan
 
@@ -245,11 +253,17 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Verifies an artifact's files, and its outputs by PyTorch."""
-    from . import check as run_check
     from .export.output.staging import artifacts_in
+    from .export.request import open_emulators, read_artifact
+
+    artifacts = artifacts_in(artifact) or [artifact]
+    open_emulators(cpu or (), cache, self_test)
+    for path in artifacts:
+        read_artifact(path)
+    from . import check as run_check
 
     asked = talk(as_json), cpu or (), cache, accept_limit, files_only, self_test
-    results = {path: run_check(path, *asked) for path in artifacts_in(artifact) or [artifact]}
+    results = {path: run_check(path, *asked) for path in artifacts}
     summaries = {path.name: result.summary() for path, result in results.items()}
 
     def show(console: Console) -> None:
@@ -323,7 +337,7 @@ def generate(
 @app.command()
 def report(artifact: ArtifactFolder, as_json: AsJson = False) -> None:
     """Writes report.html again from what the build measured."""
-    from .export.report.page import rewrite_report
+    from .export.report.rewrite import rewrite_report
 
     path = rewrite_report(artifact)
     emit({"report": str(path)}, as_json, lambda console: console.print(str(path), soft_wrap=True))
@@ -354,31 +368,6 @@ def arm64_setup(cache: Cache = None, as_json: AsJson = False) -> None:
 
     found = prepare(cache or default_cache(), talk(as_json).remark)
     emit(found, as_json, lambda console: console.print(f"cache     {found['cache']}", soft_wrap=True))
-
-
-@recipe_app.command("show")
-def recipe_show(
-    name: Annotated[str | None, typer.Argument(help=f"{RECIPE_HELP} Of `distill`: {DISTILL_RECIPES}.")] = None,
-    assigned: Assigned = None,
-    of_distill: Annotated[bool, typer.Option("--distill", help="A recipe of `distill`, not of `build`.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Prints a recipe with every default filled in."""
-    from .export.settings import Section, with_values
-
-    shown: Section
-    if of_distill:
-        from . import DistillRecipe, load_distill_recipe
-
-        shown = load_distill_recipe(name) if name else DistillRecipe()
-    else:
-        from . import Recipe, load_recipe
-
-        shown = load_recipe(name) if name else Recipe()
-    shown = with_values(shown, {}, assigned or ())
-    unset = shown.keys_without_value()
-    also = f"# without a value unless one is given: {', '.join(unset)}\n" if unset else ""
-    emit(shown.model_dump(mode="json"), as_json, lambda _: print(shown.to_toml() + also, end=""))
 
 
 def _with_common_options(command: Any, options: list[Any]) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of every command and those that several have, and what they are turned into."""
 
-from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,8 @@ import typer
 
 from . import TurbopocketError
 from .door import manner
-from .export.target_options import TARGET_ENTRIES, known_target, with_several_sizes
+from .export.target_options import TARGET_ENTRIES, with_several_sizes
+from .quant.names import FIT_NAMES
 from .runtimes.arm64.cpus import CPUS, PREFIX
 
 if TYPE_CHECKING:
@@ -63,8 +63,6 @@ RecipeFile = Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP)]
 DistillRecipeFile = Annotated[
     str | None, typer.Option("--recipe", help=f"A .toml file, or a shipped recipe: {DISTILL_RECIPES}.")
 ]
-FIT_NAMES = "absmax, mse, gptq, vqdm, reconstruct"
-"""Those of `quant.fit`, which needs PyTorch."""
 AcceptLimit = Annotated[
     bool, typer.Option("--accept-limit", help="Take the limit of its recipe, even above the target's own.")
 ]
@@ -88,7 +86,7 @@ Formats = Annotated[str | None, typer.Option(help="Candidate formats or schemes,
 LORA_HELP = "LoRA .safetensors merged before compression, at strength 1 or as in FILE:0.8; may be given several times."
 Loras = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help=LORA_HELP)]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="GLOB=FORMAT (or scheme) for layers that must keep it.")]
-Fit = Annotated[str | None, typer.Option(help=f"How values are chosen: {FIT_NAMES}.")]
+Fit = Annotated[str | None, typer.Option(help=f"How values are chosen: {', '.join(FIT_NAMES)}.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps the artifact ships with.")]
 Keep = Annotated[
     bool | None, typer.Option(help="Whether intermediate results stay; default: when they are not over 1 GiB.")
@@ -119,31 +117,15 @@ def talk(as_json: bool) -> "StageProgress":
 
 
 def asked_recipe(name: str | None, overrides: dict[str, Any], assigned: list[str] | None) -> "Recipe":
-    _refuse_at_once(name, overrides, assigned or ())
+    """The recipe that is asked for, once nothing that this machine can tell is wrong with it; PyTorch is not imported
+    for that."""
     from . import Recipe, load_recipe
+    from .export.request import refuse_recipe
     from .export.settings import with_values
 
-    return with_values(load_recipe(name) if name else Recipe(), overrides, assigned or ())
-
-
-def _refuse_at_once(name: str | None, overrides: dict[str, Any], assigned: Sequence[str]) -> None:
-    """Raises for what can be found wrong before PyTorch is imported, which takes longer than a mistake should take.
-
-    The recipe asks the same functions.
-    """
-    from .export.settings import Section, parse_assignment, read_settings
-    from .export.units import parse_bytes
-
-    if name:
-        read_settings(name, Section)
-    for target in (overrides.get("target.name"), *(overrides.get("target.also") or ())):
-        if target is not None:
-            known_target(target)
-    for key in ("budget", "peak_memory"):
-        if (asked := overrides.get(f"compress.{key}")) is not None:
-            parse_bytes(asked, key)
-    for text in assigned:
-        parse_assignment(text)
+    asked = with_values(load_recipe(name) if name else Recipe(), overrides, assigned or ())
+    refuse_recipe(asked)
+    return asked
 
 
 def asked_pins(pins: list[str] | None) -> dict[str, str] | None:

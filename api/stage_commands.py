@@ -65,9 +65,13 @@ def _add(stage: "Stage") -> None:
         }
         asked = asked_recipe(recipe, overrides, assigned)
         from . import Workers
+        from .export.request import refuse_stage_output
+
+        spread = Workers(workers, ray)
+        refuse_stage_output(out, run)
         from .export.build.build import make_stage
 
-        path = make_stage(asked, out, stage, talk(as_json), Workers(workers, ray), run)
+        path = make_stage(asked, out, stage, talk(as_json), spread, run)
         emit({"run": str(path)}, as_json, lambda console: console.print(f"results   {path}", soft_wrap=True))
 
     stages_app.command(stage, help=DOCS[stage])(command)

@@ -36,11 +36,12 @@ from turbopocket.pocket.render import render
 from turbopocket.pocket.scenes import sample_scenes
 from turbopocket.quant.calibrate import calibrate
 from turbopocket.quant.compress import compress, decompressed
-from turbopocket.quant.finetune import Calls, FineTuneOptions, fine_tune
+from turbopocket.quant.finetune import Calls, fine_tune
 from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layers import compressible_layers
 from turbopocket.quant.observe import LayerStats
+from turbopocket.quant.options import FineTuneOptions
 from turbopocket.quant.plan import Choice, Plan
 from turbopocket.quant.sequential import compress_in_blocks
 from turbopocket.runtimes.compare.metrics import psnr_db

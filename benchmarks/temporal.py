@@ -60,7 +60,7 @@ from turbopocket.quant.fit import RECONSTRUCT
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layer_rounding import Rounding, rounded_layers
 from turbopocket.quant.layers import compressible_layers, weight_of
-from turbopocket.quant.reconstruct import ReconstructOptions, Temporal
+from turbopocket.quant.options import ReconstructOptions, Temporal
 from turbopocket.quant.reconstruct_blocks import (
     TEMPORAL,
     UNITS_FOLDER,

@@ -47,15 +47,15 @@ from turbopocket.pocket.render import render
 from turbopocket.pocket.scenes import parse_caption, sample_scenes
 from turbopocket.quant.block_inputs import BlockInputs
 from turbopocket.quant.candidate_training import train_in_blocks
-from turbopocket.quant.candidates import CandidateOptions
 from turbopocket.quant.compress import decompressed
-from turbopocket.quant.finetune import Calls, FineTuneOptions, fine_tune, stand_ins
+from turbopocket.quant.finetune import Calls, fine_tune, stand_ins
 from turbopocket.quant.fit import parse_fit
 from turbopocket.quant.formats import Affine, CompressedTensor, LayerFormat, parse_format
 from turbopocket.quant.layers import weight_of
 from turbopocket.quant.observe import hessian_for
+from turbopocket.quant.options import CandidateOptions, FineTuneOptions, ReconstructOptions
 from turbopocket.quant.plan import Choice, Plan
-from turbopocket.quant.reconstruct import ReconstructOptions, reconstruct
+from turbopocket.quant.reconstruct import reconstruct
 from turbopocket.quant.reconstruct_blocks import BlockUnit
 from turbopocket.quant.scheme import Scheme
 from turbopocket.quant.sequential import compress_in_blocks

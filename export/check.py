@@ -12,14 +12,12 @@ from rich.console import Console
 from ..ground.errors import TurbopocketError
 from ..quant.ranges import load_ranges
 from ..quant.store import load_weights
-from ..runtimes.arm64.cpus import PREFIX, Cpu, parse_cpu
+from ..runtimes.arm64.cpus import PREFIX, Cpu
 from ..runtimes.arm64.emulator import Emulator
-from ..runtimes.arm64.setup import default_cache, open_emulator
 from ..runtimes.compare.self_check import SelfTest
 from ..runtimes.compare.self_check import self_test as run_self_test
-from ..runtimes.drawing.redundant import require_agreement
 from ..runtimes.drawing.tokenizer import open_tokenizers
-from ..runtimes.manifest import Manifest, load_manifest, verify
+from ..runtimes.manifest import Manifest, verify
 from ..runtimes.open import open_runner
 from .build.manifest import planned_schemes
 from .build.rewriting import require_same_encoders, rewritten
@@ -30,10 +28,11 @@ from .families.base import LoadedModel
 from .families.components import layers_of
 from .families.graphs import Component
 from .families.sizes import size_notes
-from .output.kept import RANGES_FILE, WEIGHTS_FILE
-from .output.staging import report_folder, settle_output
+from .output.names import RANGES_FILE, WEIGHTS_FILE
+from .output.staging import report_folder
 from .progress import StageProgress
-from .recipe import Recipe, recipe_of
+from .recipe import Recipe
+from .request import open_emulators, read_artifact
 from .targets.base import Target
 from .targets.registry import open_target
 from .verify.diffusers_reference import compare_with_diffusers
@@ -129,13 +128,9 @@ def check(
     do not match, a manifest that contradicts itself, and emulated CPUs (`arm64:<name>`) not known, not set up in
     `cache` or not run.
     """
-    if self_test and cpus:
-        raise TurbopocketError(f"the self-test runs here alone, {', '.join(cpus)} was asked with it")
-    emulators = [(cpu, open_emulator(cache or default_cache())) for cpu in map(parse_cpu, cpus)]
+    emulators = open_emulators(cpus, cache, self_test)
     artifact, progress = Path(artifact), progress or StageProgress()
-    settle_output(artifact)
-    manifest = load_manifest(artifact)
-    recipe = _recipe(artifact, manifest)
+    manifest, recipe = read_artifact(artifact)
     target = open_target(recipe.target)
     with progress.stage("verify"):
         verify(artifact, manifest)
@@ -210,19 +205,6 @@ def _why_no_parity(artifact: Path, stored: Path, cpus: Sequence[str], files_only
     if cpus:
         raise TurbopocketError(f"{artifact} can not be compared on {', '.join(cpus)}: {why_not}")
     return why_not
-
-
-def _recipe(artifact: Path, manifest: Manifest) -> Recipe:
-    """The artifact's recipe. Raises TurbopocketError when it is for another target than the artifact, or the manifest
-    contradicts itself elsewhere."""
-    require_agreement(manifest)
-    recipe = recipe_of(artifact, manifest)
-    if recipe.target.name != manifest.target:
-        raise TurbopocketError(
-            f"{artifact} is for {manifest.target}, and the recipe in its manifest for {recipe.target.name}",
-            hint="the manifest was changed: build again",
-        )
-    return recipe
 
 
 def _model(artifact: Path, manifest: Manifest, recipe: Recipe) -> LoadedModel:

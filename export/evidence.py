@@ -5,16 +5,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..ground.errors import TurbopocketError
 from ..ground.reading import read_text
-from ..runtimes.compare.replay import FeatureDistance
 from .checkpoint.json_object import read_json_object
-from .families.base import LoadedModel
+
+if TYPE_CHECKING:  # a file of prompts needs no PyTorch
+    from ..runtimes.compare.replay import FeatureDistance
+    from .families.base import LoadedModel
 
 Use = Literal["calibrate", "measure", "report"]
 SceneSplit = Literal["train", "selection", "test"]
@@ -31,7 +33,7 @@ class Evidence(Protocol):
         ...
 
     @property
-    def feature_distance(self) -> FeatureDistance | None:
+    def feature_distance(self) -> "FeatureDistance | None":
         """How far apart a network finds two pictures; None when there is no network to ask."""
         ...
 
@@ -44,7 +46,7 @@ class Evidence(Protocol):
         ...
 
 
-def evidence_for(model: LoadedModel) -> Evidence:
+def evidence_for(model: "LoadedModel") -> Evidence:
     """Returns the evidence that the model's folder names in `evidence.json`, else everyday prompts and no judge.
 
     A student's folder has its teacher's file. Raises TurbopocketError when the file is damaged or names another one.
@@ -78,7 +80,7 @@ class SceneEvidence:
         return captions(self._SPLITS[use], count, seed)
 
     @property
-    def feature_distance(self) -> FeatureDistance:
+    def feature_distance(self) -> "FeatureDistance":
         """||f(found) - f(expected)|| / ||f(expected)|| for the judge's features f, of pictures of its size."""
         return self._distance
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from ..quant.activations import ActivationFormat
 from ..quant.formats import FORMATS
 from ..quant.scheme import parse_scheme
+from .checkpoint.bundled import BUNDLED
 from .checkpoint.load import load_shapes
-from .checkpoint.source import BUNDLED
 from .families.components import components_of, parameter_count
 from .families.registry import FAMILIES
 from .targets.layer import Kind

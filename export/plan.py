@@ -31,6 +31,7 @@ from .families.base import LoadedModel
 from .families.components import component_name, group_name, layers_of, parameter_count, shapes_of
 from .families.sizes import drawn_sizes
 from .recipe import Recipe
+from .request import require_measured
 from .sampling.defaults import SamplingUnknown
 from .sampling.spec import with_sampling
 from .targets.base import Target
@@ -237,8 +238,7 @@ def _measured(
     path: Path, target: Target, shapes: Mapping[str, tuple[int, ...]], asked: Mapping[str, Sequence[Scheme]]
 ) -> dict[str, LayerChoices]:
     """The saved choices, narrowed to what is asked for. Raises TurbopocketError when they are of another model."""
-    if not path.is_file():
-        raise TurbopocketError(f"{path} is not a file; --measured takes the choices.json of a build")
+    require_measured(path)
     saved = load_choices(path)
     if odd := sorted(set(saved) ^ set(shapes)):
         raise TurbopocketError(f"{path} is of another model: {len(odd)} layers differ, {odd[0]} first")

@@ -21,20 +21,17 @@ from pydantic import (
     model_validator,
 )
 
-from ..quant.candidates import CandidateOptions
-from ..quant.finetune import FineTuneOptions
-from ..quant.fit import RECONSTRUCT, parse_fit
-from ..quant.reconstruct import ReconstructOptions
-from ..quant.scheme import parse_scheme
+from ..quant.names import RECONSTRUCT, known_fit, known_scheme
+from ..quant.options import CandidateOptions, FineTuneOptions, ReconstructOptions
 from ..runtimes.image_size import ImageSize, parse_size
 from ..runtimes.manifest import Manifest
 from ..runtimes.schedule import MAX_STEPS
 from ..runtimes.scheduler_classes import known_kind
+from .checkpoint.bundled import BUNDLED
 from .checkpoint.lora.file import LoraFile
-from .checkpoint.source import BUNDLED
-from .output.kept import RECIPE_FILE
+from .output.names import RECIPE_FILE
 from .output.staging import report_folder
-from .rewrites.registry import REWRITES, known_rewrite
+from .rewrites.names import REWRITE_NAMES, known_rewrite
 from .settings import Section, make_settings, parse_settings, read_settings
 from .target_options import TARGET_ENTRIES, known_target, with_several_sizes
 from .units import parse_bytes
@@ -140,7 +137,7 @@ class CompressSection(Section):
     @classmethod
     def _formats_are_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for text in values:
-            parse_scheme(text)
+            known_scheme(text)
         return values
 
     @model_validator(mode="after")
@@ -153,18 +150,18 @@ class CompressSection(Section):
     @classmethod
     def _rewrites_are_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         names = [known_rewrite(name) for name in values]
-        return tuple(name for name in REWRITES if name in names)
+        return tuple(name for name in REWRITE_NAMES if name in names)
 
     @field_validator("pin")
     @classmethod
     def _pinned_schemes_are_known(cls, values: Mapping[str, str]) -> Mapping[str, str]:
         for text in values.values():
-            parse_scheme(text)
+            known_scheme(text)
         return values
 
     @model_validator(mode="after")
     def _blocks_are_fitted_once(self) -> Self:
-        if self.sequential and self.fit == RECONSTRUCT.name:
+        if self.sequential and self.fit == RECONSTRUCT:
             raise ValueError(
                 f"fit = {self.fit} goes by blocks itself, on inputs of the float model: leave out sequential"
             )
@@ -173,8 +170,7 @@ class CompressSection(Section):
     @field_validator("fit")
     @classmethod
     def _fit_is_known(cls, value: str) -> str:
-        parse_fit(value)
-        return value
+        return known_fit(value)
 
     @property
     def budget_bytes(self) -> int | None:

@@ -25,11 +25,12 @@ from ..ground.errors import TurbopocketError
 from ..ground.heap import give_back_freed
 from ..ground.names import LayerName
 from .block_inputs import BlockInputs
-from .candidates import CandidateOptions, SoftWeight, has_candidates
+from .candidates import SoftWeight, has_candidates
 from .compress import decompressed
 from .finetune import HELD_OUT, Trained, held_vector
 from .formats import CompressedTensor
 from .layers import weight_of
+from .options import CandidateOptions
 from .sequential import OUTPUTS_FOLDER, Calls, Walk
 from .store import load_weights, save_tensors, save_weights
 

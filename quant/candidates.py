@@ -9,64 +9,24 @@ outputs, K columns of the matrix view.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
-from ..ground.errors import TurbopocketError
 from .finetune import Trained
 from .fit.grids import VectorCodes
 from .formats import CompressedTensor
 from .formats.base import from_matrix_view, matrix_view
-
-Start = Literal["equal", "distance"]
-Schedule = Literal["joint", "freeze"]
+from .options import Schedule, Start
 
 FROZEN_RATIO = 0.99
 """From here on a vector has one candidate, in the schedule `freeze`."""
 _DISTANCES = 2**24
 """Distances that are held at once while candidates are looked for."""
 _LEAST_DISTANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class CandidateOptions:
-    """Training of codes, codebooks and biases by block; these are the keys of a recipe's `[candidates]`.
-
-    Attributes:
-        count: n, the candidates of each vector, 1 to 4; 0 leaves the stage out, 1 trains codebooks and biases alone.
-        start: ratios that are all 1/n, as in the paper, or nearer entries larger, as in its released code.
-        schedule: `joint` trains ratios and codebooks together, as in the paper; `freeze` trains ratios first, each
-            frozen when it is nearly 1, and then the codebook, as released.
-        iterations: of each block, one call of it in each. Ratios have half of them at most, then the largest stays.
-        pictures: drawn by the float model; its calls are what is trained on, every eighth held out.
-        ratio_weight: of what drives ratios to 0 and 1, beside the block's error relative to that before training.
-        ratio_learning_rate: of logits, by RMSprop.
-        learning_rate: of codebooks, scales and biases in units of their root mean square, by RMSprop; it falls to zero.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-    count: int = 0
-    start: Start = "distance"
-    schedule: Schedule = "joint"
-    iterations: int = 400
-    pictures: int = 16
-    ratio_weight: float = 0.3
-    ratio_learning_rate: float = 5e-2
-    learning_rate: float = 1e-2
-
-    def __post_init__(self) -> None:
-        for name, least, most in (("count", 0, 4), ("iterations", 1, 10**9), ("pictures", 1, 16384)):
-            if not least <= getattr(self, name) <= most:
-                raise TurbopocketError(f"candidates: {name} = {getattr(self, name)}: allowed are {least:,} to {most:,}")
-        for name in ("ratio_learning_rate", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise TurbopocketError(f"candidates: {name} = {getattr(self, name)}: more than 0 is needed")
-        if not 0 <= self.ratio_weight < float("inf"):
-            raise TurbopocketError(f"candidates: ratio_weight = {self.ratio_weight}: 0 or more is needed")
 
 
 def has_candidates(stored: CompressedTensor) -> bool:

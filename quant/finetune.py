@@ -8,7 +8,6 @@ shipped steps, so text encoders and the VAE's decoder are tuned like the UNet. N
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,37 +17,10 @@ from ..ground.errors import TurbopocketError
 from .fit.grids import FP16_DIGITS
 from .formats import Affine, CompressedTensor, Dense
 from .formats.base import LayerFormat
+from .options import FineTuneOptions
 
 HELD_OUT = 8
 """One call in so many is not trained on: tuning that does not help there is not kept."""
-
-
-@dataclass(frozen=True)
-class FineTuneOptions:
-    """Training of what lies around the codes, by Adam; these are the keys of a recipe's `[finetune]`.
-
-    Attributes:
-        iterations: of each component; 0 leaves it out.
-        pictures: drawn by the float model; its calls are what is trained on, every eighth held out.
-        batch: calls at a time.
-        learning_rate: falls to zero over the iterations; one is for all, as each tensor is measured in its own root
-            mean square.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-    iterations: int = 0
-    pictures: int = 256
-    batch: int = 16
-    learning_rate: float = 5e-3
-
-    def __post_init__(self) -> None:
-        for name, least, most in (("iterations", 0, 10**9), ("pictures", 1, 16384), ("batch", 1, 1024)):
-            if not least <= getattr(self, name) <= most:
-                raise TurbopocketError(
-                    f"fine-tuning: {name} = {getattr(self, name)}: allowed are {least:,} to {most:,}"
-                )
-        if not 0 < self.learning_rate < float("inf"):
-            raise TurbopocketError(f"fine-tuning: learning_rate = {self.learning_rate}: more than 0 is needed")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,65 +19,13 @@ from .adaround import AdaptiveRounding
 from .formats import Affine, CompressedTensor, LayerFormat
 from .layer_rounding import Rounding, rounded_layers
 from .layers import weight_of
+from .options import ReconstructOptions
 
 KEPT_BYTES = 256 * 2**20
 """Of a unit's float outputs, and of what goes into it, kept in memory; with more they are made and read each time."""
 
-Temporal = Literal["tiar", "inside", "frozen"]
 Error = Callable[[Sequence[int], Mapping[str, Tensor]], Tensor]
 """Of some calls, with weights by layer."""
-
-
-@dataclass(frozen=True)
-class ReconstructOptions:
-    """Learned rounding, by Adam; these are the keys of a recipe's `[reconstruct]`.
-
-    Attributes:
-        iterations: of each block. The papers take 20,000, batches of 32.
-        batch: calls at a time, all of one step of the walk.
-        learning_rate: of V, throughout.
-        regularization: what undecided weights cost, their mean of 1 - |2 h(V) - 1|^β, beside the block's error in
-            units of that of rounding to the nearest. (AdaRound adds 0.01 times their sum to the error itself, which
-            means another thing in each block.)
-        warm_up: share of the iterations before undecided weights cost anything.
-        beta_start, beta_end: β falls linearly from one to the other after that.
-        temporal: what is done about the temporal information block (TFMQ-DM). `tiar` reconstructs it by itself, against
-            temporal features; `inside` has its layers learned in the blocks that they lie in, as BRECQ does; `frozen`
-            rounds them to the nearest.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-    iterations: int = 2000
-    batch: int = 8
-    learning_rate: float = 1e-2
-    regularization: float = 10.0
-    warm_up: float = 0.2
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-    temporal: Temporal = "tiar"
-
-    def __post_init__(self) -> None:
-        for name, least, most in (
-            ("iterations", 1, 10**7),
-            ("batch", 1, 1024),
-            ("learning_rate", 1e-9, 1e3),
-            ("regularization", 0, 1e9),
-            ("warm_up", 0, 1),
-            ("beta_end", 1, 1000),
-            ("beta_start", self.beta_end, 1000),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise TurbopocketError(
-                    f"reconstruct: {name} = {getattr(self, name)}: allowed are {least:g} to {most:,}"
-                )
-
-    def beta(self, iteration: int) -> float | None:
-        """β in an iteration, None during the warm-up."""
-        first = self.warm_up * self.iterations
-        if iteration < first:
-            return None
-        share = (iteration - first) / max(1.0, self.iterations - first)
-        return self.beta_start + (self.beta_end - self.beta_start) * share
 
 
 class Unit(ABC):

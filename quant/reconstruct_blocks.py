@@ -23,7 +23,8 @@ from .block_inputs import BlockInputs
 from .formats import CompressedTensor, parse_format
 from .layer_rounding import Rounding
 from .layers import compressible_layers, materialise
-from .reconstruct import KEPT_BYTES, ReconstructOptions, Unit, is_learned, reconstruct
+from .options import ReconstructOptions
+from .reconstruct import KEPT_BYTES, Unit, is_learned, reconstruct
 from .store import OverlaidStore, WeightStore, save_weights
 from .temporal import TemporalBlock
 from .temporal_errors import TemporalCall

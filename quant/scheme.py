@@ -6,11 +6,9 @@ After compressed-tensors' QuantizationScheme (weights, input_activations, output
 
 from dataclasses import dataclass
 
-from ..ground.errors import TurbopocketError
 from .activations import ActivationFormat
 from .formats import LayerFormat, parse_format
-
-_FLOAT = "float"
+from .names import known_scheme, outputs_with, scheme_name
 
 
 @dataclass(frozen=True)
@@ -49,34 +47,15 @@ class Scheme:
         return self.weight.nbytes(shape)
 
     def __str__(self) -> str:
-        if self.is_weight_only:
-            return str(self.weight)
-        if self.input is not None and self == with_activations(self.weight, self.input):
-            return f"{self.weight}+{self.input}"
-        return f"{self.weight}+{self.input or _FLOAT}+{self.output or _FLOAT}"
+        return scheme_name(self.weight, self.input, self.output)
 
 
 def with_activations(weight: LayerFormat, activations: ActivationFormat) -> Scheme:
     """The scheme that is named by these two: inputs rounded, and outputs too where scales are calibrated."""
-    return Scheme(weight, activations, None if activations.scales == "dynamic" else activations)
+    return Scheme(weight, activations, outputs_with(activations))
 
 
 def parse_scheme(text: str) -> Scheme:
     """The scheme of that name, the inverse of `str(scheme)`; TurbopocketError listing what there is."""
-    name, *activations = text.split("+")
-    weight = parse_format(name)
-    found = [None if each == _FLOAT else _activations(text, each) for each in activations]
-    if len(found) > 2:
-        raise TurbopocketError(f"`{text}` is not a scheme: after the weight format come activations, as in +a8-static")
-    first = found[0] if len(found) == 1 else None
-    scheme = Scheme(weight, *found) if first is None else with_activations(weight, first)
-    if str(scheme) != text:
-        raise TurbopocketError(f"`{text}` is written `{scheme}`")
-    return scheme
-
-
-def _activations(text: str, name: str) -> ActivationFormat:
-    found = ActivationFormat.parse(name)
-    if found is None:
-        raise TurbopocketError(f"`{text}`: `{name}` is no format of activations: known are {ActivationFormat.syntax}")
-    return found
+    named = known_scheme(text)
+    return Scheme(parse_format(str(named.weight)), named.input, named.output)

@@ -19,14 +19,14 @@ from io import BytesIO
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..ground.errors import TurbopocketError
 from ..ground.extras import install_hint
 from .shared import keep_only
+
+if TYPE_CHECKING:  # a wrong number of workers is refused before PyTorch is imported
+    import torch
 
 JOBS_AHEAD = 2
 """Jobs of each worker that are taken before they are done: one that it does, and one that it then finds. What is done
@@ -183,14 +183,18 @@ class _Sent:
 
 class _Packer(pickle.Pickler):
     def reducer_override(self, value: object) -> Any:
-        if not isinstance(value, Tensor):
+        import torch
+
+        if not isinstance(value, torch.Tensor):
             return NotImplemented
         values = value.detach().contiguous()
         return _unpacked, (values.flatten().view(torch.uint8).numpy(), values.dtype, tuple(values.shape))
 
 
-def _unpacked(values: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _unpacked(values: Any, dtype: "torch.dtype", shape: tuple[int, ...]) -> "torch.Tensor":
     """A tensor in memory that PyTorch aligned."""
+    import torch
+
     return torch.from_numpy(values).clone().view(dtype).view(shape)
 
 
@@ -203,6 +207,8 @@ def _done_there(sent: Any) -> _Sent:
 @contextmanager
 def _process_pool(count: int) -> Iterator[_Processes]:
     """So many processes, which end at once when the block fails or this process dies, however it does."""
+    import torch
+
     context = get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // count)
@@ -248,6 +254,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _begin_worker(threads: int, lifeline: Connection, parent: int) -> None:
+    import torch
+
     torch.set_num_threads(threads)
     for number in _PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -297,6 +305,8 @@ class _RayWorker:
     """One process; of one thread, whatever its machine has."""
 
     def __init__(self) -> None:
+        import torch
+
         torch.set_num_threads(1)
 
     def do(self, work: Callable[[Any], Any], job: Any) -> Any:

@@ -16,17 +16,15 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"```sh\n(.*?)```", flags=re.DOTALL)
 VERBS = (
-    "export.build.targets.build_targets",
-    "export.build.build.make_stage",
+    "export.request.refuse_recipe",
+    "export.request.open_emulators",
+    "export.distill.run.refuse_recipe",
     "export.build.journal.clean",
-    "export.distill.distill.distill",
-    "export.plan.plan",
-    "export.check.check",
     "export.artifact.Artifact.open",
-    "export.report.page.rewrite_report",
+    "export.report.rewrite.rewrite_report",
     "runtimes.arm64.setup.prepare",
 )
-"""What a command ends up in once its arguments, recipe and settings are found right."""
+"""What a command comes to once its arguments, recipe and settings are found right: then it looks for what they name."""
 
 
 def shown(page: Path) -> list[str]:

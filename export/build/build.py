@@ -26,8 +26,8 @@ from ...runtimes.compare.replay import Recorder
 from ...runtimes.manifest import Manifest, write_manifest
 from ..checkpoint.card import model_card
 from ..families.sizes import size_notes
-from ..output.kept import WEIGHTS_FILE
 from ..output.kept import keep as keep_measured
+from ..output.names import WEIGHTS_FILE
 from ..output.owned import refuse_build, refuse_journal, write_record
 from ..output.staging import Claim, claimed, output_path, report_folder, run_folder
 from ..progress import StageProgress

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it takes to learn a denoiser's rounding: iterations of each block, forwards and back, on batches of calls."""
 
-from ...quant.reconstruct import KEPT_BYTES, ReconstructOptions
+from ...quant.options import ReconstructOptions
+from ...quant.reconstruct import KEPT_BYTES
 from .forecast_stages import Asked, Stage
 from .forecast_work import BlockWork, Work
 

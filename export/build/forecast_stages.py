@@ -9,13 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...quant.candidates import CandidateOptions
-from ...quant.finetune import FineTuneOptions
 from ...quant.fit import Fit, measuring_fit
 from ...quant.formats import LayerFormat
 from ...quant.observe.moments import STRIP_COLUMNS, WAITING_FLOATS
 from ...quant.observe.vectors import CHUNK_FLOATS
-from ...quant.reconstruct import ReconstructOptions
+from ...quant.options import CandidateOptions, FineTuneOptions, ReconstructOptions
 from ...runtimes.kept import MOST_BYTES
 from .forecast_fits import fit_bytes, fit_cost
 from .forecast_rates import Rates

@@ -15,7 +15,7 @@ from ...quant.row_losses import SHARED_FILE, SUMS_FILE, Question, RowwiseOutput,
 from ...quant.sensitivity import candidates_to_files, load_choices, save_choices
 from ...quant.split import content_of
 from ..families.components import component_name
-from ..output.kept import CHOICES_FILE
+from ..output.names import CHOICES_FILE
 from ..output.owned import remove_journal
 from ..verify.gaps import Session
 from .bench import Workbench

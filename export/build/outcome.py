@@ -2,6 +2,7 @@
 """What a build came to, for the person who waited."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ class Built:
             "notes": list(self.notes),
             "stage_seconds": {name: round(seconds, 1) for name, seconds in self.stage_seconds.items()},
         }
+
+
+def show_all(made: Sequence[Built], console: Console) -> None:
+    """Prints one outcome after the other."""
+    for built in made:
+        show_built(built, console)
 
 
 def show_built(built: Built, console: Console) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...quant.workers import IN_TURN, Workers
-from ..output.owned import refuse_journal, refuse_occupied
+from ..output.owned import refuse_builds
 from ..output.staging import claimed, output_path, run_folder
 from ..progress import StageProgress
 from ..recipe import Recipe
@@ -32,18 +32,13 @@ def build_targets(
     if len(recipes) == 1:
         return [build(recipe, out, overwrite, StageProgress(quiet), workers, keep, run)]
     out = output_path(out)
-    run = run or run_folder(out)
-
-    def refuse() -> None:
-        refuse_occupied(out, overwrite)
-        refuse_journal(run)
-
-    with claimed(out, refuse) as claim, claim.staged(out) as (folder,):
+    where = run or run_folder(out)
+    with claimed(out, lambda: refuse_builds(out, where, overwrite)) as claim, claim.staged(out) as (folder,):
         made = [
-            build(single, folder / name, False, StageProgress(quiet), workers, True, run)
+            build(single, folder / name, False, StageProgress(quiet), workers, True, where)
             for name, single in recipes.items()
         ]
-    settle(run, keep, StageProgress(quiet))
+    settle(where, keep, StageProgress(quiet))
     return [replace(each, folder=out / each.folder.name, report=_moved(each, out)) for each in made]
 
 

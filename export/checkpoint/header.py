@@ -28,6 +28,7 @@ ITEM_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)

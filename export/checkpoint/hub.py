@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetching a checkpoint from the Hugging Face hub: text and safetensors only, one set of weights."""
 
-import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +16,6 @@ from ...ground.errors import TurbopocketError
 from .card import CARD
 from .weight_files import SHARD, choose_weight_file
 
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ANSWER_TIMEOUT_S = 20
 FILES_SHOWN = 5
 STEMS = ("diffusion_pytorch_model", "model")

@@ -3,12 +3,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...ground.errors import TurbopocketError
-from ..families.base import ModelFamily, ModuleSpec
 from ..families.keys import Honoured, check_config, shown
 from .json_object import read_json_object
+
+if TYPE_CHECKING:  # an index that is not there needs no PyTorch
+    from ..families.base import ModelFamily, ModuleSpec
 
 
 def read_pipeline_index(folder: Path) -> dict[str, Any]:
@@ -23,8 +25,8 @@ def read_pipeline_index(folder: Path) -> dict[str, Any]:
 
 
 def family_of(
-    index: dict[str, Any], folder: Path, families: Sequence[ModelFamily], configs_only: bool = False
-) -> ModelFamily:
+    index: dict[str, Any], folder: Path, families: "Sequence[ModelFamily]", configs_only: bool = False
+) -> "ModelFamily":
     """Returns the family whose pipeline class the index names.
 
     Raises TurbopocketError when no family has that class, a part of the pipeline is absent, a tokenizer is of another
@@ -41,7 +43,7 @@ def family_of(
     raise TurbopocketError(f"{path}: pipeline class {shown(found)} is not supported; supported: {supported}")
 
 
-def _check_parts(index: dict[str, Any], folder: Path, family: ModelFamily, configs_only: bool) -> None:
+def _check_parts(index: dict[str, Any], folder: Path, family: "ModelFamily", configs_only: bool) -> None:
     path = folder / "model_index.json"
     for name in family.folders:
         if index.get(name) in (None, [None, None]):
@@ -53,7 +55,7 @@ def _check_parts(index: dict[str, Any], folder: Path, family: ModelFamily, confi
             raise TurbopocketError(f"{path}: {name!r} is {shown(index[name])}; supported: {classes[0]}")
 
 
-def modules_of(index: dict[str, Any], folder: Path, family: ModelFamily) -> dict[str, ModuleSpec]:
+def modules_of(index: dict[str, Any], folder: Path, family: "ModelFamily") -> "dict[str, ModuleSpec]":
     """Returns, for each module of the family, the one of its possible classes that the index names.
 
     Raises TurbopocketError when it names another.
@@ -80,7 +82,7 @@ def scheduler_class(index: dict[str, Any], folder: Path) -> str:
             raise TurbopocketError(f"{path}: 'scheduler' is {shown(other)}; a class of diffusers is needed")
 
 
-def pipeline_config(index: dict[str, Any], family: ModelFamily) -> dict[str, Any]:
+def pipeline_config(index: dict[str, Any], family: "ModelFamily") -> dict[str, Any]:
     """Returns the settings of the pipeline that are honoured when drawing."""
     honoured = {key for key, treatment in family.keys.items() if isinstance(treatment, Honoured)}
     own = {key: value for key, value in index.items() if key in honoured and not key.startswith("_")}

@@ -8,13 +8,13 @@ know a shape and remember what is done to them, so that a file of any size is ma
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import attrgetter, itemgetter, methodcaller
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ...ground.errors import TurbopocketError
 from .header import StoredTensor
+
+if TYPE_CHECKING:  # a file that is refused needs no PyTorch
+    from torch import nn
 
 UNET_PREFIX = "model.diffusion_model."
 OPEN_CLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
@@ -28,7 +28,9 @@ PREFIXES = {
 """Which component the tensors of an original checkpoint belong to."""
 
 
-def in_diffusers_names(component: str, part: Mapping[str, StoredTensor], module: nn.Module) -> dict[str, StoredTensor]:
+def in_diffusers_names(
+    component: str, part: Mapping[str, StoredTensor], module: "nn.Module"
+) -> dict[str, StoredTensor]:
     """Returns the tensors of one component under diffusers' names; `part` has them under the original ones.
 
     Raises TurbopocketError when one is not known to the mapping, or lacks the shape that it needs.
@@ -93,5 +95,7 @@ class _Recorded:
         return self
 
     def _then(self, step: Callable[[Any], Any]) -> "_Recorded":
+        import torch
+
         shape = tuple(step(torch.empty(self.shape, device="meta")).shape)
         return _Recorded(replace(self.stored, shape=shape, steps=(*self.stored.steps, step)))

@@ -5,17 +5,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ...ground.errors import TurbopocketError
-from ..families.base import ModelFamily
-from ..families.sd import SD
-from ..families.sdxl import SDXL
 from .header import StoredTensor, read_header_and_metadata
 from .original_names import OPEN_CLIP_PREFIXES, PREFIXES, UNET_PREFIX, in_diffusers_names
 from .weight_files import PICKLED_SUFFIXES
+
+if TYPE_CHECKING:  # a file that is refused needs no PyTorch
+    from torch import nn
+
+    from ..families.base import ModelFamily
 
 MODEL_SUFFIXES = (".safetensors", *PICKLED_SUFFIXES, ".gguf", ".onnx", ".pte", ".mlmodel")
 NAMES_SHOWN = 3
@@ -26,8 +26,13 @@ class Kind:
     """A kind of checkpoint that is published as one file. `diffusers_type` is diffusers' name for it."""
 
     title: str
-    family: ModelFamily
     diffusers_type: str
+    is_xl: bool = False
+
+    @property
+    def family(self) -> "ModelFamily":
+        """The family that it is of."""
+        return family_of_unet(self.is_xl)
 
     @property
     def configs(self) -> str:
@@ -38,9 +43,9 @@ class Kind:
         return hub_id
 
 
-SD_1 = Kind("Stable Diffusion 1.x", SD, "v1")
-SD_2 = Kind("Stable Diffusion 2.x", SD, "v2")
-SD_XL = Kind("Stable Diffusion XL", SDXL, "xl_base")
+SD_1 = Kind("Stable Diffusion 1.x", "v1")
+SD_2 = Kind("Stable Diffusion 2.x", "v2")
+SD_XL = Kind("Stable Diffusion XL", "xl_base", is_xl=True)
 SUPPORTED = "supported are checkpoints of Stable Diffusion 1.x, 2.x and XL"
 
 
@@ -59,7 +64,7 @@ class SingleFile:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     stated_by: tuple[str, ...] = ()
 
-    def stored_tensors(self, component: str, module: nn.Module) -> dict[str, StoredTensor]:
+    def stored_tensors(self, component: str, module: "nn.Module") -> dict[str, StoredTensor]:
         """Returns the tensors of one component under diffusers' names; raises as `in_diffusers_names` does."""
         part = self.parts[component]
         return in_diffusers_names(component, part, module) if self.is_original else dict(part)
@@ -120,6 +125,14 @@ CHANNELS = {
     8: "an editing checkpoint (InstructPix2Pix)",
     9: "an inpainting checkpoint",
 }
+
+
+def family_of_unet(is_xl: bool) -> "ModelFamily":
+    """The family whose denoiser is such a UNet: that of Stable Diffusion XL, or the one before it."""
+    from ..families.sd import SD
+    from ..families.sdxl import SDXL
+
+    return SDXL if is_xl else SD
 
 
 class NotACheckpoint(TurbopocketError):

@@ -1,35 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turning what a user calls a model into places on this machine: a whole folder, or parts and what completes them."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from ... import pocket
 from ...ground.errors import TurbopocketError
 from ...ground.reading import one_sentence
-from ..families.base import ModelFamily, ModuleSpec
-from ..families.sd import SD
-from ..families.sdxl import SDXL
+from .bundled import BUNDLED
 from .folder_contents import is_unet_folder, pipeline_around, refuse_other_folders
 from .header import StoredTensor
-from .hub import REPO_ID, download
 from .index import read_pipeline_index
 from .json_object import read_json_object
-from .single_file import MODEL_SUFFIXES, SingleFile, open_single_file
+from .single_file import MODEL_SUFFIXES, SingleFile, family_of_unet, open_single_file
 from .weight_files import stored_tensors
 
-_FOLDER = Path(str(resources.files(pocket)))
-BUNDLED = {
-    "pocket-turbo": _FOLDER / "turbo_weights",
-    "pocket": _FOLDER / "weights",
-    "pocket-dit": _FOLDER / "dit_weights",
-}
-"""The few-step student, which is the default model, its teacher, and a diffusion transformer."""
+if TYPE_CHECKING:  # a source that is refused needs no PyTorch
+    from torch import nn
+
+    from ..families.base import ModelFamily, ModuleSpec
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMPLETE = "--config FOLDER: a diffusers folder or a hub id of the same architecture, with weights"
 
 
@@ -80,7 +73,7 @@ class Checkpoint:
         """Returns the folder, or the single file, with the component's weights."""
         return self.file.path if self.file and component in self.file.parts else self.config_folder(component)
 
-    def stored_tensors(self, component: str, module: nn.Module, spec: ModuleSpec) -> dict[str, StoredTensor]:
+    def stored_tensors(self, component: str, module: "nn.Module", spec: "ModuleSpec") -> dict[str, StoredTensor]:
         """Returns where a component's tensors are stored, by published names, from the headers alone.
 
         Raises TurbopocketError when there are none, or they are pickled or broken.
@@ -142,24 +135,58 @@ def resolve(source: str, config: str | None, folders: Collection[str], with_weig
     are fetched. Raises TurbopocketError when `source` is none of them, a bundled model was not installed, or what
     is there is neither a model nor a part of one.
     """
+    asked = _request(source, config)
+    if asked.whole:
+        name, folder = _fetched(asked.whole, folders, folders if with_weights else ())
+        return Checkpoint(name, folder)
+    if asked.file:
+        family, parts, configs = asked.file.kind.family, tuple(asked.file.parts), config or asked.file.kind.configs
+    else:
+        family, parts, configs = _family_of_unet(asked.own), ("unet",), config or ""
+    completion = _completion(asked.own, family, parts, configs, config is None)
+    folder = _completing_folder(completion, family, folders, with_weights)
+    if asked.file:
+        return Checkpoint(asked.own.stem, folder, file=asked.file, completion=completion)
+    return Checkpoint(asked.own.resolve().name, folder, unet=asked.own, completion=completion)
+
+
+def require_source(source: str, config: str | None) -> None:
+    """Raises what `resolve` raises, as far as this machine tells: nothing is fetched."""
+    _request(source, config)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A whole model by its name: a folder of this machine, or what the hub has under an id."""
+
+    name: str
+    folder: Path | None
+    hub_id: str
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `source` and `config` ask for: a whole model, or a UNet's `own` folder, or an `own` single file."""
+
+    own: Path
+    whole: _Whole | None = None
+    file: SingleFile | None = None
+
+
+def _request(source: str, config: str | None) -> _Request:
     path = _path(source)
-    if source not in BUNDLED and path.is_file():
-        file = open_single_file(path, config)
-        completion = _completion(path, file.kind.family, tuple(file.parts), config or file.kind.configs, config is None)
-        folder = _completing_folder(completion, file.kind.family, folders, with_weights)
-        return Checkpoint(path.stem, folder, file=file, completion=completion)
-    if source not in BUNDLED and is_unet_folder(path):
-        family = _family_of_unet(path)
-        completion = _completion(path, family, ("unet",), config or "", config is None)
-        folder = _completing_folder(completion, family, folders, with_weights)
-        return Checkpoint(path.resolve().name, folder, unet=path, completion=completion)
-    name, folder = _whole(source, folders, folders if with_weights else ())
+    is_file = source not in BUNDLED and path.is_file()
+    if is_file or (source not in BUNDLED and is_unet_folder(path)):
+        if config is not None:
+            _config(config)
+        return _Request(path, file=open_single_file(path, config) if is_file else None)
+    whole = _whole(source)
     if config is not None:
         raise TurbopocketError(
             f"config {config!r} was given for {source}, which has configs of its own; it is allowed for a single file "
             "and for a UNet's own folder"
         )
-    return Checkpoint(name, folder)
+    return _Request(path, whole)
 
 
 def _path(source: str) -> Path:
@@ -170,12 +197,12 @@ def _path(source: str) -> Path:
         return path
 
 
-def _family_of_unet(folder: Path) -> ModelFamily:
-    is_sdxl = read_json_object(folder / "config.json").get("addition_embed_type") == "text_time"
-    return SDXL if is_sdxl else SD
+def _family_of_unet(folder: Path) -> "ModelFamily":
+    is_xl = read_json_object(folder / "config.json").get("addition_embed_type") == "text_time"
+    return family_of_unet(is_xl)
 
 
-def _completion(own: Path, family: ModelFamily, parts: tuple[str, ...], config: str, assumed: bool) -> Completion:
+def _completion(own: Path, family: "ModelFamily", parts: tuple[str, ...], config: str, assumed: bool) -> Completion:
     missing = tuple(name for name in family.modules if name not in parts)
     completion = Completion(config, assumed, own, missing, parts == ("unet",))
     if missing and assumed:
@@ -185,15 +212,15 @@ def _completion(own: Path, family: ModelFamily, parts: tuple[str, ...], config: 
 
 
 def _completing_folder(
-    completion: Completion, family: ModelFamily, folders: Collection[str], with_weights: bool
+    completion: Completion, family: "ModelFamily", folders: Collection[str], with_weights: bool
 ) -> Path:
     """The folder that completes a model. Raises TurbopocketError when it is not there, or of another family."""
     own, config = completion.own, completion.config
     try:
-        _, folder = _whole(config, folders, completion.missing if with_weights else ())
+        _, folder = _fetched(_whole(config), folders, completion.missing if with_weights else ())
     except TurbopocketError as error:
         if not completion.assumed:
-            raise TurbopocketError(f"config: {error}", error.hint) from error
+            raise _of_config(error) from error
         raise TurbopocketError(
             f"{own} has no configs and tokenizers of its own, and diffusers' choice is not to be had: {error}",
             hint="--config FOLDER: a diffusers folder of the same architecture; its configs and tokenizers are enough",
@@ -203,23 +230,44 @@ def _completing_folder(
     return folder
 
 
-def _whole(source: str, folders: Collection[str], weights_of: Collection[str]) -> tuple[str, Path]:
-    """(name, folder) of a model that is a diffusers folder; of a hub id only these folders and weights are fetched."""
+def _config(config: str) -> _Whole:
+    """What completes a model. Raises TurbopocketError when it is no model here, and can be none of the hub."""
+    try:
+        return _whole(config)
+    except TurbopocketError as error:
+        raise _of_config(error) from error
+
+
+def _of_config(error: TurbopocketError) -> TurbopocketError:
+    return TurbopocketError(f"config: {error}", error.hint)
+
+
+def _whole(source: str) -> _Whole:
+    """A model that is a diffusers folder. Raises TurbopocketError when it is none here, and can be none of the hub."""
     if source in BUNDLED:
         if not BUNDLED[source].is_dir():
             raise TurbopocketError(f"the bundled model {source!r} has no weights in this installation")
-        return source, BUNDLED[source]
+        return _Whole(source, BUNDLED[source], source)
     path = _path(source)
     if path.is_dir():
         refuse_other_folders(path)
-        return path.resolve().name, path
+        return _Whole(path.resolve().name, path, source)
     if path.is_file():
         raise TurbopocketError(f"{source} is a file; a diffusers folder or a hub id is needed")
     if path.suffix in MODEL_SUFFIXES:
         raise TurbopocketError(f"{source} does not exist")
     if REPO_ID.fullmatch(source):
-        return source.split("/")[1], download(source, folders, weights_of)
+        return _Whole(source.split("/")[1], None, source)
     raise TurbopocketError(
         f"{source!r} is neither a bundled model ({', '.join(BUNDLED)}), nor a folder, nor a single file, "
         "nor a hub id (owner/name)"
     )
+
+
+def _fetched(whole: _Whole, folders: Collection[str], weights_of: Collection[str]) -> tuple[str, Path]:
+    """(name, folder) of a whole model; of a hub id only these folders and weights are fetched."""
+    if whole.folder is not None:
+        return whole.name, whole.folder
+    from .hub import download
+
+    return whole.name, download(whole.hub_id, folders, weights_of)

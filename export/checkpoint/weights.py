@@ -18,11 +18,10 @@ from ...ground.reading import one_sentence
 from ...quant.layers import StoredIn, TensorSource, is_compressible, set_source
 from ..families.base import ModuleSpec
 from ..families.keys import check_config, constructor_defaults, given_to_class, shown
-from .header import StoredTensor
+from .header import FLOAT_DTYPES, StoredTensor
 from .json_object import read_json_object
 from .weight_files import known_tensors
 
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAPPED_DTYPES = ("F32", "F16", "BF16")
 """Those that fp32 holds exactly."""
 # transformers saved this constant buffer in older files; the module computes it.

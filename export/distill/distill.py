@@ -17,9 +17,10 @@ from ...ground.errors import TurbopocketError
 from ...ground.extras import install_hint
 from ...quant.distill import trainer
 from ...quant.distill.denoiser import Conditions
+from ...quant.distill.options import Precision
 from ...quant.distill.steps import FixedIntervals
 from ...quant.distill.tdm import drawn
-from ...quant.distill.trainer import METHODS, Precision, Task, restored_iteration
+from ...quant.distill.trainer import METHODS, Task, restored_iteration
 from ...runtimes.drawing.latents import to_vae
 from ..checkpoint.links import refuse_links_out
 from ..checkpoint.load import load

@@ -8,9 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ...ground.errors import TurbopocketError
-from ...quant.distill.options import DistillOptions
-from ...quant.distill.steps import MAX_STEPS
-from ...quant.distill.trainer import METHODS, Precision
+from ...quant.distill.options import MAX_STEPS, METHOD_NAMES, DistillOptions, Precision
 from ..recipe import MAX_GUIDANCE
 from ..settings import Section, parse_settings, read_settings
 
@@ -53,8 +51,8 @@ class DistillSection(DistillOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in METHODS:
-            raise TurbopocketError(f"method {self.method!r} is not known: known are {', '.join(METHODS)}")
+        if self.method not in METHOD_NAMES:
+            raise TurbopocketError(f"method {self.method!r} is not known: known are {', '.join(METHOD_NAMES)}")
         if not 1 <= self.steps <= MAX_STEPS:
             raise TurbopocketError(f"steps = {self.steps}: allowed are 1 to {MAX_STEPS}")
         if self.lora_rank is not None and self.lora_rank < 1:

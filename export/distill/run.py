@@ -3,21 +3,25 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...ground.errors import TurbopocketError
 from ...ground.files import write_whole
-from ..families.base import LoadedModel
+from ..checkpoint.source import require_source
+from ..evidence import read_prompts
 from ..output.owned import refuse_folder, refuse_run
-from ..output.staging import run_folder
+from ..output.staging import output_path, run_folder, settle_output
 from .recipe import DistillRecipe
+
+if TYPE_CHECKING:  # what is refused needs no PyTorch
+    from ..families.base import LoadedModel
 
 RUN_FILE = "run.json"
 _OF_THE_MACHINE = ("precision", "gradient_checkpointing")
 """Keys that a run may go on with another value of."""
 
 
-def claim_run(run: Path, recipe: DistillRecipe, model: LoadedModel) -> None:
+def claim_run(run: Path, recipe: DistillRecipe, model: "LoadedModel") -> None:
     """Makes the folder of checkpoints and logs, or finds it of this run. Raises TurbopocketError for another's.
 
     The recipe is one whose guidance is known.
@@ -46,6 +50,16 @@ def claim_run(run: Path, recipe: DistillRecipe, model: LoadedModel) -> None:
             f"{run} holds another run: {odd[0]} is {found[odd[0]]!r} there, {wanted[odd[0]]!r} here",
             hint="remove that folder, or give another --out",
         )
+
+
+def refuse_recipe(recipe: DistillRecipe, out: Path, overwrite: bool) -> None:
+    """Raises TurbopocketError for what this machine can tell to be wrong of a request before PyTorch is imported: the
+    teacher or the prompts are not there, or `out` can not become a student. The run asks the same functions."""
+    require_source(recipe.teacher.source, recipe.teacher.config)
+    if recipe.distill.prompts is not None:
+        read_prompts(recipe.distill.prompts)
+    settle_output(out)
+    refuse_student(output_path(out), overwrite)
 
 
 def refuse_student(out: Path, overwrite: bool) -> None:

@@ -10,11 +10,7 @@ from ...quant.plan import LayerChoices
 from ...quant.ranges import Ranges, save_ranges
 from ...quant.sensitivity import save_choices
 from ...quant.store import save_weights
-
-CHOICES_FILE = "choices.json"
-RANGES_FILE = "ranges.json"
-RECIPE_FILE = "recipe.toml"
-WEIGHTS_FILE = "weights.safetensors"
+from .names import CHOICES_FILE, RANGES_FILE, RECIPE_FILE, WEIGHTS_FILE
 
 
 def keep(

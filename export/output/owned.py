@@ -47,6 +47,12 @@ def refuse_build(out: Path, run: Path, overwrite: bool) -> None:
     refuse_journal(run)
 
 
+def refuse_builds(out: Path, run: Path, overwrite: bool) -> None:
+    """Raises TurbopocketError when builds that work in `run` can not make their artifacts and reports in `out`."""
+    refuse_occupied(out, overwrite)
+    refuse_journal(run)
+
+
 def refuse_journal(run: Path) -> None:
     """Raises TurbopocketError when `run` can not be, or become, the folder in which a build works."""
     ours = set(journal_files(run))

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ...ground.errors import TurbopocketError
-from ...runtimes.manifest import load_manifest
-from ..output.staging import report_folder, settle_output, write_atomically
+from ..output.staging import write_atomically
 from ..units import format_bytes
 from .data import (
     BlockError,
@@ -38,7 +36,6 @@ __all__ = [
     "ReportData",
     "TemporalFigures",
     "TradeoffPoint",
-    "rewrite_report",
     "write_report",
 ]
 
@@ -52,19 +49,6 @@ def write_report(folder: Path, data: ReportData) -> Path:
     path = folder / REPORT_NAME
     write_atomically(path, page.encode())
     return path
-
-
-def rewrite_report(artifact: Path) -> Path:
-    """Returns the page of `artifact`, made again from what its build left in `report_folder(artifact)`.
-
-    Raises TurbopocketError naming the first missing or damaged file.
-    """
-    settle_output(artifact)
-    manifest = load_manifest(artifact)
-    folder = report_folder(artifact.absolute())
-    if not folder.is_dir():
-        raise TurbopocketError(f"{artifact} has no measurements: {folder} is missing", hint="build again")
-    return write_report(folder, ReportData.load(folder, manifest))
 
 
 def _environment() -> Environment:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .steps import MAX_STEPS
+from .options import MAX_STEPS
 
 Conditions = Mapping[str, Tensor]
 """`encoder_hidden_states` (N, T, D), and for SDXL `text_embeds` (N, P) and `time_ids` (N, 6)."""

@@ -2,9 +2,14 @@
 """How a distillation run trains, with its source; these are keys of a recipe's `[distill]` as well."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ...ground.errors import TurbopocketError
+
+METHOD_NAMES = ("tdm", "mse")
+"""Every method's name; the trainer's `METHODS` are the methods, in the same order."""
+MAX_STEPS = 8
+Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 
 from ...ground.errors import TurbopocketError
+from .options import MAX_STEPS
 
 CLEAN = -1
 """The timestep after the last step: no noise left."""
-MAX_STEPS = 8
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from .steps import StepSchedule
 from .tdm import fake_loss, guided_clean_and_noise, student_loss, student_point
 from .trajectory_mse import teacher_trajectory, trajectory_loss
 
-Precision = Literal["no", "bf16", "fp16"]
 Role = Literal["student", "fake"]
 """The networks that a method may train."""
 ADAM_BETAS, WEIGHT_DECAY = (0.0, 0.95), 1e-2

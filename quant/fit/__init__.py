@@ -5,7 +5,7 @@ block). Other grids take k-means in all of them."""
 
 from typing import Any
 
-from ...ground.errors import TurbopocketError
+from ..names import known_fit
 from .absmax import absmax_codes
 from .base import Fit, Solver
 from .gptq import gptq_codes
@@ -71,10 +71,8 @@ __all__ = [
 
 def parse_fit(text: str) -> Fit:
     """The fit of that name; TurbopocketError listing the legal names."""
-    for fit in FITS:
-        if fit.name == text:
-            return fit
-    raise TurbopocketError(f"`{text}` is not a fit: known are {', '.join(map(str, FITS))}")
+    name = known_fit(text)
+    return next(fit for fit in FITS if fit.name == name)
 
 
 def measuring_fit(fit: Fit) -> Fit:

@@ -17,10 +17,10 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
+from ..names import SHARED_LENGTHS
 from .kmeans import nearest_vectors, vector_kmeans
 
 FILE = "universal.safetensors"
-LENGTHS = (4, 8)
 MOST_CODEBOOKS, ENTRIES = 4, 256
 SAMPLES = 200_000
 
@@ -31,8 +31,8 @@ def universal_codebooks(length: int) -> Tensor:
 
     Raises TurbopocketError for a length that has none.
     """
-    if length not in LENGTHS:
-        raise TurbopocketError(f"there are universal codebooks for vectors of {LENGTHS}, not of {length}")
+    if length not in SHARED_LENGTHS:
+        raise TurbopocketError(f"there are universal codebooks for vectors of {SHARED_LENGTHS}, not of {length}")
     return load(resources.files(__package__).joinpath(FILE).read_bytes())[f"d{length}"]
 
 
@@ -50,4 +50,4 @@ def made_codebooks(length: int) -> Tensor:
 
 def write_codebooks() -> None:
     """Writes the file of this package."""
-    save_file({f"d{length}": made_codebooks(length) for length in LENGTHS}, Path(__file__).parent / FILE)
+    save_file({f"d{length}": made_codebooks(length) for length in SHARED_LENGTHS}, Path(__file__).parent / FILE)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight formats as values: `parse_format("int4-g32").nbytes((320, 320))`."""
 
-from ...ground.errors import TurbopocketError
+from ..names import format_of
 from .additive import Additive
 from .affine import Affine
 from .base import CompressedTensor, LayerFormat, PartSpec, from_matrix_view, matrix_shape, matrix_view
@@ -31,9 +31,4 @@ __all__ = [
 
 def parse_format(text: str) -> LayerFormat:
     """The format of that name, the inverse of `str(format)`; TurbopocketError listing the legal names."""
-    for kind in FORMATS:
-        parsed = kind.parse(text)
-        if parsed is not None:
-            return parsed
-    legal = ", ".join(kind.syntax for kind in FORMATS)
-    raise TurbopocketError(f"`{text}` is not a weight format: known are {legal}")
+    return format_of(text, FORMATS)

@@ -5,66 +5,27 @@ Additive quantization as in Egiazarian et al., VQDM (2024), section 3. O outputs
 M codebooks, P = 2^bits entries of one, D length of a vector, J = K / D vectors per row.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ...ground.bits import packed_bytes
-from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import AdditiveCodes, AdditiveGrid, VectorCodes, VectorGrid
 from ..fit.hessian import Hessian
-from ..fit.universal import LENGTHS
+from ..names import AdditiveName
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, unpack
-from .palette import refused_rows, require_codes
-
-_NAME = re.compile(r"avq([2-4])x([123468])-d([248])(-shared)?")
-_LENGTHS = (2, 4, 8)
-_MOST_CODEBOOKS = 4
-_SHARED_BITS = 8
+from .palette import refused_rows
 
 
-@dataclass(frozen=True)
-class Additive(LayerFormat):
+class Additive(AdditiveName, LayerFormat):
     """value = scale[row] * Σ codebook[m][code[m]][place]; a vector is `length` neighbouring input channels at one tap.
 
     Parts: `codes` uint8 [M, O, ceil(J * bits / 8)] (row-packed, low bits first), `codebooks` fp16 [M, 2^bits, D],
     `scale` fp16 [O]. All rows share the codebooks; with `shared` all layers of a component do.
     """
-
-    count: int
-    bits: int
-    length: int
-    shared: bool = False
-
-    syntax: ClassVar[str] = "avq<2|3|4>x<1|2|3|4|6|8>-d<2|4|8>, avq<2|3|4>x8-d<4|8>-shared"
-
-    def __post_init__(self) -> None:
-        require_codes(self.bits, None)
-        if not 2 <= self.count <= _MOST_CODEBOOKS:
-            raise TurbopocketError(f"a sum has 2 to {_MOST_CODEBOOKS} codebooks, not {self.count}; vq is for one")
-        if self.length not in _LENGTHS:
-            raise TurbopocketError(f"a vector has 2, 4 or 8 weights, not {self.length}")
-        if self.shared and (self.bits != _SHARED_BITS or self.length not in LENGTHS):
-            raise TurbopocketError(
-                f"shared codebooks have codes of {_SHARED_BITS} bits and vectors of 4 or 8, not {self}"
-            )
-
-    def __str__(self) -> str:
-        return f"avq{self.count}x{self.bits}-d{self.length}" + ("-shared" if self.shared else "")
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        match = _NAME.fullmatch(text)
-        if match is None:
-            return None
-        count, bits, length, shared = match.groups()
-        return cls(int(count), int(bits), int(length), shared is not None)
 
     @property
     def shared_parts(self) -> tuple[str, ...]:

@@ -4,55 +4,24 @@
 O outputs, I inputs, K columns of the matrix view, G scales per row.
 """
 
-import re
-from dataclasses import dataclass
-from typing import ClassVar, Self
-
 import torch
 from torch import Tensor
 
 from ...ground.bits import packed_bytes
-from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import FP16_DIGITS, IntegerGrid, grid_values
 from ..fit.hessian import Hessian
+from ..names import AffineName
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, unpack
 
-_NAME = re.compile(r"int(4|8)-(?:row|g([1-9][0-9]*))(-asym)?")
 
-
-@dataclass(frozen=True)
-class Affine(LayerFormat):
+class Affine(AffineName, LayerFormat):
     """value = (code - zero) * scale; `group` columns share a scale, a whole row does when `group` is None.
 
     Parts: `codes` uint8 [O, ceil(K * bits / 8)] (row-packed, two's complement when symmetric), `scale` fp16
     [O, G], and for asymmetric formats `zero_point` uint8 [O, ceil(G * bits / 8)], packed like the codes.
     """
-
-    bits: int
-    group: int | None = None
-    symmetric: bool = True
-
-    syntax: ClassVar[str] = "int4-row, int8-row, int4-g<N>, int8-g<N>, each also with -asym"
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise TurbopocketError(f"an integer weight has 4 or 8 bits, not {self.bits}")
-        if self.group is not None and self.group < 1:
-            raise TurbopocketError(f"a group has at least 1 column, not {self.group}")
-
-    def __str__(self) -> str:
-        spread = "row" if self.group is None else f"g{self.group}"
-        return f"int{self.bits}-{spread}" + ("" if self.symmetric else "-asym")
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        match = _NAME.fullmatch(text)
-        if match is None:
-            return None
-        bits, group, asymmetric = match.groups()
-        return cls(int(bits), int(group) if group else None, asymmetric is None)
 
     @property
     def weight_bits(self) -> float:

@@ -5,10 +5,10 @@ O outputs, I inputs, K columns of the matrix view, kh kw kernel height and width
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import VectorCodes
 from ..fit.hessian import Hessian
+from ..names import FormatName
 
 Shape = tuple[int, ...]
 
@@ -54,25 +55,17 @@ class CompressedTensor:
             raise TurbopocketError(f"{self.format} of shape {list(self.shape)} stores {promised}, found {found}")
 
 
-class LayerFormat(ABC):
+class LayerFormat(FormatName):
     """How one weight is stored: a value whose name is `str(format)` and whose size follows from the shape.
 
     A format says which parts it stores (`part_specs`) and how to fill and read them (`encode`, `decode`);
     checks, sizes and refusals are the same for all and live here.
     """
 
-    syntax: ClassVar[str]
-    """How the names of this class are spelled, for error messages."""
-
     @property
     def shared_parts(self) -> tuple[str, ...]:
         """Parts that are equal in all layers of a component in this format, and stored once for them."""
         return ()
-
-    @classmethod
-    @abstractmethod
-    def parse(cls, text: str) -> Self | None:
-        """The format of that name, or None when the name belongs to another class; inverse of `str`."""
 
     @property
     @abstractmethod

@@ -6,9 +6,6 @@ from torch import Tensor
 
 from ...ground import bits as rows
 
-WIDTHS = (1, 2, 3, 4, 6, 8)
-"""Legal code widths: a whole number of these codes fills at most 3 bytes."""
-
 
 def pack(codes_OK: Tensor, bits: int) -> Tensor:
     """uint8 [O, ceil(K * bits / 8)] from integer codes [O, K]; negative codes as two's complement."""

@@ -5,59 +5,28 @@ O outputs, I inputs, K columns of the matrix view, D length of a vector, G codeb
 P = 2^bits entries, R rows and C columns of the codes.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ...ground.bits import packed_bytes
-from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import VectorCodes, VectorGrid
 from ..fit.hessian import Hessian
+from ..names import CodebookName
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
 from .bits import pack, unpack
-from .palette import refused_rows, require_codes
-
-_NAME = re.compile(r"vq([123468])-d([248])(-out)?(?:-r([1-9][0-9]*))?")
-_LENGTHS = (2, 4, 8)
+from .palette import refused_rows
 
 
-@dataclass(frozen=True)
-class Codebook(LayerFormat):
+class Codebook(CodebookName, LayerFormat):
     """value = scale[row] * codebook[code][place]; `rows` neighbouring outputs share a codebook, or all do.
 
     A vector is `length` neighbouring input channels at one tap, or with `along_outputs` as many neighbouring outputs
     of one column. Parts: `codes` uint8 [R, ceil(C * bits / 8)] (row-packed, low bits first) with R = O and
     C = K / D, or R = O / D and C = K along outputs; `codebook` fp16 [G, 2^bits, D]; `scale` fp16 [O].
     """
-
-    bits: int
-    length: int
-    along_outputs: bool = False
-    rows: int | None = None
-
-    syntax: ClassVar[str] = "vq<1|2|3|4|6|8>-d<2|4|8>, each also with -out, -r<N>, -out-r<N>"
-
-    def __post_init__(self) -> None:
-        require_codes(self.bits, self.rows)
-        if self.length not in _LENGTHS:
-            raise TurbopocketError(f"a vector has 2, 4 or 8 weights, not {self.length}")
-
-    def __str__(self) -> str:
-        rows = "" if self.rows is None else f"-r{self.rows}"
-        return f"vq{self.bits}-d{self.length}" + ("-out" if self.along_outputs else "") + rows
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        match = _NAME.fullmatch(text)
-        if match is None:
-            return None
-        bits, length, along_outputs, rows = match.groups()
-        return cls(int(bits), int(length), along_outputs is not None, int(rows) if rows else None)
 
     @property
     def weight_bits(self) -> float:

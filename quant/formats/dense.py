@@ -1,38 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights as plain floating-point numbers: `fp32` and `fp16`."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Self
-
 import torch
 from torch import Tensor
 
 from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.hessian import Hessian
+from ..names import DenseName
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape
 
 _DTYPES = {16: torch.float16, 32: torch.float32}
 
 
-@dataclass(frozen=True)
-class Dense(LayerFormat):
+class Dense(DenseName, LayerFormat):
     """One part, `weight`, in the weight's own shape; fits every shape and needs no fit."""
-
-    bits: int
-
-    syntax: ClassVar[str] = "fp16, fp32"
-
-    def __post_init__(self) -> None:
-        if self.bits not in _DTYPES:
-            raise TurbopocketError(f"a dense weight has 16 or 32 bits, not {self.bits}")
-
-    def __str__(self) -> str:
-        return f"fp{self.bits}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        return {"fp16": cls(16), "fp32": cls(32)}.get(text)
 
     @property
     def weight_bits(self) -> float:

@@ -4,49 +4,23 @@
 O outputs, I inputs, K columns of the matrix view, G tables, N weights that share one, P = 2^bits entries.
 """
 
-import re
-from dataclasses import dataclass
-from typing import ClassVar, Self
-
 import torch
 from torch import Tensor
 
 from ...ground.bits import packed_bytes
-from ...ground.errors import TurbopocketError
 from ..fit.base import Fit
 from ..fit.grids import TableCodes, TableGrid
 from ..fit.hessian import Hessian
+from ..names import PaletteName
 from .base import CompressedTensor, LayerFormat, PartSpec, Shape, from_matrix_view, matrix_shape, matrix_view
-from .bits import WIDTHS, pack, unpack
-
-_NAME = re.compile(r"lut([123468])(?:-r([1-9][0-9]*))?")
+from .bits import pack, unpack
 
 
-@dataclass(frozen=True)
-class Palette(LayerFormat):
+class Palette(PaletteName, LayerFormat):
     """value = table[code]; `rows` neighbouring outputs share a table, the whole weight does when it is None.
 
     Parts: `codes` uint8 [O, ceil(K * bits / 8)] (row-packed, low bits first) and `table` fp16 [G, 2^bits], sorted.
     """
-
-    bits: int
-    rows: int | None = None
-
-    syntax: ClassVar[str] = "lut<1|2|3|4|6|8>, each also with -r<N>"
-
-    def __post_init__(self) -> None:
-        require_codes(self.bits, self.rows)
-
-    def __str__(self) -> str:
-        return f"lut{self.bits}" + ("" if self.rows is None else f"-r{self.rows}")
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        match = _NAME.fullmatch(text)
-        if match is None:
-            return None
-        bits, rows = match.groups()
-        return cls(int(bits), int(rows) if rows else None)
 
     @property
     def weight_bits(self) -> float:
@@ -73,14 +47,6 @@ class Palette(LayerFormat):
         """Codes uint8 [O, K] and table fp16 [G, 2^bits]: rows g * O / G up to (g + 1) * O / G read table g."""
         _, columns = matrix_shape(compressed.shape)
         return unpack(compressed.parts["codes"], self.bits, columns, signed=False), compressed.parts["table"]
-
-
-def require_codes(bits: int, rows: int | None) -> None:
-    """TurbopocketError when codes of that width, or tables for that many outputs, do not exist."""
-    if bits not in WIDTHS:
-        raise TurbopocketError(f"a code has {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]} bits, not {bits}")
-    if rows is not None and rows < 1:
-        raise TurbopocketError(f"a table serves at least 1 output channel, not {rows}")
 
 
 def refused_rows(format: LayerFormat, shape: Shape, rows: int | None) -> str | None:

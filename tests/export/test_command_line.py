@@ -169,26 +169,6 @@ def test_every_file_of_a_build_is_as_readable_as_the_users_others(artifact: Path
     } == {}
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (("--budget", "8 elephants"), "budget '8 elephants' is not a number with a unit"),
-        (("--target", "tflite"), "`tflite` is not a target"),
-        (
-            ("--recipe", "fast"),
-            "recipe 'fast' is neither a .toml file nor a shipped recipe; shipped are codebooks, demo",
-        ),
-        (("--set", "8MB"), "--set '8MB' is not KEY=VALUE"),
-        (("--pin", "unet"), "--pin 'unet' is not GLOB=FORMAT"),
-    ],
-)
-def test_a_mistake_in_the_request_is_told_before_pytorch_is_imported(asked: tuple[str, ...], message: str) -> None:
-    code = "import sys; sys.modules['torch'] = sys.modules['diffusers'] = None; " + MAIN
-    done = subprocess.run([sys.executable, "-c", code, "plan", *asked], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {message}"), done.stderr
-
-
 REQUIREMENTS = (
     "numpy>=2.0",
     'torch==2.13.0; extra == "build"',

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from turbopocket.export.checkpoint.bundled import BUNDLED
 from turbopocket.export.checkpoint.load import load_shapes
-from turbopocket.export.checkpoint.source import BUNDLED
 from turbopocket.export.evidence import EVIDENCE_FILE, SceneEvidence, TextEvidence, evidence_for
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.pocket.scenes import parse_caption

@@ -28,7 +28,7 @@ from turbopocket.export.targets.onnx.target import Onnx
 from turbopocket.export.targets.registry import TARGETS
 from turbopocket.ground.names import CallPlace
 from turbopocket.quant import fit as fits
-from turbopocket.quant import formats
+from turbopocket.quant import formats, names
 from turbopocket.quant.fit import SOLVERS, Fit
 from turbopocket.quant.fit.hessian import Hessian
 from turbopocket.quant.formats import CompressedTensor, LayerFormat, PartSpec
@@ -151,7 +151,9 @@ def toy_folder(tiny_sd: Path, tmp_path: Path) -> str:
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """One toy of each kind, entered where ARCHITECTURE's table says, and nowhere else."""
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Coarse))
+    monkeypatch.setattr(names, "FORMAT_NAMES", (*names.FORMAT_NAMES, Coarse))
     monkeypatch.setattr(fits, "FITS", (*fits.FITS, Fit("plain", SOLVERS)))
+    monkeypatch.setattr(names, "FIT_NAMES", (*names.FIT_NAMES, "plain"))
     monkeypatch.setitem(OBSERVATIONS, "largest_input", LargestInput)
     monkeypatch.setattr(LargestInput, "seen", [])
     for kind, form in (("linear", DenseLinear), ("conv2d", DenseConv2d)):

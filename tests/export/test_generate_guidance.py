@@ -12,7 +12,7 @@ from PIL import Image
 
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.components import components_of
-from turbopocket.export.output.kept import WEIGHTS_FILE
+from turbopocket.export.output.names import WEIGHTS_FILE
 from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import Recipe
 from turbopocket.export.verify.diffusers_reference import diffusers_picture

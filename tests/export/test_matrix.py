@@ -21,7 +21,7 @@ from turbopocket.export.families.base import LoadedModel
 from turbopocket.export.families.components import layers_of
 from turbopocket.export.families.graphs import Component
 from turbopocket.export.families.registry import FAMILIES
-from turbopocket.export.output.kept import RANGES_FILE, WEIGHTS_FILE
+from turbopocket.export.output.names import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.plan import plan
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import Recipe, make_recipe

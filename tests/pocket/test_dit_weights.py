@@ -10,8 +10,8 @@ from diffusers import PixArtAlphaPipeline
 
 from turbopocket.export.artifact import Artifact
 from turbopocket.export.build.build import build
+from turbopocket.export.checkpoint.bundled import BUNDLED
 from turbopocket.export.checkpoint.load import load
-from turbopocket.export.checkpoint.source import BUNDLED
 from turbopocket.export.evidence import SceneEvidence, evidence_for
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe

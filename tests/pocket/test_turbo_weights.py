@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from turbopocket.export.checkpoint.bundled import BUNDLED
 from turbopocket.export.checkpoint.load import load
-from turbopocket.export.checkpoint.source import BUNDLED
 from turbopocket.export.evidence import SceneEvidence, evidence_for
 from turbopocket.pocket.evaluate import evaluate, pipeline_images
 from turbopocket.pocket.judge import load_judge

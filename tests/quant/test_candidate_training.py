@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant import candidate_training
 from turbopocket.quant.candidate_training import train_block, train_in_blocks, trained_blocks
-from turbopocket.quant.candidates import CandidateOptions
 from turbopocket.quant.compress import decompressed
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.options import CandidateOptions
 
 OPTIONS = CandidateOptions(count=2, iterations=60, learning_rate=2e-3)
 FORMATS = {"first.up": "vq4-d4", "first.down": "vq4-d4", "second.up": "avq2x3-d4", "second.down": "int4-g32"}

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from turbopocket.ground.errors import TurbopocketError
-from turbopocket.quant.candidates import FROZEN_RATIO, CandidateOptions, SoftWeight, has_candidates
+from turbopocket.quant.candidates import FROZEN_RATIO, SoftWeight, has_candidates
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
+from turbopocket.quant.options import CandidateOptions
 
 FORMATS = ["vq4-d4", "vq3-d2", "vq4-d2-out", "vq3-d4-r8", "avq2x3-d4", "avq2x8-d8-shared"]
 SHAPES = [(16, 32), (16, 16, 3, 3)]

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from turbopocket.ground.errors import TurbopocketError
 from turbopocket.quant.compress import decompressed
-from turbopocket.quant.finetune import Calls, FineTuned, FineTuneOptions, fine_tune, rounded_to_digits
+from turbopocket.quant.finetune import Calls, FineTuned, fine_tune, rounded_to_digits
 from turbopocket.quant.fit import MSE
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.options import FineTuneOptions
 
 OPTIONS = FineTuneOptions(iterations=100, batch=32, learning_rate=1e-2)
 FORMATS = {"unet.first": "avq2x3-d8", "unet.second": "int4-g32", "unet.third": "fp16"}

@@ -17,8 +17,8 @@ from turbopocket.quant.fit import RECONSTRUCT
 from turbopocket.quant.formats import CompressedTensor, parse_format
 from turbopocket.quant.layer_rounding import Rounding
 from turbopocket.quant.layers import compressible_layers
+from turbopocket.quant.options import ReconstructOptions, Temporal
 from turbopocket.quant.ranges import Ranges
-from turbopocket.quant.reconstruct import ReconstructOptions, Temporal
 from turbopocket.quant.reconstruct_blocks import (
     TEMPORAL,
     BlockUnit,

@@ -8,7 +8,6 @@ those of others where a file has several.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,13 @@ from torch import Tensor, nn
 from ....ground.errors import TurbopocketError
 from ....ground.reading import one_sentence
 from ...families.base import LoadedModel
-from ..header import ITEM_BYTES, StoredTensor, read_header_and_metadata
-from ..single_file import describe
-from ..weights import FLOAT_DTYPES, read_tensors
+from ..header import StoredTensor
+from ..weights import read_tensors
 from .alpha import StatedAlphas, stated_alphas
 from .change import WHOLE, FactoredChange, WrongShapeError
-from .file import SUFFIX, LoraFile
-from .names import PREFIXES, LayerNames, other_adapter, split_name
-
-ALLOWED = "allowed: LoRA, LoCon, LoHa and LoKr for text encoders and UNet"
+from .file import LoraFile
+from .header import ALLOWED, read_lora
+from .names import PREFIXES, LayerNames, split_name
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def merge_lora(model: LoadedModel, asked: LoraFile) -> None:
     A layer without a bias gets one when the file has one for it. Raises TurbopocketError when the file is not a
     safetensors LoRA, or holds anything that can not be merged whole; the model is then no longer of use.
     """
-    stored, metadata = _read_header(asked.file)
+    stored, metadata = read_lora(asked.file)
     layers = _layers(stored, model, asked.file)
     stated = stated_alphas(metadata, asked.file)
     with one_sentence(f"the values of {asked.file} can not be read"):
@@ -117,32 +114,6 @@ def _alpha(stored: Tensor | None, layer: AdaptedLayer, file: Path) -> float | No
             f"{file}: {name} is 0, which is the rank to some programs and no change to others; allowed: other numbers"
         )
     return alpha
-
-
-def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """Returns the file's tensors, every one of a name and dtype that a LoRA has, and its metadata."""
-    if not file.is_file():
-        found = "is a folder" if file.is_dir() else "is not a file" if file.exists() else "does not exist"
-        raise TurbopocketError(f"the LoRA {file} {found}; allowed: a {SUFFIX} file")
-    if file.suffix.lower() != SUFFIX:
-        raise TurbopocketError(f"the LoRA {file} is a {file.suffix or 'nameless'} file; allowed: {SUFFIX}")
-    with one_sentence(f"the header of {file} can not be read"):
-        stored, metadata = read_header_and_metadata(file)
-        if strange := [name for name in stored if split_name(name) is None or other_adapter(name)]:
-            known = {name: kind for name in strange if (kind := other_adapter(name))}
-            example = next(iter(known), strange[0])
-            kind = known.get(example) or (describe(file)[0] if len(strange) == len(stored) else "not all a LoRA")
-            raise TurbopocketError(
-                f"{file} is {kind}: {len(strange)} of its {len(stored)} tensors, such as {example!r} of shape "
-                f"{list(stored[example].shape)}, can not be merged; {ALLOWED}"
-            )
-    if not stored:
-        raise TurbopocketError(f"{file} holds no tensors; {ALLOWED}")
-    for name, tensor in stored.items():
-        allowed = ITEM_BYTES.keys() - {"BOOL"} if name.endswith(".alpha") else FLOAT_DTYPES
-        if tensor.dtype not in allowed:
-            raise TurbopocketError(f"{file}: {name} is {tensor.dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
-    return stored, metadata
 
 
 def _layers(stored: Mapping[str, StoredTensor], model: LoadedModel, file: Path) -> list[AdaptedLayer]:

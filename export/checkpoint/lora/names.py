@@ -6,9 +6,10 @@ Every name that a file may use is made from the model's own modules, so what is 
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:  # a file's names need no PyTorch
+    from torch import nn
 
 # kohya flattens paths: `lora_unet_down_blocks_0_...`; peft and diffusers do not: `unet.down_blocks.0...`. With dots
 # read as underscores these are one spelling. The bare one is of the first diffusers files, which held a UNet only.
@@ -85,7 +86,7 @@ def other_adapter(tensor: str) -> str | None:
 class LayerNames:
     """Finds the module that a LoRA file means, among the Linear and Conv2d layers of text encoders and UNet."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: "Mapping[str, nn.Module]") -> None:
         self._places: dict[str, tuple[str, str]] = {}
         for component, prefixes in PREFIXES.items():
             if component in modules:
@@ -100,8 +101,10 @@ class LayerNames:
         return self._places.get(flat)
 
 
-def _names(component: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+def _names(component: str, module: "nn.Module") -> Iterator[tuple[str, str]]:
     """Yields (module path, a name without prefix), each layer's names one after the other."""
+    from torch import nn
+
     blocks = list(_stability_blocks(module)) if component == "unet" else []
     for path, layer in module.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d):

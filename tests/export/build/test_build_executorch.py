@@ -13,7 +13,7 @@ from PIL import Image
 
 from turbopocket.export.build.build import build
 from turbopocket.export.build.outcome import Built
-from turbopocket.export.output.kept import CHOICES_FILE, RANGES_FILE
+from turbopocket.export.output.names import CHOICES_FILE, RANGES_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import make_recipe
 from turbopocket.quant.ranges import load_ranges

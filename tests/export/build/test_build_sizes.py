@@ -16,7 +16,7 @@ from turbopocket.export.build.build import build
 from turbopocket.export.check import check
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.components import components_of
-from turbopocket.export.output.kept import WEIGHTS_FILE
+from turbopocket.export.output.names import WEIGHTS_FILE
 from turbopocket.export.progress import StageProgress
 from turbopocket.export.recipe import load_recipe, recipe_of
 from turbopocket.export.settings import with_values

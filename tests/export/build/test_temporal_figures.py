@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from turbopocket.export.report.page import ReportData, rewrite_report
+from turbopocket.export.report.page import ReportData
+from turbopocket.export.report.rewrite import rewrite_report
 from turbopocket.runtimes.manifest import load_manifest
 
 

@@ -16,9 +16,9 @@ from turbopocket.export.report.page import (
     Measurements,
     ReportData,
     TradeoffPoint,
-    rewrite_report,
     write_report,
 )
+from turbopocket.export.report.rewrite import rewrite_report
 from turbopocket.export.report.svg import linear_scale, log_scale, scientific
 from turbopocket.export.report.view import block_bars, component_bars, format_classes, page_view
 from turbopocket.ground.errors import TurbopocketError

@@ -14,7 +14,7 @@ import pytest
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.evidence import evidence_for
 from turbopocket.export.families.components import components_of
-from turbopocket.export.output.kept import WEIGHTS_FILE
+from turbopocket.export.output.names import WEIGHTS_FILE
 from turbopocket.export.recipe import recipe_of
 from turbopocket.export.target_options import OnnxOptions
 from turbopocket.export.targets.onnx.target import Onnx

@@ -11,7 +11,7 @@ import pytest
 from turbopocket.export.build.draft import pipeline_manifest
 from turbopocket.export.checkpoint.load import load
 from turbopocket.export.families.components import layers_of
-from turbopocket.export.output.kept import RANGES_FILE, WEIGHTS_FILE
+from turbopocket.export.output.names import RANGES_FILE, WEIGHTS_FILE
 from turbopocket.export.output.staging import report_folder
 from turbopocket.export.recipe import make_recipe
 from turbopocket.export.targets.layer import kind_of

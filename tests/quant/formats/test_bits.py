@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from turbopocket.ground.bits import packed_bytes
-from turbopocket.quant.formats.bits import WIDTHS, pack, unpack
+from turbopocket.quant.formats.bits import pack, unpack
+from turbopocket.quant.names import WIDTHS
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 7, 9, 64])

@@ -1,0 +1,1 @@
+../../api/recipe_commands.py
