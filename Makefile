@@ -93,6 +93,7 @@ SDXL := build/synthetic-sdxl-full
 test-sdxl: setup
 	test -d $(SDXL) || $(MAKE) synthetic-sdxl WIDTH=full
 	$(BIN)/python benchmarks/sdxl_builds.py $(SDXL) --most-memory 5GB --most-minutes 45
+	$(BIN)/python benchmarks/sdxl_builds.py $(SDXL) --target coreml --most-memory 10GB --most-minutes 15
 	$(BIN)/python benchmarks/sdxl_builds.py $(SDXL) --fit gptq --out build/sdxl-gptq --most-memory 10GB --most-minutes 90
 
 # VQDM beside residual k-means on every layer of pocket: about half an hour of one core.

@@ -66,14 +66,18 @@ def mixdq() -> list[str]:
 
 def full_size() -> list[str]:
     rows = [row for row in measured("sdxl_builds") if (row["folder"], row["fit"]) == ("sdxl-full", "mse")]
-    built, single = (
-        [row for row in rows if row["formats"] == asked][-1] for asked in ("int4-row,int8-row", "int4-row")
+    built, single, core_ml = (
+        [row for row in rows if (row["target"], row["formats"]) == asked][-1]
+        for asked in (("onnx", "int4-row,int8-row"), ("onnx", "int4-row"), ("coreml", "int4-row,int8-row"))
     )
     spare = built["planned_bytes"] - built["artifact_bytes"]
     return [
         f"with {built['pictures']} pictures to calibrate, is built for ONNX in {built['seconds'] / 60:.0f} minutes by "
         f"{built['threads']} threads and in {built['peak_anonymous_bytes'] / 1e9:.1f} GB of memory, to {spare} bytes "
         f"of its plan of {built['planned_bytes'] / 1e9:.1f} GB",
+        f"From the same journal it then is there for Core ML in {core_ml['seconds'] / 60:.0f} more, of which three "
+        f"evaluators take {(core_ml['stage_seconds']['compare'] + core_ml['stage_seconds']['self-check']) / 60:.0f}, "
+        f"and in {core_ml['peak_anonymous_bytes'] / 1e9:.1f} GB",
         f"In one format, with {single['pictures']} pictures, it holds {single['peak_anonymous_bytes'] / 1e9:.1f} GB",
     ]
 
