@@ -256,7 +256,8 @@ def _measured(
 def _as_measured(target: Target, layer: LayerChoices, asked: Scheme) -> Candidate | None:
     """The saved candidate of that weight format, in the scheme in which the target runs it; None where there is none.
 
-    Which layers have static scales is told by the build that calibrated, where it is not asked for in so many words.
+    Which layers have static scales is told by the build that calibrated, where it is not asked for in so many words; a
+    layer that it had pinned was measured as its pin.
     """
     whole = target.resolved(layer.layer, asked, kind_of(layer.shape))
     saved = {candidate.scheme: candidate for candidate in layer.candidates}
@@ -264,7 +265,7 @@ def _as_measured(target: Target, layer: LayerChoices, asked: Scheme) -> Candidat
     if asked.is_weight_only and whole.is_static:
         told = [name for name in alike if not parse_scheme(name).is_weight_only]
         if told:
-            return saved[told[-1]]  # a pinned one comes first
+            return saved[told[0]]
     return replace(saved[alike[0]], scheme=str(whole)) if alike else None
 
 
