@@ -156,6 +156,11 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+def artifact_files(out: Path) -> dict[str, dict[str, str]]:
+    """Of each artifact; a report also says how long its build took."""
+    return {artifact.name: contents(artifact) for artifact in artifacts_in(out)}
+
+
 def whole(out: Path) -> dict[str, str]:
     """The files of all that a build makes; of its artifacts, each verified."""
     artifacts = artifacts_in(out) if out.is_dir() else []
@@ -259,10 +264,10 @@ def record(values: dict[str, Any], out: Path, workers: int, copies: Path) -> tup
 
 def go_on(recording: Recording, out: Path, values: dict[str, Any]) -> None:
     """Builds on the state in the middle, which has half a journal."""
-    artifact, number = contents(out), len(recording.states) // 2
+    made, number = artifact_files(out), len(recording.states) // 2
     recording.put(number, to_work_in=True)
     make_apart(values, out)
-    assert contents(out) == artifact, f"state {number}: a build that went on there has other bytes"
+    assert artifact_files(out) == made, f"state {number}: a build that went on there has other bytes"
     require_one(out, {"new": whole(out)}, False, f"state {number}")
 
 
