@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..ground.errors import TurbopocketError
 from ..ground.extras import install_hint
-from .shared import keep_only
 
 if TYPE_CHECKING:  # a wrong number of workers is refused before PyTorch is imported
     import torch
@@ -136,6 +135,8 @@ def worker_count(spread: Spread) -> int:
 
 def _outcome(work: Callable[[Job], Result], job: Job) -> Result | TurbopocketError:
     """A TurbopocketError is a value on its way back, since Ray would make another error of it."""
+    from .shared import keep_only
+
     keep_only(work)
     try:
         return work(job)
