@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ....ground.bits import unpack_bits
@@ -169,6 +168,8 @@ def _shift_scale(data: Array, scale: Array, offset: Array | None) -> Array:
             wide = wide.astype(scale.dtype).astype(np.float32)
     wide *= scale.reshape(one_each).astype(np.float32)
     if scale.dtype == np.float16:  # PyTorch rounds alike, in a tenth of the time of numpy 2.4
+        import torch  # what only reads packages does without
+
         return torch.from_numpy(wide).half().numpy().reshape(data.shape)
     return wide.astype(scale.dtype, copy=False).reshape(data.shape)
 
