@@ -56,8 +56,9 @@ test-fuzz: setup
 	$(BIN)/python -m pytest tests/robustness --hypothesis-profile=long --timeout=7200 -rP
 	$(BIN)/python -m pytest tests/robustness/test_sanitized.py -m slow -rP
 
-# Builds of each kind killed at 340 random moments, a test for each of the 13 builds that go on until they end, and each state
-# that a kill can leave of one looked at; what was killed in which stage and what was found is printed.
+# Builds of each kind killed at 340 random moments, a test for each of the 13 builds that go on until they end; for each target,
+# each state that a kill can leave of a build and of one that replaces it looked at. What was killed in which stage and what was
+# found is printed.
 test-kills: export OMP_NUM_THREADS = 1
 test-kills: setup
 	$(BIN)/python -m pytest tests/export/build/test_kills.py tests/export/build/test_recorded_builds.py -m slow -rP
