@@ -49,12 +49,13 @@ test-slow: setup
 
 # Damaged Core ML packages, 15 times as many as in `make test` (hypothesis prints how many it ran), then damaged models and
 # artifacts and hostile requests, over a thousand commands, each in a child of its own: about an hour. At last a damaged codebook
-# artifact through our operators for ONNX Runtime with AddressSanitizer and UndefinedBehaviorSanitizer in them.
+# artifact through our operators for ONNX Runtime, and 400 damaged programs through those for ExecuTorch, with AddressSanitizer and
+# UndefinedBehaviorSanitizer in them.
 test-fuzz: export OMP_NUM_THREADS = 1
 test-fuzz: setup
 	$(BIN)/python -m pytest tests/runtimes/coreml/test_coreml_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics --timeout=7200
 	$(BIN)/python -m pytest tests/robustness --hypothesis-profile=long --timeout=7200 -rP
-	$(BIN)/python -m pytest tests/robustness/test_sanitized.py -m slow -rP
+	$(BIN)/python -m pytest tests/robustness/test_sanitized.py tests/robustness/test_sanitized_executorch.py -m slow -rP
 
 # Builds of each kind killed at 340 random moments, a test for each of the 13 builds that go on until they end; for each target,
 # each state that a kill can leave of a build and of one that replaces it looked at. What was killed in which stage and what was

@@ -123,11 +123,22 @@ def damage_file(path: Path, random: Random) -> str:
         path.write_bytes(_with_other_graph(data, random))
         return "has another graph"
     if path.suffix == ".pte" and random.randrange(3):
-        path.write_bytes(_with_other_tables(data, random))
+        path.write_bytes(with_other_tables(data, random))
         return "has other tables"
     near = max(64, len(data) // random.choice((1, 1, 8, 64)))  # tables of contents come first, constants are the most
     path.write_bytes(mutate_bytes(data[:near], random) + data[near:])
     return "has other bytes"
+
+
+def with_other_tables(data: bytes, random: Random) -> bytes:
+    """A program with other words in its own table, or in what is behind it: the delegates', which nobody checks."""
+    made, (table, behind) = bytearray(data), struct.unpack_from("<QQ", data, 16)
+    first, end = random.choice(((64, table), (behind, len(data)), (behind, min(len(data), behind + 20_000))))
+    for _ in range(random.choice((1, 2, 8))):
+        at = random.randrange(first, end - 4) // 4 * 4
+        word = random.choice((0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, random.getrandbits(16), random.getrandbits(32)))
+        struct.pack_into("<I", made, at, word)
+    return bytes(made)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -187,17 +198,6 @@ def _with_other_header(data: bytes, random: Random) -> bytes:
         return struct.pack("<Q", random.choice((0, 1, 2**31, 2**63, size + 1))) + data[8:]
     header = json_bytes(mutate_json(json.loads(data[8 : 8 + size]), random), random)
     return struct.pack("<Q", len(header)) + header + data[8 + size :]
-
-
-def _with_other_tables(data: bytes, random: Random) -> bytes:
-    """A program with other words in its own table, or in what is behind it: the delegates', which nobody checks."""
-    made, (table, behind) = bytearray(data), struct.unpack_from("<QQ", data, 16)
-    first, end = random.choice(((64, table), (behind, len(data)), (behind, min(len(data), behind + 20_000))))
-    for _ in range(random.choice((1, 2, 8))):
-        at = random.randrange(first, end - 4) // 4 * 4
-        word = random.choice((0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, random.getrandbits(16), random.getrandbits(32)))
-        struct.pack_into("<I", made, at, word)
-    return bytes(made)
 
 
 def _with_other_graph(data: bytes, random: Random) -> bytes:

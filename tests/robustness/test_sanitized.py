@@ -4,8 +4,6 @@
 What they would read or write beside their tensors ends the child by SIGABRT, which the corpus counts as a native crash.
 """
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +11,8 @@ import pytest
 
 from .children import Children
 from .corpus import damaged_artifacts
+from .sanitizers import KERNELS, built, environment
 
-ROOT = Path(__file__).parents[2]
-SOURCES, BUILD = ROOT / "runtimes" / "kernels", ROOT / "build" / "kernels"
 FORMATS = "avq2x8-d4,vq8-d4,int8-row"
 SHORT = "sampler.steps=1", "sampler.guidance=1", "calibrate.pictures=1", "parity.pictures=1"
 PLANTED = """
@@ -31,28 +28,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 @pytest.fixture(scope="module")
 def operators() -> str:
     """The operators for ONNX Runtime with sanitizers in them."""
-    if shutil.which("cmake") is None or shutil.which("c++") is None:
-        pytest.skip("no CMake or no C++ compiler: the kernels cannot be built here")
-    if not (BUILD / "headers" / "onnxruntime_c_api.h").is_file():
+    headers = KERNELS / "headers"
+    if not (headers / "onnxruntime_c_api.h").is_file():
         pytest.skip("no ONNX Runtime headers: make kernels fetches them")
-    folder = BUILD / "sanitized-operators"
-    options = "-DCODEBOOK_SANITIZE=ON", f"-DONNXRUNTIME_HEADERS={BUILD / 'headers'}"
-    subprocess.run(["cmake", "-S", SOURCES, "-B", folder, *options], check=True)
-    subprocess.run(["cmake", "--build", folder, "--target", "codebook_onnxruntime"], check=True)
-    return str(folder / "libcodebook_onnxruntime.so")
+    return str(built("codebook_onnxruntime", f"-DONNXRUNTIME_HEADERS={headers}"))
 
 
 @pytest.fixture(scope="module")
 def sanitized(operators: str) -> Iterator[Children]:
-    """Children in which the sanitizers' libraries are loaded before anything else, as they have to be."""
-    names = "libasan.so", "libubsan.so"
-    found = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in names
-    ]
-    # Of Python and its libraries, which are not compiled so, nobody here can mend a leak.
-    options = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "abort_on_error=1"}
-    with Children({"LD_PRELOAD": " ".join(found), **options}) as started:
+    """Children that can load them."""
+    with Children(environment()) as started:
         yield started
 
 
